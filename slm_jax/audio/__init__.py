@@ -1,0 +1,1 @@
+"""The inside of a waveform: features in JAX, on the device."""

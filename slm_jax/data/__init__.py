@@ -1,0 +1,1 @@
+"""From references to placed batches: sources, index, plan, late loading, iterator."""

@@ -1,0 +1,35 @@
+"""The two kinds of trouble that are not bugs: a user's mistake and a bad example."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+    """A user's mistake, told in one sentence; commands print it and exit with status 2.
+
+    The sentence names the file, field or flag, what was found, what was expected and the
+    nearest valid choice.
+    """
+
+
+class BadExample(Exception):
+    """One example that cannot be used; it is skipped and counted, and never ends a run by itself.
+
+    Attributes:
+      reason: short code under which the example is counted, such as `unreadable_audio`.
+      detail: what was found, for the log.
+    """
+
+    def __init__(self, reason: str, detail: str = ""):
+        super().__init__(f"{reason}: {detail}" if detail else reason)
+        self.reason = reason
+        self.detail = detail
+
+
+def nearest(found: object, choices: Iterable[object]) -> str:
+    """Returns "; did you mean 'x'?" for the choice closest to `found`, or the choices themselves."""
+    names = [str(choice) for choice in choices]
+    close = difflib.get_close_matches(str(found), names, n=1)
+    if close:
+        return f"; did you mean {close[0]!r}?"
+    return f"; choose from {', '.join(sorted(names))}" if names else ""

@@ -1,0 +1,1 @@
+"""Metrics, normalizers, evaluators and reports."""

@@ -1,0 +1,1 @@
+"""State, step, objectives, optimizers and the loop."""
