@@ -1,0 +1,32 @@
+"""Shared settings of the suite: 8 virtual CPU devices, one compilation cache, a fresh seed for each run."""
+
+import os
+import secrets
+from pathlib import Path
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
+os.environ.setdefault(
+    "JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parent.parent / ".cache" / "jax-compilation")
+)
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+
+import numpy as np
+import pytest
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # One seed for the whole suite, the same in every worker.
+    os.environ.setdefault("SLM_TEST_SEED", str(secrets.randbelow(2**31)))
+
+
+def pytest_report_header() -> str:
+    return f"SLM_TEST_SEED={os.environ['SLM_TEST_SEED']} (set it to repeat the random inputs)"
+
+
+@pytest.fixture
+def rng(request: pytest.FixtureRequest) -> np.random.Generator:
+    """Random numbers, fresh in every run and different for every test; the header prints the seed."""
+    name = [ord(letter) for letter in request.node.nodeid]
+    return np.random.default_rng([int(os.environ["SLM_TEST_SEED"]), *name])
