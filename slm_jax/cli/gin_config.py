@@ -1,0 +1,186 @@
+"""Reading gin files and `--gin.NAME=value` flags, with errors a user can act on."""
+
+import contextlib
+import importlib
+import importlib.resources
+import inspect
+import logging
+import re
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from tokenize import TokenError
+from typing import TypeVar
+
+import gin
+from gin import config as gin_internals
+
+from slm_jax.errors import UserError, nearest
+
+T = TypeVar("T")
+
+_MACRO = re.compile(r"%([A-Za-z_]\w*)")
+_BINDING = re.compile(r"([A-Za-z_][\w./]*)\s*=(.*)", re.DOTALL)
+
+
+def packaged_gin_dir() -> Path:
+    """Returns the folder of the gin files that come with the package."""
+    return Path(str(importlib.resources.files("slm_jax") / "gin"))
+
+
+def packaged_gin_files() -> list[str]:
+    """Returns every packaged gin file, relative to `packaged_gin_dir()`."""
+    root = packaged_gin_dir()
+    return sorted(str(path.relative_to(root)) for path in root.rglob("*.gin"))
+
+
+def find_gin_file(name: str, search_paths: Sequence[str]) -> Path:
+    """Returns the file that `name` means: the working directory first, then `search_paths`, then the package.
+
+    Raises:
+      UserError: no such file anywhere; names the nearest packaged file.
+    """
+    for folder in ["", *search_paths, packaged_gin_dir()]:
+        path = Path(folder) / name
+        if path.is_file():
+            return path
+    raise UserError(
+        f"--gin_file: {name!r} is neither a file here nor in the search paths nor packaged"
+        f"{nearest(name, packaged_gin_files())}"
+    )
+
+
+def parse(gin_files: Sequence[str], bindings: Sequence[str] = (), search_paths: Sequence[str] = ()) -> None:
+    """Parses files, then bindings (`NAME=value`), into gin's global configuration, from a clean start.
+
+    Raises:
+      UserError: a missing file, a syntax error, an unknown name, or a macro that nothing reads.
+    """
+    gin.clear_config()
+    gin_internals._LOCATION_PREFIXES[:] = [""]
+    for folder in [*search_paths, str(packaged_gin_dir())]:
+        gin.add_config_file_search_path(folder)
+    paths = [str(find_gin_file(name, search_paths)) for name in gin_files]
+    with _user_errors(), _quiet_search():
+        for path in paths:
+            gin.parse_config_file(path)
+        known = _macro_names()
+        for binding in bindings:
+            parts = _BINDING.fullmatch(binding)
+            if parts is None:
+                raise UserError(f"--gin.{binding}: expected --gin.NAME=value")
+            name, value = parts.groups()
+            if "." not in name and name not in known:
+                raise UserError(f"--gin.{name}: no gin file reads a macro of that name{nearest(name, known)}")
+            with _user_errors(place=f"--gin.{binding}"):
+                gin.parse_config(f"{_imports()}\n{name} = {value}")
+
+
+def build(configurable: Callable[..., T]) -> T:
+    """Calls `configurable` with everything that gin binds to it.
+
+    Raises:
+      UserError: a required macro is missing, or a parameter has no value.
+    """
+    missing = _missing_required()
+    if missing:
+        flags = ", ".join(f"--gin.{name}=..." for name in missing)
+        raise UserError(
+            f"missing required macro{'s' * (len(missing) > 1)} {', '.join(missing)}: give {flags}"
+        )
+    with _user_errors():
+        return gin.get_configurable(configurable)()
+
+
+def resolved_config() -> str:
+    """Returns all bindings as one gin file that no longer needs the files it came from."""
+    return gin.config_str(max_line_length=100)
+
+
+def operative_config() -> str:
+    """Returns the bindings that were used so far, defaults included, as gin text."""
+    return gin.operative_config_str(max_line_length=100)
+
+
+def _imports() -> str:
+    """The import lines that command-line bindings need, those of all files parsed so far."""
+    lines = [line for line in gin.config_str().splitlines() if re.match(r"(from \S+ )?import ", line)]
+    return "\n".join(lines)
+
+
+def _macro_names() -> set[str]:
+    text = gin.config_str()
+    defined = {scope for scope, selector in gin_internals._CONFIG if selector == "gin.macro"}
+    return defined | set(_MACRO.findall(text))
+
+
+def _missing_required() -> list[str]:
+    """Macros that something reads and nothing sets, or that are still `%gin.REQUIRED`."""
+    read = {name for name in _MACRO.findall(gin.config_str()) if name != "gin"}
+    given = {
+        scope
+        for (scope, selector), values in gin_internals._CONFIG.items()
+        if selector == "gin.macro" and str(values.get("value")) != "%gin.REQUIRED"
+    }
+    return sorted(read - given)
+
+
+@contextlib.contextmanager
+def _quiet_search() -> Iterator[None]:
+    """Keeps gin from logging an error for every folder in which it looks for an include."""
+    logging.disable(logging.ERROR)
+    try:
+        yield
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+@contextlib.contextmanager
+def _user_errors(place: str = "") -> Iterator[None]:
+    """Turns gin's own errors into one sentence; errors of our own pass through."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (
+        ValueError, AttributeError, TypeError, OSError, SyntaxError, ImportError, RuntimeError, TokenError
+    ) as error:  # fmt: skip
+        sentence = _sentence(error, place)
+        if sentence is None:
+            raise
+        raise UserError(sentence) from error
+
+
+def _sentence(error: Exception, place: str) -> str | None:
+    """One sentence for an error that gin raised about the configuration; None if it is somebody else's."""
+    text = str(error.args[0]) if isinstance(error, TokenError) else str(error)
+    where = re.search(r"In file \S+ line \d+", text)
+    place = f" ({place or where and where.group(0).replace('In ', 'in ')})" if place or where else ""
+    if found := re.search(r"Configurable '([^']+)' doesn't have a parameter named '([^']+)'", text):
+        name, parameter = found.groups()
+        return f"gin: {name} has no parameter {parameter!r}{nearest(parameter, _parameters(name))}{place}"
+    if found := re.search(
+        r"Couldn't resolve selector (\S+); <module '([^']+)'.*has no attribute (\w+)", text
+    ):
+        selector, module, attribute = found.groups()
+        return f"gin: {selector} names nothing: {module} has no {attribute!r}{nearest(attribute, _public(module))}{place}"
+    if found := re.search(r"Unable to open file: (.+?)\. Searched", text):
+        return f"gin: include {found.group(1)!r} was not found{nearest(found.group(1), packaged_gin_files())}{place}"
+    if (
+        isinstance(error, (SyntaxError, ImportError, TokenError))
+        or " In file " in text
+        or "In bindings string" in text
+    ):
+        return f"gin: {text.strip().splitlines()[0]}{place}"
+    if "Required bindings for" in text or "missing" in text and "required positional argument" in text:
+        return f"gin: {text.strip().splitlines()[0]}{place}"
+    return None
+
+
+def _parameters(selector: str) -> list[str]:
+    with contextlib.suppress(Exception):
+        return list(inspect.signature(gin_internals._REGISTRY.get_match(selector).wrapped).parameters)
+    return []
+
+
+def _public(module: str) -> list[str]:
+    return [name for name in vars(importlib.import_module(module)) if not name.startswith("_")]

@@ -1,0 +1,99 @@
+"""The `slm` command: one subcommand per file of this folder."""
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+import slm_jax
+from slm_jax.errors import UserError, nearest
+
+# Name -> module with `HELP`, `add_arguments(parser)` and `main(args) -> int`; imported only when asked for,
+# as TensorFlow and JAX take seconds to load.
+_COMMANDS = {
+    "train": "Train what the gin files say; run again to resume.",
+    "evaluate": "Score a run's model on a split of its mixture.",
+    "infer": "Answer a prompt about audio files, or a manifest of them.",
+    "demo": "Make the embedded corpus and its vocabularies.",
+    "quickstart": "Corpus, foundation models, adapter, evaluation: the main job on the embedded default.",
+}
+
+
+def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
+    """Parses the command line; `--gin.NAME=value` flags are gathered in `gin_bindings`."""
+    bindings, rest = _split_gin_bindings(argv)
+    parser = _Parser(prog="slm", description=slm_jax.__doc__)
+    parser.add_argument("--version", action="version", version=f"slm_jax {slm_jax.__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, parser_class=_Parser, metavar="COMMAND")
+    chosen = next((word for word in rest if not word.startswith("-")), None)
+    for name, text in _COMMANDS.items():
+        subparser = commands.add_parser(name, help=text, description=text)
+        if name == chosen:
+            importlib.import_module(f"slm_jax.cli.{name}").add_arguments(subparser)
+    if chosen is not None and chosen not in _COMMANDS:
+        raise UserError(f"slm: no command {chosen!r}{nearest(chosen, _COMMANDS)}")
+    args = parser.parse_args(rest)
+    if bindings and not hasattr(args, "gin_file") and not hasattr(args, "run"):
+        raise UserError(f"slm {args.command}: reads no gin, so --gin.{bindings[0]} has no meaning here")
+    args.gin_bindings = bindings
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command; returns its exit status: 0, or 2 for a user's mistake."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    try:
+        args = parse_arguments(sys.argv[1:] if argv is None else argv)
+        return importlib.import_module(f"slm_jax.cli.{args.command}").main(args)
+    except UserError as error:
+        print(f"slm: error: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:
+        # The reader of our output (such as `head`) has gone; point stdout at nothing so that exit is quiet.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def add_gin_arguments(parser: argparse.ArgumentParser, required: bool = True) -> None:
+    """Adds the flags that T5X's users type."""
+    parser.add_argument(
+        "--gin_file", action="append", required=required, default=[], metavar="FILE",
+        help="gin file: yours, or a packaged one such as runs/train.gin; may be repeated",
+    )  # fmt: skip
+    parser.add_argument(
+        "--gin_search_paths",
+        default="",
+        metavar="DIR[,DIR...]",
+        help="folders in which gin files are looked up",
+    )
+    parser.epilog = "Any gin name can be set by --gin.NAME=value, such as --gin.TRAIN_STEPS=100."
+
+
+def search_paths(args: argparse.Namespace) -> list[str]:
+    """Returns the folders of `--gin_search_paths`."""
+    return [folder for folder in args.gin_search_paths.split(",") if folder]
+
+
+def _split_gin_bindings(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    bindings, rest = [], []
+    words = iter(argv)
+    for word in words:
+        if not word.startswith("--gin."):
+            rest.append(word)
+        elif "=" in word:
+            bindings.append(word.removeprefix("--gin."))
+        else:
+            bindings.append(f"{word.removeprefix('--gin.')}={next(words, '')}")
+    return bindings, rest
+
+
+class _Parser(argparse.ArgumentParser):
+    """Argparse whose errors are `UserError`s."""
+
+    def error(self, message: str):
+        found = message.removeprefix("unrecognized arguments: ")
+        if found != message:
+            flags = [flag for action in self._actions for flag in action.option_strings]
+            message = f"unknown flag {found.split()[0]!r}{nearest(found.split()[0], flags)}"
+        raise UserError(f"{self.prog}: {message}")
