@@ -13,7 +13,6 @@ from typing import TypeVar
 
 import gin
 from gin import config as gin_internals
-
 from slm_jax.errors import UserError, nearest
 
 T = TypeVar("T")
@@ -154,7 +153,7 @@ def _sentence(error: Exception, place: str) -> str | None:
     """One sentence for an error that gin raised about the configuration; None if it is somebody else's."""
     text = str(error.args[0]) if isinstance(error, TokenError) else str(error)
     where = re.search(r"In file \S+ line \d+", text)
-    place = f" ({place or where and where.group(0).replace('In ', 'in ')})" if place or where else ""
+    place = f" ({place or (where and where.group(0).replace('In ', 'in '))})" if place or where else ""
     if found := re.search(r"Configurable '([^']+)' doesn't have a parameter named '([^']+)'", text):
         name, parameter = found.groups()
         return f"gin: {name} has no parameter {parameter!r}{nearest(parameter, _parameters(name))}{place}"
@@ -162,16 +161,18 @@ def _sentence(error: Exception, place: str) -> str | None:
         r"Couldn't resolve selector (\S+); <module '([^']+)'.*has no attribute (\w+)", text
     ):
         selector, module, attribute = found.groups()
-        return f"gin: {selector} names nothing: {module} has no {attribute!r}{nearest(attribute, _public(module))}{place}"
+        instead = nearest(attribute, _public(module))
+        return f"gin: {selector} names nothing: {module} has no {attribute!r}{instead}{place}"
     if found := re.search(r"Unable to open file: (.+?)\. Searched", text):
-        return f"gin: include {found.group(1)!r} was not found{nearest(found.group(1), packaged_gin_files())}{place}"
+        instead = nearest(found.group(1), packaged_gin_files())
+        return f"gin: include {found.group(1)!r} was not found{instead}{place}"
     if (
         isinstance(error, (SyntaxError, ImportError, TokenError))
         or " In file " in text
         or "In bindings string" in text
     ):
         return f"gin: {text.strip().splitlines()[0]}{place}"
-    if "Required bindings for" in text or "missing" in text and "required positional argument" in text:
+    if "Required bindings for" in text or ("missing" in text and "required positional argument" in text):
         return f"gin: {text.strip().splitlines()[0]}{place}"
     return None
 
