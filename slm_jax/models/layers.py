@@ -1,0 +1,314 @@
+"""Layers shared by the networks: norm, dense, embedding, MLP, attention, T5's relative position bias.
+
+Parameter names, kernel shapes and logical axes follow T5X's scalable T5. Parameters are float32 unless
+given otherwise; `dtype` is the dtype of computation. Norms and softmax compute in float32.
+
+Shape suffixes: B rows, Q queries, K keys, L positions, D features, H heads, C features of a head.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+Initializer = Callable[..., jax.Array]
+
+# Far below any score, yet finite: a query that may attend to nothing gets an even mean and never NaN.
+MASKED_SCORE = -1e30
+
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "gelu": nn.gelu,  # the tanh form, as in T5 v1.1, mT5 and mT0
+    "relu": nn.relu,
+    "silu": nn.silu,
+    "linear": lambda x: x,
+}
+
+
+class RMSNorm(nn.Module):
+    """T5's layer norm: scale only, no mean, no bias (https://arxiv.org/abs/1910.07467).
+
+    Args of the call:
+      x: [..., D] of any float dtype. The result has dtype `dtype`.
+    """
+
+    epsilon: float = 1e-6
+    dtype: DTypeLike = jnp.float32
+    scale_init: Initializer = nn.initializers.ones
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        scale = self.param(
+            "scale", nn.with_logical_partitioning(self.scale_init, ("norm",)), (x.shape[-1],), jnp.float32
+        )
+        x = x.astype(jnp.float32)
+        x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.epsilon)
+        return (x * scale).astype(self.dtype)
+
+
+class Dense(nn.Module):
+    """A linear map of the last dims to new dims, without bias unless asked.
+
+    The kernel's shape is the contracted dims followed by `features`; it starts normal with standard deviation
+    `init_scale / sqrt(product of the contracted dims)`.
+
+    Args:
+      features: size of the new dim, or sizes of several (heads, features of a head).
+      axes: logical axis name of each kernel dim.
+      contracted: how many trailing dims of the input are contracted.
+    """
+
+    features: int | Sequence[int]
+    axes: Sequence[str]
+    contracted: int = 1
+    use_bias: bool = False
+    init_scale: float = 1.0
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        features = (self.features,) if isinstance(self.features, int) else tuple(self.features)
+        inputs = x.shape[x.ndim - self.contracted :]
+        init = nn.initializers.normal(self.init_scale / math.sqrt(math.prod(inputs)))
+        kernel = self.param(
+            "kernel",
+            nn.with_logical_partitioning(init, tuple(self.axes)),
+            (*inputs, *features),
+            jnp.float32,
+        )
+        trailing = tuple(range(x.ndim - self.contracted, x.ndim))
+        leading = tuple(range(self.contracted))
+        y = jax.lax.dot_general(
+            x.astype(self.dtype), jnp.asarray(kernel, self.dtype), ((trailing, leading), ((), ()))
+        )
+        if self.use_bias:
+            zeros = nn.with_logical_partitioning(nn.initializers.zeros, tuple(self.axes[self.contracted :]))
+            y = y + jnp.asarray(self.param("bias", zeros, features, jnp.float32), self.dtype)
+        return y
+
+
+class Embed(nn.Module):
+    """A table of token embeddings.
+
+    Args of the call:
+      tokens: int32 [...], each below `num_embeddings`. The result is [..., features] of dtype `dtype`.
+    """
+
+    num_embeddings: int
+    features: int
+    init_std: float = 1.0
+    dtype: DTypeLike = jnp.float32
+
+    def setup(self):
+        self.embedding = self.param(
+            "embedding",
+            nn.with_logical_partitioning(nn.initializers.normal(self.init_std), ("vocab", "embed")),
+            (self.num_embeddings, self.features),
+            jnp.float32,
+        )
+
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        # Taken first and cast after: a cast of the whole table would cost its size again.
+        return jnp.take(self.embedding, tokens, axis=0).astype(self.dtype)
+
+
+class Mlp(nn.Module):
+    """The position-wise MLP of a transformer, gated (`wi_0`, `wi_1`, `wo`) or not (`wi`, `wo`).
+
+    Args:
+      hidden_dim: features between the two maps.
+      activation: a name of ACTIVATIONS.
+      gated: multiply the activated map by a second, linear one (https://arxiv.org/abs/2002.05202).
+      out_dim: features of the result; those of the input where None.
+
+    Args of the call:
+      x: [B, L, D].
+      deterministic: False applies dropout to the hidden features (rng `dropout`).
+    """
+
+    hidden_dim: int
+    activation: str = "gelu"
+    gated: bool = True
+    dropout: float = 0.0
+    out_dim: int | None = None
+    use_bias: bool = False
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, deterministic: bool = True) -> jax.Array:
+        def inner(name: str) -> jax.Array:
+            dense = Dense(
+                self.hidden_dim, ("embed", "mlp"), use_bias=self.use_bias, dtype=self.dtype, name=name
+            )
+            return dense(x)
+
+        activate = ACTIVATIONS[self.activation]
+        hidden = activate(inner("wi_0")) * inner("wi_1") if self.gated else activate(inner("wi"))
+        hidden = nn.Dropout(self.dropout, broadcast_dims=(-2,))(hidden, deterministic=deterministic)
+        hidden = nn.with_logical_constraint(
+            hidden, ("activation_batch", "activation_length", "activation_mlp")
+        )
+        out_dim = self.out_dim or x.shape[-1]
+        return Dense(out_dim, ("mlp", "embed"), use_bias=self.use_bias, dtype=self.dtype, name="wo")(hidden)
+
+
+class MultiHeadAttention(nn.Module):
+    """Multi-head dot-product attention with an explicit mask and an additive bias.
+
+    Args:
+      out_dim: features of the result; those of the queries where None.
+      scale: factor of the scores. T5 has 1.0 (its query kernel starts smaller by sqrt(head_dim) instead); most
+        others have head_dim ** -0.5. Either way the scores start with the same variance.
+
+    Args of the call:
+      queries_BQD: [B, Q, D]; keys_BKD: [B, K, D'], from which keys and values are projected.
+      mask: bool, broadcastable to [B, H, Q, K], True where a query may attend; None lets all attend.
+      bias: float, broadcastable to [B, H, Q, K], added to the scores.
+      deterministic: False applies dropout to the attention weights (rng `dropout`).
+    """
+
+    num_heads: int
+    head_dim: int
+    out_dim: int | None = None
+    scale: float = 1.0
+    dropout: float = 0.0
+    use_bias: bool = False
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self,
+        queries_BQD: jax.Array,
+        keys_BKD: jax.Array,
+        mask: jax.Array | None = None,
+        bias: jax.Array | None = None,
+        deterministic: bool = True,
+        cache: Callable[..., tuple[jax.Array, jax.Array]] | None = None,
+    ) -> jax.Array:
+        """`cache`, if given, gets a function that projects the keys and gives the key and value to attend to."""
+
+        def project(x: jax.Array, name: str, init_scale: float = 1.0) -> jax.Array:
+            y = Dense(
+                (self.num_heads, self.head_dim),
+                ("embed", "heads", "kv"),
+                use_bias=self.use_bias,
+                init_scale=init_scale,
+                dtype=self.dtype,
+                name=name,
+            )(x)
+            return nn.with_logical_constraint(
+                y, ("activation_batch", "activation_length", "activation_heads", "activation_kv")
+            )
+
+        query_BQHC = project(queries_BQD, "query", init_scale=1.0 / (self.scale * math.sqrt(self.head_dim)))
+        if self.scale != 1.0:
+            query_BQHC = query_BQHC * jnp.asarray(self.scale, self.dtype)
+
+        def project_keys() -> tuple[jax.Array, jax.Array]:
+            return project(keys_BKD, "key"), project(keys_BKD, "value")
+
+        key_BKHC, value_BKHC = project_keys() if cache is None else cache(project_keys)
+        mixed_BQHC = dot_product_attention(
+            query_BQHC,
+            key_BKHC,
+            value_BKHC,
+            mask,
+            bias,
+            drop=lambda weights: nn.Dropout(self.dropout, broadcast_dims=(-2,))(
+                weights, deterministic=deterministic
+            ),
+        )
+        return Dense(
+            self.out_dim or queries_BQD.shape[-1],
+            ("heads", "kv", "embed"),
+            contracted=2,
+            use_bias=self.use_bias,
+            dtype=self.dtype,
+            name="out",
+        )(mixed_BQHC)
+
+
+def dot_product_attention(
+    query_BQHC: jax.Array,
+    key_BKHC: jax.Array,
+    value_BKHC: jax.Array,
+    mask: jax.Array | None = None,
+    bias: jax.Array | None = None,
+    drop: Callable[[jax.Array], jax.Array] = lambda weights: weights,
+) -> jax.Array:
+    """Returns attention's mix of the values, [B, Q, H, C]; scores and softmax are float32.
+
+    Args:
+      mask, bias: broadcastable to [B, H, Q, K]. A query whose mask is empty gets the even mean of all values.
+      drop: applied to the weights, [B, H, Q, K].
+    """
+    scores_BHQK = jnp.einsum("bqhc,bkhc->bhqk", query_BQHC, key_BKHC, preferred_element_type=jnp.float32)
+    if bias is not None:
+        scores_BHQK = scores_BHQK + bias.astype(jnp.float32)
+    if mask is not None:
+        scores_BHQK = jnp.where(mask, scores_BHQK, MASKED_SCORE)
+    weights_BHQK = drop(jax.nn.softmax(scores_BHQK, axis=-1).astype(value_BKHC.dtype))
+    return jnp.einsum("bhqk,bkhc->bqhc", weights_BHQK, value_BKHC)
+
+
+def relative_position_bucket(
+    relative_position: jax.Array, bidirectional: bool, num_buckets: int = 32, max_distance: int = 128
+) -> jax.Array:
+    """Returns T5's bucket of each relative position, int32 of the same shape (arXiv 1910.10683, section 2.1).
+
+    Args:
+      relative_position: int32, key position minus query position.
+      bidirectional: half of the buckets are for keys to the right; otherwise all of those share bucket 0.
+      num_buckets: half of (each side's) buckets are exact, the others logarithmic up to `max_distance`.
+    """
+    distance = -relative_position
+    bucket = jnp.zeros_like(distance)
+    if bidirectional:
+        num_buckets //= 2
+        bucket = bucket + (distance < 0).astype(jnp.int32) * num_buckets
+        distance = jnp.abs(distance)
+    else:
+        distance = jnp.maximum(distance, 0)
+    exact = num_buckets // 2
+    # The comparison below takes the exact branch for distance 0, where the logarithm would be -inf.
+    ratio = jnp.log(jnp.maximum(distance, 1).astype(jnp.float32) / exact) / math.log(max_distance / exact)
+    logarithmic = jnp.minimum(exact + (ratio * (num_buckets - exact)).astype(jnp.int32), num_buckets - 1)
+    return bucket + jnp.where(distance < exact, distance, logarithmic)
+
+
+class RelativePositionBias(nn.Module):
+    """T5's learned bias of attention scores per head and bucket of relative position.
+
+    Args of the call:
+      query_positions: int32 [Q]; key_positions: int32 [K]. The result is float32 [1, H, Q, K].
+    """
+
+    num_heads: int
+    bidirectional: bool
+    num_buckets: int = 32
+    max_distance: int = 128
+    init_std: float = 0.25
+
+    @nn.compact
+    def __call__(self, query_positions: jax.Array, key_positions: jax.Array) -> jax.Array:
+        rel_embedding = self.param(
+            "rel_embedding",
+            nn.with_logical_partitioning(nn.initializers.normal(self.init_std), ("heads", "relpos_buckets")),
+            (self.num_heads, self.num_buckets),
+            jnp.float32,
+        )
+        bucket_QK = relative_position_bucket(
+            key_positions[None, :] - query_positions[:, None],
+            self.bidirectional,
+            self.num_buckets,
+            self.max_distance,
+        )
+        return jnp.take(rel_embedding, bucket_QK, axis=1)[None].astype(jnp.float32)
+
+
+def segment_mask(query_segments_BQ: jax.Array, key_segments_BK: jax.Array) -> jax.Array:
+    """Returns bool [B, 1, Q, K]: True where query and key belong to the same segment; 0 is padding."""
+    same = query_segments_BQ[:, :, None] == key_segments_BK[:, None, :]
+    return (same & (key_segments_BK != 0)[:, None, :])[:, None]
