@@ -1,0 +1,33 @@
+"""What a run carries from step to step."""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+
+
+class TrainState(NamedTuple):
+    """Step number, trained parameters and optimizer state; nothing of it is frozen.
+
+    Attributes:
+      step: int32 scalar, steps taken, skipped ones included.
+      params: the trained parameters, unboxed.
+      opt_state: Optax state of `params`.
+    """
+
+    step: jax.Array
+    params: Any
+    opt_state: Any
+
+
+@dataclass(frozen=True)
+class DataCursor:
+    """Where in the plan a run stands.
+
+    Attributes:
+      rows_consumed: rows of the plan that were trained on.
+      fingerprint: of the plan.
+    """
+
+    rows_consumed: int
+    fingerprint: str
