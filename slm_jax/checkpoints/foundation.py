@@ -1,0 +1,245 @@
+"""Foundation models on disk: saved once, referenced by runs, never copied."""
+
+import json
+import shutil
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from jax.typing import DTypeLike
+
+from slm_jax.checkpoints.fingerprints import fingerprint
+from slm_jax.checkpoints.parameters import (
+    ParameterTable,
+    check_parameters,
+    parameter_table,
+    table_from_json,
+    table_to_json,
+)
+from slm_jax.checkpoints.provenance import FORMAT_VERSION, check_format_version
+from slm_jax.errors import UserError, nearest
+
+RECORD_FILE = "foundation.json"
+PARAMS_FOLDER = "params"
+
+
+@dataclass(frozen=True)
+class FoundationRecord:
+    """What `foundation.json` says.
+
+    Attributes:
+      directory: where it lies.
+      kind: the sort of model, such as `t5` or `conformer`.
+      config: the model's configuration as plain values.
+      fingerprint: of the parameters.
+      parameters: shape and dtype of every parameter by path.
+    """
+
+    directory: Path
+    kind: str
+    config: dict[str, Any]
+    fingerprint: str
+    parameters: ParameterTable
+
+
+def save_foundation(
+    directory: str | Path,
+    params: Any,
+    *,
+    kind: str,
+    config: Mapping[str, Any],
+    files: Sequence[str | Path] = (),
+) -> FoundationRecord:
+    """Saves a model's parameters with its configuration; nothing that loads is left behind when killed.
+
+    Args:
+      directory: where to; must not exist, or be empty.
+      params: the unboxed parameters, nested dictionaries of numpy or jax arrays.
+      kind: the sort of model.
+      config: its configuration as plain values (what JSON holds).
+      files: files to copy next to the parameters, such as a tokenizer.
+
+    Raises:
+      UserError: the directory holds something, or cannot be written.
+    """
+    directory = Path(directory).absolute()
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise UserError(f"{directory} exists and is not an empty directory; a foundation model is never overwritten")
+    record = FoundationRecord(
+        directory, kind, _plain(config), fingerprint(params), parameter_table(params)
+    )
+    partial = directory.with_name(f".{directory.name}.partial-{_shared_suffix()}")
+    try:
+        _write(partial, record, params, files)
+    except (OSError, ValueError) as error:
+        if jax.process_index() == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise UserError(f"cannot save the {kind} model to {directory}: {_first_line(error)}") from error
+    return record
+
+
+def read_foundation(directory: str | Path) -> FoundationRecord:
+    """Reads `foundation.json`, without the parameters.
+
+    Raises:
+      UserError: there is none, it is damaged, or a newer release wrote it.
+    """
+    directory = Path(directory).absolute()
+    path = directory / RECORD_FILE
+    if not path.is_file():
+        raise UserError(
+            f"{directory} is no foundation model: "
+            + (f"it has no {RECORD_FILE}" if directory.is_dir() else "there is no such directory")
+        )
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        check_format_version(record["format_version"], str(path))
+        return FoundationRecord(
+            directory,
+            record["kind"],
+            record["config"],
+            record["fingerprint"],
+            table_from_json(record["parameters"]),
+        )
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is damaged: {_first_line(error)}") from error
+
+
+def load_foundation(
+    directory: str | Path,
+    kind: str,
+    abstract: Any,
+    dtype: DTypeLike | None = None,
+    config: Mapping[str, Any] | None = None,
+) -> Any:
+    """Loads parameters straight onto their devices and verifies their fingerprint.
+
+    Args:
+      directory: of `save_foundation`.
+      kind: the expected sort of model.
+      abstract: unboxed tree of ShapeDtypeStruct, with shardings where the parameters are to be split.
+      dtype: floating parameters are cast to it after the check; None keeps the dtype on disk.
+      config: the expected configuration; None checks none.
+
+    Raises:
+      UserError: no foundation model, another kind, another configuration (the field is named), another
+        tree (the parameter is named), or damaged data.
+    """
+    record = read_foundation(directory)
+    if record.kind != kind:
+        raise UserError(f"{record.directory} holds a model of kind {record.kind!r}, expected {kind!r}")
+    if config is not None:
+        _check_config(record, _plain(config))
+    check_parameters(record.parameters, parameter_table(abstract), str(record.directory), check_dtype=False)
+    stored = jax.tree_util.tree_map_with_path(
+        lambda path, leaf: jax.ShapeDtypeStruct(
+            leaf.shape,
+            np.dtype(record.parameters[jax.tree_util.keystr(path, simple=True, separator="/")][1]),
+            sharding=leaf.sharding,
+        ),
+        abstract,
+    )
+    try:
+        with ocp.StandardCheckpointer() as checkpointer:
+            params = checkpointer.restore(record.directory / PARAMS_FOLDER, _with_shardings(stored))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{record.directory} is damaged: {_first_line(error)}") from error
+    found = fingerprint(params)
+    if found != record.fingerprint:
+        raise UserError(
+            f"{record.directory} is damaged: its parameters have fingerprint {found}, "
+            f"{RECORD_FILE} says {record.fingerprint}"
+        )
+    return params if dtype is None else _cast(params, dtype)
+
+
+def _write(partial: Path, record: FoundationRecord, params: Any, files: Sequence[str | Path]) -> None:
+    if jax.process_index() == 0:
+        partial.mkdir(parents=True)
+    _barrier("foundation folder")
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(partial / PARAMS_FOLDER, params)
+        checkpointer.wait_until_finished()
+    _barrier("foundation parameters")
+    if jax.process_index() == 0:
+        for file in files:
+            shutil.copyfile(file, partial / Path(file).name)
+        text = json.dumps(
+            {
+                "format_version": FORMAT_VERSION,
+                "kind": record.kind,
+                "config": record.config,
+                "fingerprint": record.fingerprint,
+                "parameters": table_to_json(record.parameters),
+            },
+            indent=1,
+        )
+        (partial / RECORD_FILE).write_text(text + "\n", encoding="utf-8")
+        if record.directory.exists():
+            record.directory.rmdir()
+        partial.rename(record.directory)
+    _barrier("foundation in place")
+
+
+def _check_config(record: FoundationRecord, expected: dict[str, Any]) -> None:
+    for name in sorted(record.config.keys() | expected.keys()):
+        if name not in record.config or name not in expected:
+            side, other = ("the model", record.config) if name in expected else ("this run", expected)
+            raise UserError(
+                f"{record.directory}: configuration field {name!r} is unknown to {side}{nearest(name, other)}"
+            )
+        if record.config[name] != expected[name]:
+            raise UserError(
+                f"{record.directory}: configuration field {name!r} is {record.config[name]!r}, "
+                f"expected {expected[name]!r}"
+            )
+
+
+def _with_shardings(abstract: Any) -> Any:
+    # Orbax asks for a sharding at every leaf, so that a checkpoint never decides where arrays go.
+    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding or device), abstract
+    )
+
+
+def _cast(params: Any, dtype: DTypeLike) -> Any:
+    def cast(leaf: jax.Array) -> jax.Array:
+        if not jax.numpy.issubdtype(leaf.dtype, jax.numpy.floating) or leaf.dtype == np.dtype(dtype):
+            return leaf
+        # One array at a time: never is the whole model held in both dtypes.
+        smaller = leaf.astype(dtype)
+        leaf.delete()
+        return smaller
+
+    return jax.tree.map(cast, params)
+
+
+def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
+    return json.loads(json.dumps(dict(config)))
+
+
+def _shared_suffix() -> str:
+    if jax.process_count() == 1:
+        return uuid.uuid4().hex[:8]
+    # Every process must write below the same folder.
+    from jax.experimental import multihost_utils
+
+    seed = np.frombuffer(uuid.uuid4().bytes[:4], np.uint32)
+    return f"{int(multihost_utils.broadcast_one_to_all(seed)[0]):08x}"
+
+
+def _barrier(name: str) -> None:
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        multihost_utils.sync_global_devices(name)
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().split("\n")[0][:300] or type(error).__name__

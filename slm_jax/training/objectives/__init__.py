@@ -1,0 +1,1 @@
+"""What a run minimises: one file per objective, all with the interface of `base.Objective`."""

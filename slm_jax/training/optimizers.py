@@ -1,0 +1,150 @@
+"""Optimizers and learning-rate schedules as configuration; Optax underneath."""
+
+import enum
+from dataclasses import dataclass, field
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from slm_jax.errors import UserError, nearest
+
+
+class Decay(enum.StrEnum):
+    """What the learning rate does after its warm-up."""
+
+    CONSTANT = "constant"
+    RSQRT = "rsqrt"
+    COSINE = "cosine"
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """A linear warm-up to the peak, then a decay.
+
+    Attributes:
+      peak: highest learning rate, reached at the end of the warm-up.
+      warmup_steps: steps of the warm-up; the first step already learns.
+      decay: `constant`, `rsqrt` (peak * sqrt(warmup_steps / step)) or `cosine` (to `floor` at `total_steps`).
+      total_steps: end of the cosine; needed by `cosine` alone.
+      floor: learning rate at the end of the cosine.
+    """
+
+    peak: float = 1e-3
+    warmup_steps: int = 100
+    decay: str = Decay.CONSTANT
+    total_steps: int | None = None
+    floor: float = 0.0
+
+
+@dataclass(frozen=True)
+class AdamWConfig:
+    """AdamW (arXiv 1711.05101).
+
+    Attributes:
+      schedule: the learning rate.
+      b1, b2, eps: of Adam.
+      weight_decay: decoupled; reaches parameters of two dims and more, so norms and biases are spared.
+      clip_norm: bound on the global norm of the gradient; None clips nothing.
+    """
+
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    b1: float = 0.9
+    b2: float = 0.98
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    clip_norm: float | None = 1.0
+
+
+@dataclass(frozen=True)
+class AdafactorConfig:
+    """Adafactor (arXiv 1804.04235).
+
+    Attributes:
+      schedule: the learning rate; relative to each parameter's RMS where `scale_by_parameter` is set.
+      decay_rate: exponent of the second moment's decay.
+      min_dim_size_to_factor: parameters with two dims of at least this size keep row and column statistics.
+      scale_by_parameter: multiply updates by the parameter's RMS.
+      update_rms: bound on the RMS of an update; None clips nothing.
+      clip_norm: bound on the global norm of the gradient; None clips nothing.
+    """
+
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    decay_rate: float = 0.8
+    min_dim_size_to_factor: int = 128
+    scale_by_parameter: bool = True
+    update_rms: float | None = 1.0
+    clip_norm: float | None = None
+
+
+OptimizerConfig = AdamWConfig | AdafactorConfig
+
+
+def make_schedule(config: ScheduleConfig) -> optax.Schedule:
+    """The learning rate as a function of the number of updates made before.
+
+    Raises:
+      UserError: unknown decay, negative warm-up, or a cosine without an end after its warm-up.
+    """
+    if config.decay not in tuple(Decay):
+        raise UserError(f"schedule decay {config.decay!r} is unknown{nearest(config.decay, tuple(Decay))}")
+    if config.warmup_steps < 0:
+        raise UserError(f"schedule warmup_steps is {config.warmup_steps}, expected 0 or more")
+    if config.decay == Decay.COSINE and (config.total_steps or 0) <= config.warmup_steps:
+        raise UserError(
+            f"schedule decay 'cosine' needs total_steps above warmup_steps={config.warmup_steps}, "
+            f"found {config.total_steps}"
+        )
+    warmup = max(config.warmup_steps, 1)
+
+    def schedule(count: optax.ScalarOrSchedule) -> jnp.ndarray:
+        update = jnp.asarray(count, jnp.float32) + 1.0
+        after = jnp.maximum(update, warmup)
+        if config.decay == Decay.CONSTANT:
+            decayed = jnp.float32(config.peak)
+        elif config.decay == Decay.RSQRT:
+            decayed = config.peak * jnp.sqrt(warmup / after)
+        else:
+            assert config.total_steps is not None
+            share = jnp.clip((after - warmup) / (config.total_steps - warmup), 0.0, 1.0)
+            decayed = config.floor + (config.peak - config.floor) * 0.5 * (1.0 + jnp.cos(jnp.pi * share))
+        return decayed * jnp.minimum(update / warmup, 1.0)
+
+    return schedule
+
+
+def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformationExtraArgs:
+    """The Optax transformation: clipping, then the optimizer; updates that are not finite are left out.
+
+    A left-out update changes neither parameters nor optimizer state but the counters
+    `notfinite_count` (in a row) and `total_notfinite`.
+    """
+    schedule = make_schedule(config.schedule)
+    if isinstance(config, AdamWConfig):
+        inner = optax.adamw(
+            schedule,
+            b1=config.b1,
+            b2=config.b2,
+            eps=config.eps,
+            weight_decay=config.weight_decay,
+            mask=_is_matrix,
+        )
+    else:
+        inner = optax.adafactor(
+            schedule,
+            min_dim_size_to_factor=config.min_dim_size_to_factor,
+            decay_rate=config.decay_rate,
+            multiply_by_parameter_scale=config.scale_by_parameter,
+            clipping_threshold=config.update_rms,
+            # Momentum would double the optimizer's memory, what Adafactor is there to save.
+            momentum=None,
+        )
+    if config.clip_norm is not None:
+        inner = optax.chain(optax.clip_by_global_norm(config.clip_norm), inner)
+    # Past its bound apply_if_finite would apply the poisoned update; the loop stops long before this one.
+    return optax.apply_if_finite(inner, max_consecutive_errors=np.iinfo(np.int32).max)
+
+
+def _is_matrix(params: optax.Params) -> optax.Params:
+    return jax.tree.map(lambda param: param.ndim > 1, params)
