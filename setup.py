@@ -47,7 +47,7 @@ EXTRAS = {
         *RIVALS,
         "build>=1.2",
         "hypothesis>=6.100",
-        "pyright>=1.1.400",
+        "pyright[nodejs]>=1.1.400",
         "pytest>=8",
         "pytest-timeout>=2.3",
         "pytest-xdist>=3.6",
