@@ -69,10 +69,10 @@ def save_foundation(
     """
     directory = Path(directory).absolute()
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        raise UserError(f"{directory} exists and is not an empty directory; a foundation model is never overwritten")
-    record = FoundationRecord(
-        directory, kind, _plain(config), fingerprint(params), parameter_table(params)
-    )
+        raise UserError(
+            f"{directory} exists and is not an empty directory; a foundation model is never overwritten"
+        )
+    record = FoundationRecord(directory, kind, _plain(config), fingerprint(params), parameter_table(params))
     partial = directory.with_name(f".{directory.name}.partial-{_shared_suffix()}")
     try:
         _write(partial, record, params, files)

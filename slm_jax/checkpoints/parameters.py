@@ -38,7 +38,9 @@ def check_parameters(saved: ParameterTable, expected: ParameterTable, where: str
         if path not in saved:
             raise UserError(f"{where} lacks parameter {path}, which this model has{nearest(path, saved)}")
         if path not in expected:
-            raise UserError(f"{where} holds parameter {path}, which this model lacks{nearest(path, expected)}")
+            raise UserError(
+                f"{where} holds parameter {path}, which this model lacks{nearest(path, expected)}"
+            )
         (shape, dtype), (expected_shape, expected_dtype) = saved[path], expected[path]
         if shape != expected_shape:
             raise UserError(

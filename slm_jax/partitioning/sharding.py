@@ -84,9 +84,7 @@ def spec_of(names: Sequence[str | None], mesh: Mesh, rules: LogicalRules = DEFAU
     return PartitionSpec(*spec)
 
 
-def plan_text(
-    boxed_abstract: Mapping[str, PyTree], mesh: Mesh, rules: LogicalRules = DEFAULT_RULES
-) -> str:
+def plan_text(boxed_abstract: Mapping[str, PyTree], mesh: Mesh, rules: LogicalRules = DEFAULT_RULES) -> str:
     """The sharding plan: path, shape, dtype, logical axes, spec and bytes per device of every variable.
 
     Args:
@@ -110,7 +108,14 @@ def plan_text(
             count += math.prod(value.shape)
             axes = ",".join(str(axis) for axis in leaf.names) if _is_box(leaf) else "-"
             rows.append(
-                (name, _shape_text(value.shape), value.dtype.name, f"({axes})", _spec_text(sharding), f"{local:,}")
+                (
+                    name,
+                    _shape_text(value.shape),
+                    value.dtype.name,
+                    f"({axes})",
+                    _spec_text(sharding),
+                    f"{local:,}",
+                )
             )
         lines += ["", f"{collection}:", *_columns(rows)]
         lines.append(f"  total: {count:,} parameters, {total:,} bytes, {per_device:,} bytes per device")
@@ -224,5 +229,6 @@ def _spec_text(sharding: NamedSharding) -> str:
 def _columns(rows: list[tuple[str, ...]]) -> list[str]:
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))] if rows else []
     return [
-        "  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+        "  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
     ]

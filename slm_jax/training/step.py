@@ -139,9 +139,7 @@ def _summed_gradients(
     first = jax.tree.map(lambda array: array[0], parts)
     if microbatches == 1:
         return of_part(first, rng)
-    zeros = jax.tree.map(
-        lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(of_part, first, rng)
-    )
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(of_part, first, rng))
 
     def add(sums: Sums, item: tuple[Batch, jax.Array]) -> tuple[Sums, None]:
         part, number = item

@@ -1,0 +1,331 @@
+"""Checkpoints of a run: state, cursor and provenance, saved in the background, kept by age and by metric."""
+
+import enum
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import orbax.checkpoint as ocp
+
+from slm_jax.checkpoints.parameters import (
+    check_parameters,
+    parameter_table,
+    table_from_json,
+    table_to_json,
+)
+from slm_jax.checkpoints.provenance import (
+    FORMAT_VERSION,
+    Provenance,
+    check_format_version,
+    check_provenance,
+    read_provenance,
+)
+from slm_jax.errors import UserError, nearest
+
+MARKER_FILE = "slm_run.json"
+
+
+class BestMode(enum.StrEnum):
+    """Which end of a metric is the good one."""
+
+    MIN = "min"
+    MAX = "max"
+
+
+class Restored(NamedTuple):
+    """What a run goes on from.
+
+    Attributes:
+      step: number of the step after which it was saved.
+      state: as the abstract state that was asked for.
+      cursor: `rows_consumed` and `fingerprint`, as they were handed to `save`.
+      provenance: the record of the run that saved it.
+      notes: allowed differences to the run at hand, for the log.
+    """
+
+    step: int
+    state: Any
+    cursor: dict[str, Any]
+    provenance: Provenance
+    notes: list[str]
+
+
+def claim_run_directory(directory: str | Path) -> Path:
+    """Makes a directory a run's own, or finds that it is one already.
+
+    Raises:
+      UserError: it holds something else, a newer release wrote it, or it cannot be written.
+    """
+    directory = Path(directory).absolute()
+    marker = directory / MARKER_FILE
+    if marker.is_file():
+        try:
+            version = json.loads(marker.read_text(encoding="utf-8"))["format_version"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{marker} is damaged; expected the mark of a run directory") from error
+        check_format_version(version, str(marker))
+        return directory
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise UserError(
+            f"{directory} holds something that is no run of slm_jax (it has no {MARKER_FILE}); "
+            "choose an empty or a new directory"
+        )
+    if jax.process_index() == 0:
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            partial = marker.with_suffix(".partial")
+            partial.write_text(json.dumps({"format_version": FORMAT_VERSION}) + "\n", encoding="utf-8")
+            partial.rename(marker)
+        except OSError as error:
+            raise UserError(f"cannot write run directory {directory}: {error.strerror or error}") from error
+    return directory
+
+
+class RunCheckpoints:
+    """The checkpoints of one run directory.
+
+    Args:
+      directory: where they lie, one folder per step.
+      keep_last: how many of the newest are kept.
+      keep_best: how many of the best by `best_metric` are kept besides.
+      best_metric: name among the metrics handed to `save`; needed where `keep_best` is above 0.
+      best_mode: `min` for error rates and losses, `max` for scores.
+
+    Raises:
+      UserError: the directory is no run's, cannot be written, or the options do not fit together.
+    """
+
+    def __init__(
+        self,
+        directory: str | Path,
+        keep_last: int = 2,
+        keep_best: int = 0,
+        best_metric: str | None = None,
+        best_mode: str = BestMode.MIN,
+    ):
+        if keep_last < 1 or keep_best < 0:
+            raise UserError(f"keep_last={keep_last} must be 1 or more and keep_best={keep_best} 0 or more")
+        if keep_best and not best_metric:
+            raise UserError(f"keep_best={keep_best} needs best_metric, the name of a metric")
+        if best_mode not in tuple(BestMode):
+            raise UserError(f"best_mode {best_mode!r} is unknown{nearest(best_mode, tuple(BestMode))}")
+        self._directory = claim_run_directory(directory)
+        self._policy = KeepLastAndBest(keep_last, keep_best, best_metric, best_mode)
+        options = ocp.CheckpointManagerOptions(
+            # Orbax keeps metrics only where it is told how to rank by them; the policy does the ranking.
+            best_fn=self._policy.score if keep_best else None,
+            preservation_policy=self._policy,
+            cleanup_tmp_directories=True,
+            create=False,
+        )
+        self._manager = ocp.CheckpointManager(
+            self._directory, options=options, item_names=("state", "record")
+        )
+
+    @property
+    def directory(self) -> Path:
+        """Where the checkpoints lie."""
+        return self._directory
+
+    def save(
+        self,
+        step: int,
+        state: Any,
+        cursor: Any,
+        provenance: Provenance,
+        metrics: Mapping[str, float] | None = None,
+    ) -> bool:
+        """Begins to save; the state may be donated as soon as this returns.
+
+        Args:
+          step: number of the step; one that is saved already is left as it is.
+          state: tree of jax arrays.
+          cursor: dataclass with `rows_consumed` and `fingerprint`.
+          provenance: the record of this run.
+          metrics: of the last evaluation, if there was one at this step.
+
+        Returns:
+          Whether a save has begun.
+
+        Raises:
+          UserError: this save or one before it failed, as on a full disk; earlier checkpoints are intact.
+        """
+        if step in self.all_steps():
+            return False
+        record = {
+            "format_version": provenance.format_version,
+            "cursor": asdict(cursor),
+            "provenance": provenance.to_json(),
+            "parameters": table_to_json(parameter_table(state)),
+            "metrics": dict(metrics or {}),
+        }
+        try:
+            return self._manager.save(
+                step,
+                args=ocp.args.Composite(state=ocp.args.PyTreeSave(state), record=ocp.args.JsonSave(record)),
+                metrics=dict(metrics or {}),
+                force=True,
+            )
+        except Exception as error:
+            raise self._failed(error) from error
+
+    def wait(self) -> None:
+        """Waits for saves that are under way.
+
+        Raises:
+          UserError: one of them failed.
+        """
+        try:
+            self._manager.wait_until_finished()
+        except Exception as error:
+            raise self._failed(error) from error
+
+    def close(self) -> None:
+        """Waits and frees the threads.
+
+        Raises:
+          UserError: a save failed.
+        """
+        try:
+            self.wait()
+        finally:
+            self._manager.close()
+
+    def all_steps(self) -> list[int]:
+        """Steps that are saved, in order; a half-written one is none of them."""
+        return sorted(self._manager.all_steps())
+
+    def latest_step(self) -> int | None:
+        """The newest step that is saved."""
+        steps = self.all_steps()
+        return steps[-1] if steps else None
+
+    def best_step(self) -> int | None:
+        """The best step by `best_metric`, or None where none was evaluated."""
+        scored = [(self._policy.score(self.read_record(step)["metrics"]), step) for step in self.all_steps()]
+        return max(scored)[1] if scored and max(scored)[0] > float("-inf") else None
+
+    def read_record(self, step: int) -> dict[str, Any]:
+        """What was saved beside the state: cursor, provenance, parameter table, metrics.
+
+        Raises:
+          UserError: it is damaged, or a newer release wrote it.
+        """
+        where = self._where(step)
+        try:
+            record = dict(
+                self._manager.restore(step, args=ocp.args.Composite(record=ocp.args.JsonRestore()))["record"]
+            )
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{where} is damaged: {_first_line(error)}") from error
+        check_format_version(record.get("format_version"), where)
+        return record
+
+    def restore(
+        self, abstract_state: Any, provenance: Provenance, step: int | None = None
+    ) -> Restored | None:
+        """Restores a step onto any mesh.
+
+        Args:
+          abstract_state: tree of ShapeDtypeStruct with shardings.
+          provenance: the record of the run at hand.
+          step: which one; the newest by default.
+
+        Returns:
+          None where nothing is saved yet.
+
+        Raises:
+          UserError: another plan, frozen checkpoint, tokenizer or model, a newer format, or damaged data.
+        """
+        step = self.latest_step() if step is None else step
+        if step is None:
+            return None
+        where = self._where(step)
+        record = self.read_record(step)
+        saved = read_provenance(record["provenance"], where)
+        # The model goes first: with another model the fingerprints usually differ too, and say less.
+        check_parameters(
+            table_from_json(record["parameters"]), parameter_table(abstract_state), where, check_dtype=True
+        )
+        notes = check_provenance(saved, provenance, where)
+        return Restored(step, self._restore_state(step, abstract_state), record["cursor"], saved, notes)
+
+    def restore_params(self, abstract_params: Any, step: int | None = None) -> Any:
+        """Restores the trained parameters alone, without optimizer state, as inference needs them.
+
+        Raises:
+          UserError: nothing is saved, another model, or damaged data.
+        """
+        step = self.latest_step() if step is None else step
+        if step is None or step not in self.all_steps():
+            raise UserError(
+                f"{self._directory} holds no checkpoint" + (f" of step {step}" if step is not None else "")
+            )
+        record = self.read_record(step)
+        saved = {
+            path.removeprefix("params/"): entry
+            for path, entry in table_from_json(record["parameters"]).items()
+            if path.startswith("params/")
+        }
+        check_parameters(saved, parameter_table(abstract_params), self._where(step), check_dtype=False)
+        return self._restore_state(step, {"params": abstract_params}, partial=True)["params"]
+
+    def _restore_state(self, step: int, abstract: Any, partial: bool = False) -> Any:
+        args = ocp.args.PyTreeRestore(
+            item=abstract,
+            restore_args=ocp.checkpoint_utils.construct_restore_args(abstract),
+            partial_restore=partial,
+        )
+        try:
+            return self._manager.restore(step, args=ocp.args.Composite(state=args))["state"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{self._where(step)} is damaged: {_first_line(error)}") from error
+
+    def _where(self, step: int) -> str:
+        return f"checkpoint {self._directory / str(step)}"
+
+    def _failed(self, error: BaseException) -> UserError:
+        return UserError(
+            f"cannot save a checkpoint to {self._directory}: {_first_line(error)}; earlier checkpoints are intact"
+        )
+
+
+@dataclass(frozen=True)
+class KeepLastAndBest:
+    """Which checkpoints stay: the newest `last`, and the best `best` by a metric.
+
+    Attributes:
+      last, best: how many.
+      metric: name of the metric; a checkpoint without it is no candidate for the best.
+      mode: `min` or `max`.
+    """
+
+    last: int
+    best: int
+    metric: str | None
+    mode: str
+
+    def score(self, metrics: Mapping[str, float] | None) -> float:
+        """The higher the better; -inf where the metric is missing or no number."""
+        if self.metric is None or not metrics or self.metric not in metrics:
+            return float("-inf")
+        value = float(metrics[self.metric])
+        if value != value:
+            return float("-inf")
+        return -value if self.mode == BestMode.MIN else value
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any = None) -> list[bool]:
+        """Orbax's policy interface: one answer per checkpoint, given oldest first."""
+        newest = {info.step for info in sorted(checkpoints, key=lambda info: info.step)[-self.last :]}
+        scored = [(self.score(info.metrics), info.step) for info in checkpoints]
+        # Among equals the newer one is kept.
+        ranked = sorted((item for item in scored if item[0] > float("-inf")), reverse=True)
+        best = {step for _, step in ranked[: self.best]}
+        return [info.step in newest or info.step in best for info in checkpoints]
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().split("\n")[0][:300] or type(error).__name__
