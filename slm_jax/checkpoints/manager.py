@@ -289,7 +289,8 @@ class RunCheckpoints:
 
     def _failed(self, error: BaseException) -> UserError:
         return UserError(
-            f"cannot save a checkpoint to {self._directory}: {_first_line(error)}; earlier checkpoints are intact"
+            f"cannot save a checkpoint to {self._directory}: {_first_line(error)}; "
+            "earlier checkpoints are intact"
         )
 
 

@@ -48,7 +48,7 @@ def _fill(sizes: dict[str, int], devices: int) -> dict[str, int]:
     if open_axes:
         if devices % product:
             raise UserError(
-                f"mesh {text}: {devices} devices are not divisible by {product}, the product of the fixed axes"
+                f"mesh {text}: {devices} devices are not divisible by {product}, the product of fixed axes"
             )
         return {**sizes, open_axes[0]: devices // product}
     if product != devices:

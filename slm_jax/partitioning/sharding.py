@@ -53,7 +53,8 @@ def check_batch_rows(rows: int, mesh: Mesh, rules: LogicalRules = DEFAULT_RULES)
         below = rows // shards * shards
         choices = " or ".join(str(size) for size in (below, below + shards) if size)
         raise UserError(
-            f"batch size {rows} is not divisible by the mesh's {shards} batch shards; the nearest is {choices}"
+            f"batch size {rows} is not divisible by the mesh's {shards} batch shards; "
+            f"the nearest is {choices}"
         )
 
 
@@ -182,8 +183,8 @@ def _leaf_spec(name: str, leaf: Any, mesh: Mesh, rules: LogicalRules) -> Partiti
         return PartitionSpec()
     if len(leaf.names) != len(leaf.value.shape):
         raise UserError(
-            f"parameter {name} of shape {_shape_text(leaf.value.shape)} names {len(leaf.names)} logical axes: "
-            f"{tuple(leaf.names)}"
+            f"parameter {name} of shape {_shape_text(leaf.value.shape)} names {len(leaf.names)} "
+            f"logical axes: {tuple(leaf.names)}"
         )
     try:
         spec = spec_of(leaf.names, mesh, rules)
