@@ -159,14 +159,18 @@ class MultiHeadAttention(nn.Module):
 
     Args:
       out_dim: features of the result; those of the queries where None.
-      scale: factor of the scores. T5 has 1.0 (its query kernel starts smaller by sqrt(head_dim) instead); most
-        others have head_dim ** -0.5. Either way the scores start with the same variance.
+      scale: factor of the scores. T5 has 1.0 (its query kernel starts smaller by sqrt(head_dim) instead),
+        most others have head_dim ** -0.5. Either way the scores start with the same variance.
+      cache: what a decoding step keeps in the collection `cache`. "none"; "append" writes the key and value
+        of its one position and attends to those of all `cache_length` positions (self-attention); "keep"
+        projects the keys in the first step and takes them from the cache afterwards (cross-attention).
 
     Args of the call:
       queries_BQD: [B, Q, D]; keys_BKD: [B, K, D'], from which keys and values are projected.
       mask: bool, broadcastable to [B, H, Q, K], True where a query may attend; None lets all attend.
       bias: float, broadcastable to [B, H, Q, K], added to the scores.
       deterministic: False applies dropout to the attention weights (rng `dropout`).
+      position: int32 scalar, where "append" writes.
     """
 
     num_heads: int
@@ -176,6 +180,8 @@ class MultiHeadAttention(nn.Module):
     dropout: float = 0.0
     use_bias: bool = False
     dtype: DTypeLike = jnp.float32
+    cache: str = "none"
+    cache_length: int = 0
 
     @nn.compact
     def __call__(
@@ -185,10 +191,8 @@ class MultiHeadAttention(nn.Module):
         mask: jax.Array | None = None,
         bias: jax.Array | None = None,
         deterministic: bool = True,
-        cache: Callable[..., tuple[jax.Array, jax.Array]] | None = None,
+        position: jax.Array | None = None,
     ) -> jax.Array:
-        """`cache`, if given, gets a function that projects the keys and gives the key and value to attend to."""
-
         def project(x: jax.Array, name: str, init_scale: float = 1.0) -> jax.Array:
             y = Dense(
                 (self.num_heads, self.head_dim),
@@ -206,10 +210,20 @@ class MultiHeadAttention(nn.Module):
         if self.scale != 1.0:
             query_BQHC = query_BQHC * jnp.asarray(self.scale, self.dtype)
 
-        def project_keys() -> tuple[jax.Array, jax.Array]:
-            return project(keys_BKD, "key"), project(keys_BKD, "value")
-
-        key_BKHC, value_BKHC = project_keys() if cache is None else cache(project_keys)
+        if self.cache == "keep" and self.has_variable("cache", "cached_key"):
+            key_BKHC, value_BKHC = (
+                self.get_variable("cache", "cached_key"),
+                self.get_variable("cache", "cached_value"),
+            )
+        else:
+            key_BKHC, value_BKHC = project(keys_BKD, "key"), project(keys_BKD, "value")
+            if self.cache == "keep":
+                self.put_variable("cache", "cached_key", key_BKHC)
+                self.put_variable("cache", "cached_value", value_BKHC)
+            elif self.cache == "append":
+                assert position is not None
+                key_BKHC = self._append("cached_key", key_BKHC, position)
+                value_BKHC = self._append("cached_value", value_BKHC, position)
         mixed_BQHC = dot_product_attention(
             query_BQHC,
             key_BKHC,
@@ -228,6 +242,14 @@ class MultiHeadAttention(nn.Module):
             dtype=self.dtype,
             name="out",
         )(mixed_BQHC)
+
+    def _append(self, name: str, new_B1HC: jax.Array, position: jax.Array) -> jax.Array:
+        """Writes `new_B1HC` into the cache at `position`; returns all positions, [B, cache_length, H, C]."""
+        rows, _, heads, dim = new_B1HC.shape
+        shape = (rows, self.cache_length, heads, dim)
+        cached = self.variable("cache", name, jnp.zeros, shape, new_B1HC.dtype)
+        cached.value = jax.lax.dynamic_update_slice_in_dim(cached.value, new_B1HC, position, axis=1)
+        return cached.value
 
 
 def dot_product_attention(

@@ -1,0 +1,433 @@
+"""T5 of the mT5/mT0 kind (arXiv 1910.10683, 2010.11934), with embeddings as input and masks from segments.
+
+Parameter names and kernel shapes follow T5X's scalable T5; the axis of the stacked layers is axis 0, and the
+relative position bias is one table per stack, as in the published T5 and mT5. Options cover T5 v1.0 too.
+
+Shape suffixes: B rows, L positions of the encoder, T decoder tokens, D features, V vocabulary.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from slm_jax.errors import UserError, nearest
+from slm_jax.models import layers
+from slm_jax.models.losses import chunked_cross_entropy
+
+REMAT = ("none", "full")
+
+
+@dataclasses.dataclass(frozen=True)
+class T5Config:
+    """The shape of a T5.
+
+    Attributes:
+      vocab_size: rows of the embedding table and columns of the logits.
+      emb_dim: features of a position.
+      num_heads, head_dim: of attention; their product need not be `emb_dim`.
+      mlp_dim: hidden features of the MLP.
+      activation: a name of `layers.ACTIVATIONS`; "gelu" is the tanh form.
+      gated: gated MLP (v1.1, mT5) or plain (v1.0).
+      tied_logits: the logits use the embedding table (v1.0).
+      scale_tied_logits: tied logits are scaled by emb_dim ** -0.5.
+      relative_bias_init_std: standard deviation of a fresh relative position bias. Larger helps a small model
+        trained from scratch to find positions early.
+      dropout: rate of a trained T5; a frozen one runs without.
+      dtype: name of the dtype of computation; parameters keep their own.
+      remat: "full" recomputes each layer in the backward pass, "none" keeps its activations.
+      scan: layers run as a loop (compiles fast); False unrolls it. The parameters are the same.
+      loss_chunk: tokens of all rows whose logits exist at one time in `token_losses`.
+    """
+
+    vocab_size: int = 250112
+    emb_dim: int = 512
+    num_heads: int = 6
+    head_dim: int = 64
+    mlp_dim: int = 1024
+    encoder_layers: int = 8
+    decoder_layers: int = 8
+    activation: str = "gelu"
+    gated: bool = True
+    tied_logits: bool = False
+    scale_tied_logits: bool = True
+    relative_buckets: int = 32
+    relative_max_distance: int = 128
+    relative_bias_init_std: float = 0.25
+    norm_epsilon: float = 1e-6
+    dropout: float = 0.0
+    dtype: str = "float32"
+    remat: str = "none"
+    scan: bool = True
+    loss_chunk: int = 1024
+
+    def __post_init__(self):
+        if self.activation not in layers.ACTIVATIONS:
+            raise UserError(
+                f"T5Config.activation is {self.activation!r}{nearest(self.activation, layers.ACTIVATIONS)}"
+            )
+        if self.remat not in REMAT:
+            raise UserError(f"T5Config.remat is {self.remat!r}{nearest(self.remat, REMAT)}")
+
+
+_PRESETS: dict[str, dict[str, Any]] = {
+    "tiny": {
+        "vocab_size": 512,
+        "emb_dim": 128,
+        "num_heads": 4,
+        "head_dim": 32,
+        "mlp_dim": 256,
+        "encoder_layers": 3,
+        "decoder_layers": 3,
+        "relative_bias_init_std": 0.5,
+    },
+    "small": {"emb_dim": 512, "mlp_dim": 1024, "encoder_layers": 8, "decoder_layers": 8, "num_heads": 6},
+    "base": {"emb_dim": 768, "mlp_dim": 2048, "encoder_layers": 12, "decoder_layers": 12, "num_heads": 12},
+    "large": {"emb_dim": 1024, "mlp_dim": 2816, "encoder_layers": 24, "decoder_layers": 24, "num_heads": 16},
+    "xl": {"emb_dim": 2048, "mlp_dim": 5120, "encoder_layers": 24, "decoder_layers": 24, "num_heads": 32},
+    "xxl": {"emb_dim": 4096, "mlp_dim": 10240, "encoder_layers": 24, "decoder_layers": 24, "num_heads": 64},
+}
+
+
+def preset(name: str, **overrides: Any) -> T5Config:
+    """Returns mT5's published size `name`, or "tiny", with the fields in `overrides` replaced.
+
+    Raises:
+      UserError: no preset has that name.
+    """
+    if name not in _PRESETS:
+        raise UserError(f"no T5 preset is called {name!r}{nearest(name, _PRESETS)}")
+    return T5Config(**{**_PRESETS[name], **overrides})
+
+
+def shift_within_segments(
+    targets_BT: jax.Array, segment_ids_BT: jax.Array, positions_BT: jax.Array | None = None
+) -> jax.Array:
+    """Returns the decoder's input, int32 [B, T]: the token before, or 0 where a segment starts.
+
+    A segment starts where its id changes and, if positions are given, where the position is 0.
+    """
+    before_BT = jnp.pad(targets_BT[:, :-1], ((0, 0), (1, 0)))
+    segment_before_BT = jnp.pad(segment_ids_BT[:, :-1], ((0, 0), (1, 0)))
+    inside_BT = (segment_ids_BT == segment_before_BT) & (segment_ids_BT != 0)
+    if positions_BT is not None:
+        inside_BT &= positions_BT != 0
+    return jnp.where(inside_BT, before_BT, 0)
+
+
+def _constrain(x_BLD: jax.Array) -> jax.Array:
+    return nn.with_logical_constraint(x_BLD, ("activation_batch", "activation_length", "activation_embed"))
+
+
+class _Layer(nn.Module):
+    """What the layers of both stacks share: their parts, from the configuration."""
+
+    config: T5Config
+    deterministic: bool
+
+    def norm(self, name: str) -> layers.RMSNorm:
+        return layers.RMSNorm(self.config.norm_epsilon, dtype=jnp.dtype(self.config.dtype), name=name)
+
+    def attention(self, name: str, cache: str = "none", cache_length: int = 0) -> layers.MultiHeadAttention:
+        return layers.MultiHeadAttention(
+            num_heads=self.config.num_heads,
+            head_dim=self.config.head_dim,
+            dropout=self.config.dropout,
+            dtype=jnp.dtype(self.config.dtype),
+            cache=cache,
+            cache_length=cache_length,
+            name=name,
+        )
+
+    def mlp(self) -> layers.Mlp:
+        return layers.Mlp(
+            hidden_dim=self.config.mlp_dim,
+            activation=self.config.activation,
+            gated=self.config.gated,
+            dropout=self.config.dropout,
+            dtype=jnp.dtype(self.config.dtype),
+            name="mlp",
+        )
+
+    def drop(self, x_BLD: jax.Array) -> jax.Array:
+        return _dropout(self.config, x_BLD, self.deterministic)
+
+
+def _dropout(config: T5Config, x_BLD: jax.Array, deterministic: bool) -> jax.Array:
+    # One mask for all positions of a row, as T5X does.
+    return nn.Dropout(config.dropout, broadcast_dims=(-2,))(x_BLD, deterministic=deterministic)
+
+
+class EncoderLayer(_Layer):
+    """Self-attention and MLP, each with a norm before and a residual around it."""
+
+    @nn.compact
+    def __call__(self, x_BLD: jax.Array, mask: jax.Array, bias: jax.Array) -> tuple[jax.Array, None]:
+        y = self.norm("pre_attention_layer_norm")(x_BLD)
+        y = self.attention("attention")(y, y, mask, bias, self.deterministic)
+        x_BLD = _constrain(x_BLD + self.drop(y))
+        y = self.norm("pre_mlp_layer_norm")(x_BLD)
+        return _constrain(x_BLD + self.drop(self.mlp()(y, self.deterministic))), None
+
+
+class DecoderLayer(_Layer):
+    """Self-attention, attention to the encoder, and MLP, each with a norm before and a residual around it.
+
+    With `position`, the call computes one token per row: it writes that token's key and value into the
+    collection `cache` (of `cache_length` tokens), and takes the keys and values of the encoder's output from
+    there if an earlier step left them.
+    """
+
+    cache_length: int = 0
+
+    @nn.compact
+    def __call__(
+        self,
+        x_BTD: jax.Array,
+        encoded_BLD: jax.Array,
+        self_mask: jax.Array,
+        cross_mask: jax.Array,
+        bias: jax.Array,
+        position: jax.Array | None = None,
+    ) -> tuple[jax.Array, None]:
+        stepping = position is not None
+        y = self.norm("pre_self_attention_layer_norm")(x_BTD)
+        attention = self.attention("self_attention", "append" if stepping else "none", self.cache_length)
+        y = attention(y, y, self_mask, bias, self.deterministic, position)
+        x_BTD = _constrain(x_BTD + self.drop(y))
+        y = self.norm("pre_cross_attention_layer_norm")(x_BTD)
+        attention = self.attention("encoder_decoder_attention", "keep" if stepping else "none")
+        y = attention(y, encoded_BLD, cross_mask, None, self.deterministic)
+        x_BTD = _constrain(x_BTD + self.drop(y))
+        y = self.norm("pre_mlp_layer_norm")(x_BTD)
+        return _constrain(x_BTD + self.drop(self.mlp()(y, self.deterministic))), None
+
+
+def _stack(layer: type[nn.Module], config: T5Config, count: int, broadcast: int) -> Any:
+    """Lifts a layer to `count` of them; `broadcast` arguments after the first are the same for all."""
+    if config.remat == "full":
+        layer = nn.remat(layer, prevent_cse=not config.scan)
+    return nn.scan(
+        layer,
+        variable_axes={"params": 0, "cache": 0},
+        split_rngs={"params": True, "dropout": True},
+        in_axes=(nn.broadcast,) * broadcast,
+        length=count,
+        unroll=1 if config.scan else count,
+        metadata_params={nn.PARTITION_NAME: "layers"},
+    )
+
+
+def _relative_bias(config: T5Config, bidirectional: bool) -> layers.RelativePositionBias:
+    return layers.RelativePositionBias(
+        num_heads=config.num_heads,
+        bidirectional=bidirectional,
+        num_buckets=config.relative_buckets,
+        max_distance=config.relative_max_distance,
+        init_std=config.relative_bias_init_std,
+        name="relpos_bias",
+    )
+
+
+class Encoder(nn.Module):
+    """The encoder's stack: [B, L, D] embeddings to [B, L, D] states; see `T5.encode`."""
+
+    config: T5Config
+
+    @nn.compact
+    def __call__(
+        self, embeddings_BLD: jax.Array, segment_ids_BL: jax.Array, deterministic: bool = True
+    ) -> jax.Array:
+        config = self.config
+        dtype = jnp.dtype(config.dtype)
+        positions = jnp.arange(segment_ids_BL.shape[1])
+        bias = _relative_bias(config, bidirectional=True)(positions, positions)
+        mask = layers.segment_mask(segment_ids_BL, segment_ids_BL)
+        x = _dropout(config, _constrain(embeddings_BLD.astype(dtype)), deterministic)
+        stack = _stack(EncoderLayer, config, config.encoder_layers, broadcast=2)
+        x, _ = stack(config, deterministic, name="encoder")(x, mask, bias)
+        x = layers.RMSNorm(config.norm_epsilon, dtype=dtype, name="encoder_norm")(x)
+        return _dropout(config, x, deterministic)
+
+
+class LogitsDense(nn.Module):
+    """Holds the kernel [D, V] that maps states to logits."""
+
+    config: T5Config
+
+    def setup(self):
+        init = nn.initializers.normal(self.config.emb_dim**-0.5)
+        self.kernel = self.param(
+            "kernel",
+            nn.with_logical_partitioning(init, ("embed", "vocab")),
+            (self.config.emb_dim, self.config.vocab_size),
+            jnp.float32,
+        )
+
+
+class Decoder(nn.Module):
+    """The decoder's stack, for all tokens at once or, with `cache_length`, one token per call."""
+
+    config: T5Config
+
+    def setup(self):
+        if not self.config.tied_logits:
+            self.logits_dense = LogitsDense(self.config)
+
+    @nn.compact
+    def __call__(
+        self,
+        embeddings_BTD: jax.Array,
+        encoded_BLD: jax.Array,
+        cross_mask: jax.Array,
+        target_segment_ids_BT: jax.Array | None = None,
+        deterministic: bool = True,
+        cache_length: int = 0,
+    ) -> jax.Array:
+        config = self.config
+        dtype = jnp.dtype(config.dtype)
+        relative_bias = _relative_bias(config, bidirectional=False)
+        if cache_length:
+            index = self.variable("cache", "position", lambda: jnp.zeros((), jnp.int32))
+            position, keys = index.value, jnp.arange(cache_length)
+            index.value = position + 1
+            self_mask = (keys <= position)[None, None, None, :]
+            bias = relative_bias(position[None], keys)
+        else:
+            assert target_segment_ids_BT is not None
+            position, keys = None, jnp.arange(embeddings_BTD.shape[1])
+            causal = keys[None, :] <= keys[:, None]
+            self_mask = layers.segment_mask(target_segment_ids_BT, target_segment_ids_BT) & causal
+            bias = relative_bias(keys, keys)
+        x = _dropout(config, _constrain(embeddings_BTD.astype(dtype)), deterministic)
+        stack = _stack(DecoderLayer, config, config.decoder_layers, broadcast=5)
+        x, _ = stack(config, deterministic, cache_length, name="decoder")(
+            x, encoded_BLD.astype(dtype), self_mask, cross_mask, bias, position
+        )
+        x = layers.RMSNorm(config.norm_epsilon, dtype=dtype, name="decoder_norm")(x)
+        return _dropout(config, x, deterministic)
+
+
+class T5(nn.Module):
+    """An encoder-decoder language model that also takes embeddings in place of tokens."""
+
+    config: T5Config
+
+    def setup(self):
+        config = self.config
+        self.token_embedder = layers.Embed(config.vocab_size, config.emb_dim, dtype=jnp.dtype(config.dtype))
+        self.encoder = Encoder(config)
+        self.decoder = Decoder(config)
+
+    def __call__(
+        self,
+        inputs_BL: jax.Array,
+        segment_ids_BL: jax.Array,
+        targets_BT: jax.Array,
+        target_segment_ids_BT: jax.Array,
+        target_positions_BT: jax.Array | None = None,
+        deterministic: bool = True,
+    ) -> tuple[jax.Array, jax.Array]:
+        """Returns what `score_tokens` does, for text tokens int32 [B, L]; initialises everything."""
+        encoded_BLD = self.encode(self.embed(inputs_BL), segment_ids_BL, deterministic)
+        hidden_BTD = self.decode(
+            encoded_BLD,
+            segment_ids_BL,
+            targets_BT,
+            target_segment_ids_BT,
+            target_positions_BT,
+            deterministic,
+        )
+        return self.score_tokens(hidden_BTD, targets_BT)
+
+    def embed(self, tokens: jax.Array) -> jax.Array:
+        """Returns the embeddings [..., D] of tokens int32 [...]."""
+        return self.token_embedder(tokens)
+
+    def encode(
+        self, embeddings_BLD: jax.Array, segment_ids_BL: jax.Array, deterministic: bool = True
+    ) -> jax.Array:
+        """Returns the encoder's states [B, L, D].
+
+        Args:
+          embeddings_BLD: float [B, L, D].
+          segment_ids_BL: int32 [B, L]; positions attend within their segment, 0 is padding.
+          deterministic: False applies dropout (rng `dropout`).
+        """
+        return self.encoder(embeddings_BLD, segment_ids_BL, deterministic)
+
+    def decode(
+        self,
+        encoded_BLD: jax.Array,
+        segment_ids_BL: jax.Array,
+        targets_BT: jax.Array,
+        target_segment_ids_BT: jax.Array,
+        target_positions_BT: jax.Array | None = None,
+        deterministic: bool = True,
+    ) -> jax.Array:
+        """Returns the decoder's states [B, T, D], from which each target token is predicted.
+
+        Args:
+          encoded_BLD: what `encode` returned, with its segment ids.
+          targets_BT, target_segment_ids_BT: int32 [B, T]; a target attends to the encoder positions of its
+            own segment and to the targets before it there. The decoder's input is derived by shifting.
+          target_positions_BT: int32 [B, T]; a segment also starts where it is 0.
+          deterministic: False applies dropout (rng `dropout`).
+        """
+        tokens_BT = shift_within_segments(targets_BT, target_segment_ids_BT, target_positions_BT)
+        return self.decoder(
+            self.embed(tokens_BT),
+            encoded_BLD,
+            layers.segment_mask(target_segment_ids_BT, segment_ids_BL),
+            target_segment_ids_BT,
+            deterministic,
+        )
+
+    def decode_step(
+        self, encoded_BLD: jax.Array, segment_ids_BL: jax.Array, tokens_B1: jax.Array, max_tokens: int = 256
+    ) -> jax.Array:
+        """Returns the logits float32 [B, 1, V] of the token after `tokens_B1`; rows hold one example.
+
+        Call it with `mutable=["cache"]`. The first call, without a cache, starts one for `max_tokens` tokens
+        and expects the start token 0; later calls get the cache and do not read `encoded_BLD` again.
+        """
+        hidden_B1D = self.decoder(
+            self.embed(tokens_B1),
+            encoded_BLD,
+            (segment_ids_BL != 0)[:, None, None, :],
+            cache_length=max_tokens,
+        )
+        return self.logits(hidden_B1D)
+
+    def logits(self, hidden_BTD: jax.Array) -> jax.Array:
+        """Returns the logits, float32 [B, T, V], of decoder states [B, T, D]."""
+        return self._head()(hidden_BTD)
+
+    def _head(self) -> Callable[[jax.Array], jax.Array]:
+        """Returns `logits` as a function of arrays alone, which scan and checkpoint can take."""
+        config, dtype = self.config, jnp.dtype(self.config.dtype)
+        if config.tied_logits:
+            product, kernel = "btd,vd->btv", jnp.asarray(self.token_embedder.embedding, dtype)
+        else:
+            product, kernel = "btd,dv->btv", jnp.asarray(self.decoder.logits_dense.kernel, dtype)
+        scale = config.emb_dim**-0.5 if config.tied_logits and config.scale_tied_logits else 1.0
+
+        def of_hidden(hidden_BTD: jax.Array) -> jax.Array:
+            hidden_BTD = hidden_BTD.astype(dtype) * jnp.asarray(scale, dtype)
+            logits_BTV = jnp.einsum(product, hidden_BTD, kernel, preferred_element_type=jnp.float32)
+            return nn.with_logical_constraint(
+                logits_BTV, ("activation_batch", "activation_length", "activation_vocab")
+            )
+
+        return of_hidden
+
+    def token_losses(self, hidden_BTD: jax.Array, targets_BT: jax.Array) -> jax.Array:
+        """Returns the cross-entropy of each target, float32 [B, T]; never builds [B, T, V]."""
+        return self.score_tokens(hidden_BTD, targets_BT)[0]
+
+    def score_tokens(self, hidden_BTD: jax.Array, targets_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Returns `token_losses`, and whether each target is the likeliest token, bool [B, T]."""
+        return chunked_cross_entropy(hidden_BTD, targets_BT, self._head(), self.config.loss_chunk)
