@@ -126,7 +126,7 @@ def parallel_map(
         return
     # Spawned, as a fork would copy the threads' locks of JAX and TensorFlow.
     with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
-        yield from pool.map(function, items)
+        yield from pool.map(function, items, chunksize=8)
 
 
 def _paths() -> tuple[str, str]:

@@ -1,0 +1,297 @@
+"""Builds the demonstration corpus: spoken sentences as FLAC, JSONL manifests, and text for the language model.
+
+    corpus.json                    the parameters, so that the same command reuses what is there
+    train.jsonl dev.jsonl test.jsonl    id, audio (relative), duration, language, text, translations, question,
+                                   answer, slots
+    text_train.jsonl text_dev.jsonl     the same without audio: every spoken sentence, and more
+    audio/<split>/<id>.flac        int16, 16 kHz
+"""
+
+import dataclasses
+import json
+import os
+import random
+import shutil
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+from slm_jax.demo import espeak, sentences
+from slm_jax.errors import UserError, nearest
+
+STAMP = "corpus.json"
+# Raised whenever the same parameters give other files.
+_FORMAT = 1
+_REPORT_SECONDS = 2.0
+
+# Espeak's voice variants by split, so that dev and test are spoken by voices never heard in training.
+# Robots, whispers and variants that clip are left out.
+VOICES = {
+    "train": (
+        "m1", "m2", "m4", "m5", "m6", "m8", "f1", "f2", "f4", "adam", "Alex", "Alicia", "Andy", "Annie",
+        "Denis", "Diogo", "Gene", "Hugo", "Michael", "anika", "aunty", "belinda", "benjamin", "boris", "caleb",
+        "grandma", "grandpa", "ian", "john", "linda", "max", "norbert", "quincy", "rob", "shelby", "steph",
+        "steph2", "travis", "zac",
+    ),
+    "dev": ("m7", "f5", "david", "marcelo"),
+    "test": ("m3", "f3", "edward", "victor", "Mario", "steph3"),
+}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class CorpusConfig:
+    """Sizes of the corpus, in utterances or sentences.
+
+    Attributes:
+      train, dev, test: spoken utterances of each split.
+      text: sentences of the text manifest for training; at least the spoken ones.
+      seed: of sentences, voices and noise.
+    """
+
+    train: int = 3600
+    dev: int = 200
+    test: int = 300
+    text: int = 24_000
+    seed: int = 0
+
+    def __post_init__(self):
+        for field in ("train", "dev", "test", "text"):
+            if getattr(self, field) < 1:
+                raise UserError(f"corpus: {field} is {getattr(self, field)}, expected at least 1")
+        if self.text < self.train:
+            raise UserError(f"corpus: text is {self.text}, expected at least the {self.train} of train")
+
+
+PRESETS = {
+    "default": CorpusConfig(),
+    "tiny": CorpusConfig(train=24, dev=6, test=6, text=96),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Utterance:
+    """All that decides one audio file.
+
+    Attributes:
+      path: the file to write.
+      text: what is said.
+      voice: by whom.
+      level_db: root mean square of the speech, in dB of full scale.
+      snr_db: speech over noise, in dB.
+      tilt: of the noise spectrum, 0 (white) to 1 (falling 6 dB per octave).
+      silence: seconds before and after the speech.
+      seed: of the noise.
+    """
+
+    path: str
+    text: str
+    voice: espeak.Voice
+    level_db: float
+    snr_db: float
+    tilt: float
+    silence: tuple[float, float]
+    seed: int
+
+
+def preset(name: str) -> CorpusConfig:
+    """Returns the configuration of that name.
+
+    Raises:
+      UserError: there is none.
+    """
+    if name not in PRESETS:
+        raise UserError(f"corpus: no preset {name!r}{nearest(name, PRESETS)}")
+    return PRESETS[name]
+
+
+def build_corpus(
+    directory: str | os.PathLike,
+    config: CorpusConfig = CorpusConfig(),
+    *,
+    processes: int | None = None,
+    report: Callable[[str], None] = print,
+) -> Path:
+    """Builds the corpus in `directory`, or leaves it as it is if it was built from the same parameters.
+
+    It is made in a folder beside `directory` and renamed at the end; an interrupted build goes on where it was.
+
+    Args:
+      directory: where it goes.
+      config: sizes and seed; the same ones give the same bytes.
+      processes: how many synthesize; by default one per core.
+      report: takes a line of progress every two seconds.
+
+    Returns:
+      `directory` as a Path.
+
+    Raises:
+      UserError: `directory` holds something else, or the `demo` extra is missing.
+    """
+    directory = Path(directory)
+    stamp = {"format": _FORMAT, **dataclasses.asdict(config)}
+    if _is_built(directory, stamp):
+        report(f"corpus: {directory} is complete")
+        return directory
+    building = directory.with_name(f"{directory.name}.building")
+    if building.exists() and _read_stamp(building) != stamp:
+        shutil.rmtree(building)
+    building.mkdir(parents=True, exist_ok=True)
+    _write_atomically(building / STAMP, json.dumps(stamp, indent=1) + "\n")
+    processes = processes or os.cpu_count() or 1
+    for split in sentences.SPLITS:
+        count = getattr(config, split)
+        drawn = sentences.draw(split, count, config.seed)
+        _build_split(building, split, drawn, config.seed, processes, report)
+    for split, count in (("train", config.text), ("dev", config.dev)):
+        records = _text_records(sentences.draw(split, count, config.seed), config.seed)
+        _write_jsonl(building / f"text_{split}.jsonl", records)
+    building.replace(directory)
+    return directory
+
+
+def _is_built(directory: Path, stamp: dict) -> bool:
+    """Whether `directory` holds the corpus of `stamp`.
+
+    Raises:
+      UserError: it holds anything else.
+    """
+    if not directory.exists() or (directory.is_dir() and not any(directory.iterdir())):
+        return False
+    found = _read_stamp(directory)
+    if found is None:
+        raise UserError(f"corpus: {directory} exists and is no demonstration corpus; give another directory")
+    different = [f"{key} {found.get(key)} (asked for {stamp[key]})" for key in stamp if found.get(key) != stamp[key]]
+    if different:
+        raise UserError(
+            f"corpus: {directory} was built with {', '.join(different)}; remove it or give another directory"
+        )
+    return True
+
+
+def _read_stamp(directory: Path) -> dict | None:
+    try:
+        return json.loads((directory / STAMP).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def _build_split(
+    building: Path,
+    split: str,
+    drawn: Sequence[sentences.Sentence],
+    seed: int,
+    processes: int,
+    report: Callable[[str], None],
+) -> None:
+    """Speaks the sentences of a split and writes its manifest."""
+    (building / "audio" / split).mkdir(parents=True, exist_ok=True)
+    names = [f"{split}-{number:05d}" for number in range(len(drawn))]
+    utterances = [
+        plan_utterance(building / "audio" / split / f"{name}.flac", split, sentence.text, f"{seed}/{name}")
+        for name, sentence in zip(names, drawn, strict=True)
+    ]
+    records, seconds, start = [], 0.0, time.monotonic()
+    reported = start
+    spoken = espeak.parallel_map(render_file, utterances, processes)
+    for name, sentence, utterance, samples in zip(names, drawn, utterances, spoken, strict=True):
+        duration = samples / espeak.SAMPLE_RATE
+        audio = Path(utterance.path).relative_to(building).as_posix()
+        records.append({"id": name, "audio": audio, "duration": duration, **_texts(sentence, f"{seed}/{name}")})
+        seconds += duration
+        now = time.monotonic()
+        if now - reported > _REPORT_SECONDS or len(records) == len(drawn):
+            reported = now
+            report(
+                f"corpus: {split} {len(records)}/{len(drawn)} utterances, {seconds / 60:.1f} min of speech, "
+                f"{seconds / max(now - start, 1e-9):.0f}x real time"
+            )
+    _write_jsonl(building / f"{split}.jsonl", records)
+
+
+def plan_utterance(path: str | os.PathLike, split: str, text: str, key: str) -> Utterance:
+    """Draws voice, level and noise for a sentence; the same `key` draws the same."""
+    rng = random.Random(f"utterance/{key}")
+    voice = espeak.Voice(
+        name=f"en+{rng.choice(VOICES[split])}",
+        speed=rng.randint(145, 195),
+        pitch=rng.randint(25, 75),
+        range=rng.randint(30, 70),
+        volume=80,
+    )
+    return Utterance(
+        path=os.fspath(path),
+        text=text,
+        voice=voice,
+        level_db=rng.uniform(-32, -18),
+        snr_db=rng.uniform(15, 40),
+        tilt=rng.uniform(0, 1),
+        silence=(rng.uniform(0.05, 0.25), rng.uniform(0.05, 0.25)),
+        seed=rng.getrandbits(32),
+    )
+
+
+def render_file(utterance: Utterance) -> int:
+    """Writes the utterance's file unless it is there; returns its length in samples at 16 kHz."""
+    # Imported late: a file, not a manifest, needs it.
+    import soundfile
+
+    path = Path(utterance.path)
+    if path.exists():
+        return soundfile.info(path).frames
+    samples = render(utterance)
+    # Written under another name first, so that an interrupted build leaves no half file.
+    unfinished = path.with_suffix(".unfinished")
+    soundfile.write(unfinished, samples, espeak.SAMPLE_RATE, format="FLAC", subtype="PCM_16")
+    unfinished.replace(path)
+    return len(samples)
+
+
+def render(utterance: Utterance) -> np.ndarray:
+    """Returns the utterance's int16 [samples] at 16 kHz: speech at its level, silence around it, noise over all."""
+    rng = np.random.Generator(np.random.PCG64(utterance.seed))
+    speech = espeak.synthesize(utterance.text, utterance.voice).astype(np.float64) / 32768
+    before, after = (round(seconds * espeak.SAMPLE_RATE) for seconds in utterance.silence)
+    gain = 10 ** (utterance.level_db / 20) / max(float(np.sqrt(np.mean(speech**2))), 1e-6)
+    # Loud peaks are scaled with the whole, not clipped.
+    gain = min(gain, 0.99 / max(float(np.abs(speech).max()), 1e-6))
+    samples = np.pad(speech * gain, (before, after))
+    noise_db = utterance.level_db - utterance.snr_db
+    samples += _noise(len(samples), utterance.tilt, rng) * 10 ** (noise_db / 20)
+    return np.clip(np.round(samples * 32768), -32768, 32767).astype(np.int16)
+
+
+def _noise(samples: int, tilt: float, rng: np.random.Generator) -> np.ndarray:
+    """Gaussian noise [samples] of root mean square 1 whose amplitude falls as frequency**-tilt."""
+    spectrum = np.fft.rfft(rng.standard_normal(samples))
+    spectrum /= np.maximum(np.arange(len(spectrum)), 20 * samples / espeak.SAMPLE_RATE) ** tilt
+    noise = np.fft.irfft(spectrum, samples)
+    return noise / np.sqrt(np.mean(noise**2))
+
+
+def _texts(sentence: sentences.Sentence, key: str) -> dict:
+    question, answer = sentences.question(sentence, random.Random(f"question/{key}"))
+    return {
+        "language": "en",
+        "text": sentence.text,
+        "translations": dict(sentence.translations),
+        "question": question,
+        "answer": answer,
+        "slots": "; ".join(f"{kind}: {value}" for kind, value in sentence.slots.items()),
+    }
+
+
+def _text_records(drawn: Iterable[sentences.Sentence], seed: int) -> Iterable[dict]:
+    for number, sentence in enumerate(drawn):
+        name = f"text-{number:05d}"
+        yield {"id": name, **_texts(sentence, f"{seed}/{name}")}
+
+
+def _write_jsonl(path: Path, records: Iterable[dict]) -> None:
+    _write_atomically(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+
+
+def _write_atomically(path: Path, text: str) -> None:
+    unfinished = path.with_name(f"{path.name}.unfinished")
+    unfinished.write_text(text, encoding="utf-8")
+    unfinished.replace(path)
