@@ -1,10 +1,10 @@
 """Builds the demonstration corpus: spoken sentences as FLAC, JSONL manifests, and text for the language model.
 
-    corpus.json                    the parameters, so that the same command reuses what is there
-    train.jsonl dev.jsonl test.jsonl    id, audio (relative), duration, language, text, translations, question,
-                                   answer, slots
-    text_train.jsonl text_dev.jsonl     the same without audio: every spoken sentence, and more
-    audio/<split>/<id>.flac        int16, 16 kHz
+corpus.json                    the parameters, so that the same command reuses what is there
+{train,dev,test}.jsonl         id, audio (relative), duration, language, text, translations, question,
+                               answer, slots
+text_{train,dev}.jsonl         the same without audio: every spoken sentence, and more
+audio/<split>/<id>.flac        int16, 16 kHz
 """
 
 import dataclasses
@@ -13,10 +13,11 @@ import os
 import random
 import shutil
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
+
 from slm_jax.demo import espeak, sentences
 from slm_jax.errors import UserError, nearest
 
@@ -138,11 +139,7 @@ def build_corpus(
         shutil.rmtree(building)
     building.mkdir(parents=True, exist_ok=True)
     _write_atomically(building / STAMP, json.dumps(stamp, indent=1) + "\n")
-    processes = processes or os.cpu_count() or 1
-    for split in sentences.SPLITS:
-        count = getattr(config, split)
-        drawn = sentences.draw(split, count, config.seed)
-        _build_split(building, split, drawn, config.seed, processes, report)
+    _speak(building, config, processes or os.cpu_count() or 1, report)
     for split, count in (("train", config.text), ("dev", config.dev)):
         records = _text_records(sentences.draw(split, count, config.seed), config.seed)
         _write_jsonl(building / f"text_{split}.jsonl", records)
@@ -161,7 +158,11 @@ def _is_built(directory: Path, stamp: dict) -> bool:
     found = _read_stamp(directory)
     if found is None:
         raise UserError(f"corpus: {directory} exists and is no demonstration corpus; give another directory")
-    different = [f"{key} {found.get(key)} (asked for {stamp[key]})" for key in stamp if found.get(key) != stamp[key]]
+    different = [
+        f"{key} {found.get(key)} (asked for {value})"
+        for key, value in stamp.items()
+        if found.get(key) != value
+    ]
     if different:
         raise UserError(
             f"corpus: {directory} was built with {', '.join(different)}; remove it or give another directory"
@@ -176,37 +177,41 @@ def _read_stamp(directory: Path) -> dict | None:
         return None
 
 
-def _build_split(
-    building: Path,
-    split: str,
-    drawn: Sequence[sentences.Sentence],
-    seed: int,
-    processes: int,
-    report: Callable[[str], None],
-) -> None:
-    """Speaks the sentences of a split and writes its manifest."""
-    (building / "audio" / split).mkdir(parents=True, exist_ok=True)
-    names = [f"{split}-{number:05d}" for number in range(len(drawn))]
-    utterances = [
-        plan_utterance(building / "audio" / split / f"{name}.flac", split, sentence.text, f"{seed}/{name}")
-        for name, sentence in zip(names, drawn, strict=True)
-    ]
-    records, seconds, start = [], 0.0, time.monotonic()
-    reported = start
-    spoken = espeak.parallel_map(render_file, utterances, processes)
-    for name, sentence, utterance, samples in zip(names, drawn, utterances, spoken, strict=True):
+def _speak(building: Path, config: CorpusConfig, processes: int, report: Callable[[str], None]) -> None:
+    """Speaks the sentences of all splits and writes their manifests."""
+    planned = []
+    for split in sentences.SPLITS:
+        (building / "audio" / split).mkdir(parents=True, exist_ok=True)
+        for number, sentence in enumerate(sentences.draw(split, getattr(config, split), config.seed)):
+            name = f"{split}-{number:05d}"
+            path = building / "audio" / split / f"{name}.flac"
+            planned.append(
+                (name, sentence, plan_utterance(path, split, sentence.text, f"{config.seed}/{name}"))
+            )
+    manifests = {split: [] for split in sentences.SPLITS}
+    start = reported = time.monotonic()
+    seconds = 0.0
+    lengths = espeak.parallel_map(render_file, [utterance for _, _, utterance in planned], processes)
+    for done, ((name, sentence, utterance), samples) in enumerate(zip(planned, lengths, strict=True), 1):
         duration = samples / espeak.SAMPLE_RATE
         audio = Path(utterance.path).relative_to(building).as_posix()
-        records.append({"id": name, "audio": audio, "duration": duration, **_texts(sentence, f"{seed}/{name}")})
+        record = {
+            "id": name,
+            "audio": audio,
+            "duration": duration,
+            **_texts(sentence, f"{config.seed}/{name}"),
+        }
+        manifests[name.partition("-")[0]].append(record)
         seconds += duration
         now = time.monotonic()
-        if now - reported > _REPORT_SECONDS or len(records) == len(drawn):
+        if now - reported > _REPORT_SECONDS or done == len(planned):
             reported = now
             report(
-                f"corpus: {split} {len(records)}/{len(drawn)} utterances, {seconds / 60:.1f} min of speech, "
+                f"corpus: {done}/{len(planned)} utterances, {seconds / 60:.1f} min of speech, "
                 f"{seconds / max(now - start, 1e-9):.0f}x real time"
             )
-    _write_jsonl(building / f"{split}.jsonl", records)
+    for split, records in manifests.items():
+        _write_jsonl(building / f"{split}.jsonl", records)
 
 
 def plan_utterance(path: str | os.PathLike, split: str, text: str, key: str) -> Utterance:
@@ -262,10 +267,13 @@ def render(utterance: Utterance) -> np.ndarray:
 
 
 def _noise(samples: int, tilt: float, rng: np.random.Generator) -> np.ndarray:
-    """Gaussian noise [samples] of root mean square 1 whose amplitude falls as frequency**-tilt."""
-    spectrum = np.fft.rfft(rng.standard_normal(samples))
-    spectrum /= np.maximum(np.arange(len(spectrum)), 20 * samples / espeak.SAMPLE_RATE) ** tilt
-    noise = np.fft.irfft(spectrum, samples)
+    """Gaussian noise [samples] of root mean square 1 whose amplitude falls as frequency**-tilt above 20 Hz."""
+    # A power of two, as the transform of an odd length takes longer than the synthesis of the speech.
+    size = 1 << (samples - 1).bit_length()
+    spectrum = np.fft.rfft(rng.standard_normal(size))
+    frequencies = np.fft.rfftfreq(size, 1 / espeak.SAMPLE_RATE)
+    spectrum *= np.maximum(frequencies, 20) ** -tilt
+    noise = np.fft.irfft(spectrum, size)[:samples]
     return noise / np.sqrt(np.mean(noise**2))
 
 

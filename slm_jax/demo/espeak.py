@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
+
 from slm_jax.errors import UserError, nearest
 
 SAMPLE_RATE = 16_000

@@ -1,7 +1,7 @@
 """Parallel template sentences about travel and home, with slots that questions can ask for.
 
-A sentence is in the normal form of `normalize`. Whether it belongs to train, dev or test is decided by a hash of
-its slot values alone, so no combination of values is ever shared between splits, in whatever template or language.
+A sentence is in the normal form of `normalize`. Whether it belongs to train, dev or test is decided by a hash
+of its slot values alone, so no combination of values is shared between splits, in whatever template.
 """
 
 import dataclasses
@@ -54,9 +54,8 @@ class Sentence:
     slots: Mapping[str, str]
 
 
-TEMPLATES: tuple[Template, ...] = tuple(
-    Template(*(line.strip() for line in block.strip().splitlines()))
-    for block in """
+# English, German, Spanish; a blank line between templates.
+_TEMPLATE_TEXT = """
     the {vehicle} from {city} arrives at {time}
     {vehicle.nom} aus {city} kommt um {time} an
     {vehicle.the} de {city} llega {time.at}
@@ -244,7 +243,10 @@ TEMPLATES: tuple[Template, ...] = tuple(
     the trip with {person} to {city} begins in {month}
     die reise mit {person} nach {city} beginnt im {month}
     el viaje con {person} a {city} empieza en {month}
-""".split("\n\n")
+"""
+
+TEMPLATES: tuple[Template, ...] = tuple(
+    Template(*(line.strip() for line in block.strip().splitlines())) for block in _TEMPLATE_TEXT.split("\n\n")
 )
 
 QUESTIONS: Mapping[str, str] = {
