@@ -1,4 +1,4 @@
-"""Builds the demonstration corpus: spoken sentences as FLAC, JSONL manifests, and text for the language model.
+"""Builds the demonstration corpus: spoken sentences as FLAC, JSONL manifests, and text for the T5.
 
 corpus.json                    the parameters, so that the same command reuses what is there
 {train,dev,test}.jsonl         id, audio (relative), duration, language, text, translations, question,
@@ -31,8 +31,8 @@ _REPORT_SECONDS = 2.0
 VOICES = {
     "train": (
         "m1", "m2", "m4", "m5", "m6", "m8", "f1", "f2", "f4", "adam", "Alex", "Alicia", "Andy", "Annie",
-        "Denis", "Diogo", "Gene", "Hugo", "Michael", "anika", "aunty", "belinda", "benjamin", "boris", "caleb",
-        "grandma", "grandpa", "ian", "john", "linda", "max", "norbert", "quincy", "rob", "shelby", "steph",
+        "Denis", "Diogo", "Gene", "Hugo", "Michael", "anika", "aunty", "belinda", "benjamin", "boris",
+        "caleb", "grandma", "grandpa", "ian", "john", "linda", "max", "norbert", "quincy", "rob", "shelby", "steph",
         "steph2", "travis", "zac",
     ),
     "dev": ("m7", "f5", "david", "marcelo"),
@@ -115,7 +115,7 @@ def build_corpus(
 ) -> Path:
     """Builds the corpus in `directory`, or leaves it as it is if it was built from the same parameters.
 
-    It is made in a folder beside `directory` and renamed at the end; an interrupted build goes on where it was.
+    It is made in a folder beside `directory` and renamed at the end; an interrupted build goes on.
 
     Args:
       directory: where it goes.
@@ -253,7 +253,7 @@ def render_file(utterance: Utterance) -> int:
 
 
 def render(utterance: Utterance) -> np.ndarray:
-    """Returns the utterance's int16 [samples] at 16 kHz: speech at its level, silence around it, noise over all."""
+    """Returns int16 [samples] at 16 kHz: speech at its level, silence around it, noise over all."""
     rng = np.random.Generator(np.random.PCG64(utterance.seed))
     speech = espeak.synthesize(utterance.text, utterance.voice).astype(np.float64) / 32768
     before, after = (round(seconds * espeak.SAMPLE_RATE) for seconds in utterance.silence)
@@ -267,7 +267,7 @@ def render(utterance: Utterance) -> np.ndarray:
 
 
 def _noise(samples: int, tilt: float, rng: np.random.Generator) -> np.ndarray:
-    """Gaussian noise [samples] of root mean square 1 whose amplitude falls as frequency**-tilt above 20 Hz."""
+    """Gaussian noise [samples] of root mean square 1; its amplitude falls as frequency**-tilt above 20 Hz."""
     # A power of two, as the transform of an odd length takes longer than the synthesis of the speech.
     size = 1 << (samples - 1).bit_length()
     spectrum = np.fft.rfft(rng.standard_normal(size))

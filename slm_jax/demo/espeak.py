@@ -71,7 +71,7 @@ def synthesize(text: str, voice: Voice = Voice()) -> np.ndarray:
 
 
 def synthesize_native(text: str, voice: Voice = Voice()) -> tuple[np.ndarray, int]:
-    """Returns (int16 [samples], samples per second) as espeak made them, 22,050 Hz; raises as `synthesize`."""
+    """Returns (int16 [samples], samples per second) as espeak made them; raises as `synthesize`."""
     chunks: list[np.ndarray] = []
 
     @_CALLBACK
@@ -140,7 +140,8 @@ def _paths() -> tuple[str, str]:
         loader = importlib.import_module("espeakng_loader")
     except ImportError as error:
         raise UserError(
-            "espeak: the package espeakng-loader is missing; install the demo extra, pip install 'slm_jax[demo]'"
+            "espeak: the package espeakng-loader is missing; install the demo extra: "
+            "pip install 'slm_jax[demo]'"
         ) from error
     try:
         return loader.get_library_path(), loader.get_data_path()

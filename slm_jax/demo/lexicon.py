@@ -1,7 +1,7 @@
-"""The words of the demonstration corpus: slot values in English, German and Spanish, with the forms templates need.
+"""The words of the demonstration corpus: slot values in English, German and Spanish, with their inflections.
 
-A value is an entry per language: its plain form under "", which is also the answer to a question about it, and
-inflected forms under names such as `acc` or `in`. Everything is in lower case without punctuation.
+A German or Spanish value has its plain form under "" and inflected forms under names such as `acc` or `in`.
+Everything is in lower case without punctuation.
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ class Value:
 
 
 def name(en: str, de: str = "", es: str = "") -> Value:
-    """A word without inflection, by default the same in all three languages (a person, or an invented name)."""
+    """A word without inflection, by default the same in all languages (a person, an invented name)."""
     return Value(en, {"": de or en}, {"": es or en})
 
 
