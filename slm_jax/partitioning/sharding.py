@@ -1,7 +1,8 @@
 """From logical axis names to shardings, and the sharding plan as text."""
 
+import contextlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -56,6 +57,13 @@ def check_batch_rows(rows: int, mesh: Mesh, rules: LogicalRules = DEFAULT_RULES)
             f"batch size {rows} is not divisible by the mesh's {shards} batch shards; "
             f"the nearest is {choices}"
         )
+
+
+@contextlib.contextmanager
+def partitioned(mesh: Mesh, rules: LogicalRules = DEFAULT_RULES) -> Iterator[None]:
+    """Gives meaning to the logical constraints inside models; every call of a jitted model goes in here."""
+    with jax.set_mesh(mesh), nn.logical_axis_rules(rules):
+        yield
 
 
 def spec_of(names: Sequence[str | None], mesh: Mesh, rules: LogicalRules = DEFAULT_RULES) -> PartitionSpec:

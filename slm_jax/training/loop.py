@@ -1,0 +1,397 @@
+"""The training loop: from the mesh to the last checkpoint, in the order in which things happen."""
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+from jax.sharding import Mesh
+
+from slm_jax.checkpoints.manager import BestMode, RunCheckpoints, claim_run_directory
+from slm_jax.checkpoints.provenance import Provenance, make_provenance
+from slm_jax.errors import UserError
+from slm_jax.partitioning.rules import DEFAULT_RULES, LogicalRules
+from slm_jax.partitioning.sharding import (
+    batch_sharding,
+    check_batch_rows,
+    partitioned,
+    plan_text,
+)
+from slm_jax.training.batches import BatchSource, PlacedBatch
+from slm_jax.training.initialisation import (
+    LoadVariables,
+    RunShapes,
+    make_state,
+    make_variables,
+    run_shapes,
+    shardings_of,
+)
+from slm_jax.training.objectives.base import Objective
+from slm_jax.training.optimizers import OptimizerConfig, make_optimizer, make_schedule
+from slm_jax.training.preemption import stop_requests
+from slm_jax.training.progress import Reporter, StepRecord, Throughput, Writer, log_line, summarise
+from slm_jax.training.state import DataCursor, TrainState
+from slm_jax.training.step import jit_train_step, make_train_step
+from slm_jax.training.step_log import StepLog
+
+# The host dispatches at most so many steps ahead of the devices: enough to hide its own work, and few
+# enough that batches do not pile up in device memory.
+STEPS_IN_FLIGHT = 2
+
+# (step, state, frozen) -> metric name -> value.
+Evaluate = Callable[[int, TrainState, Any], dict[str, float]]
+
+
+@dataclass(frozen=True)
+class LoopConfig:
+    """How long a run goes and how often it tells, evaluates and saves.
+
+    Attributes:
+      train_steps: steps of the whole run, over all of its restarts.
+      seed: of initial values and dropout.
+      microbatches: parts of a batch whose gradients are added up.
+      log_period: steps between log lines.
+      eval_period: steps between evaluations; None evaluates at the end only.
+      checkpoint_period: steps between checkpoints; the last step is always saved.
+      keep_last: newest checkpoints to keep.
+      keep_best, best_metric, best_mode: best checkpoints to keep besides, by a metric of the evaluation;
+        every evaluation then saves a checkpoint.
+      max_nonfinite_in_a_row: so many skipped steps in a row stop the run.
+      log_ids: whether `steps.jsonl` names the examples of every step.
+    """
+
+    train_steps: int
+    seed: int = 0
+    microbatches: int = 1
+    log_period: int = 10
+    eval_period: int | None = None
+    checkpoint_period: int = 1000
+    keep_last: int = 2
+    keep_best: int = 0
+    best_metric: str | None = None
+    best_mode: str = BestMode.MIN
+    max_nonfinite_in_a_row: int = 10
+    log_ids: bool = False
+
+    def __post_init__(self):
+        for name in (
+            "train_steps",
+            "microbatches",
+            "log_period",
+            "checkpoint_period",
+            "max_nonfinite_in_a_row",
+        ):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}, expected 1 or more")
+        if self.eval_period is not None and self.eval_period < 1:
+            raise UserError(f"eval_period is {self.eval_period}, expected 1 or more, or None")
+
+
+class TrainResult(NamedTuple):
+    """How a run ended.
+
+    Attributes:
+      step: steps taken.
+      state, frozen: the variables at the end.
+      metrics: the last log period's and the last evaluation's.
+      finished: False where SIGTERM came first; the same command goes on from there.
+    """
+
+    step: int
+    state: TrainState
+    frozen: Any
+    metrics: dict[str, float]
+    finished: bool
+
+
+def train(
+    objective: Objective,
+    source: BatchSource,
+    *,
+    model_dir: str | Path,
+    config: LoopConfig,
+    optimizer: OptimizerConfig,
+    mesh: Mesh,
+    rules: LogicalRules = DEFAULT_RULES,
+    load_variables: LoadVariables | None = None,
+    provenance: Provenance | None = None,
+    evaluate: Evaluate | None = None,
+    writer: Writer | None = None,
+) -> TrainResult:
+    """Trains, or goes on with the run in `model_dir` from its newest checkpoint.
+
+    Args:
+      objective: what to minimise.
+      source: batches on this mesh, seekable by rows consumed.
+      model_dir: the run's directory; checkpoints, `steps.jsonl` and the sharding plan go there.
+      config: how long and how often.
+      optimizer: configuration of the optimizer.
+      mesh, rules: where arrays lie.
+      load_variables: brings foundation models: gets shapes with shardings by collection (`frozen`, and
+        `params` in a fresh run), returns arrays for the parts that it knows; the rest is initialised.
+      provenance: operative configuration and fingerprints; the plan's fingerprint is added here.
+      evaluate: called every `eval_period` steps and after the last one.
+      writer: where metrics go besides the log.
+
+    Raises:
+      UserError: what is asked for does not fit together, does not fit the run in `model_dir`, cannot be
+        saved, or `max_nonfinite_in_a_row` steps in a row were not finite.
+    """
+    model_dir = claim_run_directory(model_dir)
+    reporter = Reporter(config.train_steps)
+    check_batch_rows(source.rows_per_step, mesh, rules)
+    transformation = make_optimizer(optimizer)
+    shapes = run_shapes(objective, transformation, source.shapes, mesh, rules)
+    _say_start(reporter, shapes, mesh, rules, model_dir)
+
+    given = provenance or make_provenance("", {})
+    run_provenance = Provenance(
+        given.format_version, given.packages, given.config, {**given.fingerprints, "plan": source.fingerprint}
+    )
+    checkpoints = RunCheckpoints(
+        model_dir / "checkpoints", config.keep_last, config.keep_best, config.best_metric, config.best_mode
+    )
+    restored = checkpoints.restore(shapes.state, run_provenance)
+    wanted = (
+        {"frozen": shapes.frozen} if restored else {"params": shapes.state.params, "frozen": shapes.frozen}
+    )
+    variables = make_variables(objective, source.shapes, wanted, load_variables, config.seed, mesh, rules)
+    if restored:
+        first_step, state = restored.step, restored.state
+        rows_consumed = restored.cursor["rows_consumed"]
+        reporter.say(f"going on from step {first_step}" + "".join(f"; {note}" for note in restored.notes))
+    else:
+        first_step, rows_consumed = 0, 0
+        state = make_state(variables["params"], transformation, shapes.state)
+
+    train_step = jit_train_step(
+        make_train_step(
+            objective,
+            transformation,
+            make_schedule(optimizer.schedule),
+            seed=config.seed,
+            microbatches=config.microbatches,
+            mesh=mesh,
+            rules=rules,
+        ),
+        shardings_of(shapes.state),
+        shardings_of(variables["frozen"]),
+        dict.fromkeys(source.shapes, batch_sharding(mesh, rules)),
+        mesh,
+    )
+    process = jax.process_index()
+    run = _Run(
+        config=config,
+        source=source,
+        reporter=reporter,
+        writer=writer,
+        checkpoints=checkpoints,
+        provenance=run_provenance,
+        steps=StepLog(model_dir / ("steps.jsonl" if process == 0 else f"steps.{process}.jsonl"), first_step),
+        evaluate=evaluate,
+    )
+    try:
+        with stop_requests() as stop_after:
+            return run.go(
+                lambda state, arrays: _take(train_step, state, variables["frozen"], arrays, mesh, rules),
+                stop_after,
+                state,
+                variables["frozen"],
+                first_step,
+                rows_consumed,
+            )
+    finally:
+        run.close()
+
+
+class _Run:
+    """The steps of a run, with what happens between them."""
+
+    def __init__(
+        self,
+        *,
+        config: LoopConfig,
+        source: BatchSource,
+        reporter: Reporter,
+        writer: Writer | None,
+        checkpoints: RunCheckpoints,
+        provenance: Provenance,
+        steps: StepLog,
+        evaluate: Evaluate | None,
+    ):
+        self._config = config
+        self._source = source
+        self._reporter = reporter
+        self._writer = writer
+        self._checkpoints = checkpoints
+        self._provenance = provenance
+        self._steps = steps
+        self._evaluate = evaluate
+        self._throughput = Throughput()
+        self._pending: list[StepRecord] = []
+        self._metrics: dict[str, float] = {}
+
+    def go(
+        self,
+        take: Callable[[TrainState, dict[str, jax.Array]], tuple[TrainState, dict[str, Any]]],
+        stop_after: Callable[[int], bool],
+        state: TrainState,
+        frozen: Any,
+        step: int,
+        rows_consumed: int,
+    ) -> TrainResult:
+        """Takes the steps that are left."""
+        config, first_step, stopping = self._config, step, False
+        batches = self._source.batches(rows_consumed)
+        while step < config.train_steps and not stopping:
+            placed = self._next(batches)
+            if step == first_step:
+                _say_batch(self._reporter, placed)
+            state, metrics = take(state, placed.arrays)
+            step += 1
+            rows_consumed += self._source.rows_per_step
+            self._pending.append(StepRecord(step, metrics, placed.ids, placed.stats))
+            self._throughput.add(placed.stats)
+            if step == first_step + 1:
+                # The first step compiles; rates count from the second.
+                jax.block_until_ready(metrics)
+                self._throughput.restart()
+            if len(self._pending) > STEPS_IN_FLIGHT:
+                jax.block_until_ready(self._pending[-1 - STEPS_IN_FLIGHT].metrics["loss"])
+            self._reporter.at(step)
+
+            last = step == config.train_steps
+            stopping = stop_after(step)
+            if last or stopping or step % config.log_period == 0:
+                self._log(step)
+            scores = None
+            if self._evaluate and (last or (config.eval_period and step % config.eval_period == 0)):
+                scores = self._run_evaluation(step, state, frozen)
+            best_candidate = scores is not None and config.keep_best > 0
+            if last or stopping or best_candidate or step % config.checkpoint_period == 0:
+                # Lines of all steps are written first: the checkpoint must never be ahead of them.
+                self._log(step)
+                cursor = DataCursor(rows_consumed, self._source.fingerprint)
+                self._checkpoints.save(step, state, cursor, self._provenance, scores)
+        self._checkpoints.wait()
+        if stopping and step < config.train_steps:
+            self._reporter.say(f"asked to stop: saved step {step}; the same command goes on from there")
+        return TrainResult(step, state, frozen, self._metrics, step >= config.train_steps)
+
+    def close(self) -> None:
+        """Ends the threads and files of the run; a save under way is completed."""
+        self._reporter.close()
+        self._steps.close()
+        self._checkpoints.close()
+        if self._writer:
+            self._writer.flush()
+
+    def _next(self, batches: Iterator[PlacedBatch]) -> PlacedBatch:
+        began = time.monotonic()
+        placed = next(batches, None)
+        self._throughput.waited(time.monotonic() - began)
+        if placed is None:
+            raise UserError("the source of batches ended before the run did; it must be endless")
+        return placed
+
+    def _log(self, step: int) -> None:
+        """Fetches the metrics since the last line, writes them, and stops a run that learns nothing."""
+        if not self._pending:
+            return
+        records = [record._replace(metrics=jax.device_get(record.metrics)) for record in self._pending]
+        self._pending = []
+        rates = self._throughput.read(self._config.train_steps - step)
+        self._throughput.restart()
+        for record in records:
+            ids = record.ids if self._config.log_ids else None
+            self._steps.write(record.step, float(record.metrics["loss"]), ids)
+        self._steps.flush()
+        metrics = summarise(records)
+        self._metrics.update(metrics)
+        self._reporter.say(log_line(step, self._config.train_steps, metrics, rates))
+        self._write(step, "train", {**metrics, **rates})
+        worst = max(int(record.metrics["nonfinite_in_a_row"]) for record in records)
+        if worst >= self._config.max_nonfinite_in_a_row:
+            saved = self._checkpoints.latest_step()
+            raise UserError(
+                f"{worst} steps in a row up to step {step} had a loss or gradient that was not finite "
+                f"(max_nonfinite_in_a_row={self._config.max_nonfinite_in_a_row}); they changed nothing, and "
+                + (f"step {saved} is saved" if saved is not None else "nothing is saved yet")
+            )
+
+    def _run_evaluation(self, step: int, state: TrainState, frozen: Any) -> dict[str, float]:
+        assert self._evaluate is not None
+        # Metrics go first: an evaluation may take long, and its time is no training time.
+        self._log(step)
+        scores = dict(self._evaluate(step, state, frozen))
+        self._throughput.restart()
+        best = self._config.best_metric
+        if self._config.keep_best and best not in scores:
+            raise UserError(
+                f"best_metric {best!r} is no metric of the evaluation: {', '.join(sorted(scores))}"
+            )
+        self._metrics.update(scores)
+        self._reporter.say(
+            f"evaluation at step {step}: "
+            + ", ".join(f"{name} {value:.4g}" for name, value in scores.items())
+        )
+        self._write(step, "eval", scores)
+        return scores
+
+    def _write(self, step: int, group: str, scalars: dict[str, float]) -> None:
+        if self._writer and jax.process_index() == 0:
+            self._writer.write_scalars(step, {f"{group}/{name}": value for name, value in scalars.items()})
+
+
+def _take(
+    train_step: Any,
+    state: TrainState,
+    frozen: Any,
+    arrays: dict[str, jax.Array],
+    mesh: Mesh,
+    rules: LogicalRules,
+) -> tuple[TrainState, dict[str, Any]]:
+    with partitioned(mesh, rules):
+        return train_step(state, frozen, arrays)
+
+
+def _say_start(
+    reporter: Reporter, shapes: RunShapes, mesh: Mesh, rules: LogicalRules, model_dir: Path
+) -> None:
+    local = jax.local_devices()
+    reporter.say(
+        f"process {jax.process_index()} of {jax.process_count()}: {len(local)} of {jax.device_count()} devices "
+        f"({local[0].device_kind})",
+        every_process=True,
+    )
+    reporter.say("mesh: " + ", ".join(f"{axis}={size}" for axis, size in mesh.shape.items()))
+    trees = {"params": shapes.state.params, "optimizer": shapes.state.opt_state, "frozen": shapes.frozen}
+    for name, tree in trees.items():
+        count, per_device = _sizes(tree)
+        reporter.say(f"{name}: {count:,} numbers, {per_device:,} bytes per device")
+    if jax.process_index() == 0:
+        (model_dir / "sharding_plan.txt").write_text(plan_text(shapes.boxed, mesh, rules), encoding="utf-8")
+
+
+def _sizes(tree: Any) -> tuple[int, int]:
+    leaves = jax.tree.leaves(tree)
+    count = sum(math.prod(leaf.shape) for leaf in leaves)
+    per_device = sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves
+    )
+    return count, per_device
+
+
+def _say_batch(reporter: Reporter, placed: PlacedBatch) -> None:
+    arrays = ", ".join(f"{name} {array.dtype}{list(array.shape)}" for name, array in placed.arrays.items())
+    reporter.say(f"first batch: {arrays}")
+    first = sorted(placed.ids.items())[:2]
+    reporter.say(
+        "first rows: "
+        + "; ".join(f"{row}: {', '.join(names)}" for row, names in first)
+        + "; "
+        + ", ".join(f"{name} {value:.6g}" for name, value in placed.stats.items())
+    )

@@ -1,0 +1,118 @@
+"""Connectionist temporal classification (Graves et al. 2006) to pretrain a speech encoder.
+
+Shape suffixes: B rows, K slots, F frames of a slot, P frames of all slots, T target tokens, V vocabulary.
+"""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+
+from slm_jax.audio.spec_augment import SpecAugmentConfig, spec_augment
+from slm_jax.models.conformer import ConformerEncoder
+from slm_jax.models.layers import Dense
+from slm_jax.training.objectives.base import Batch, Metrics, Variables
+
+BLANK_ID = 0
+EOS_ID = 1
+
+
+class CTCModel(nn.Module):
+    """A speech encoder with a linear head over pieces; parameters `encoder` and `head`."""
+
+    encoder: ConformerEncoder
+    vocab_size: int
+    augment: SpecAugmentConfig | None = None
+
+    def setup(self):
+        self.head = Dense(self.vocab_size, ("embed", "vocab"), use_bias=True)
+
+    def __call__(self, batch: Batch, *, deterministic: bool = True) -> tuple[jax.Array, jax.Array]:
+        """Returns logits float32 [B, P, V] and which frames hold speech, bool [B, P].
+
+        Args:
+          batch: `speech` and `speech_segments`; a row holds one utterance.
+          deterministic: False applies dropout (rng `dropout`) and SpecAugment (rng `augment`).
+        """
+        mel, mel_segment_ids = self.encoder.features(batch["speech"], batch["speech_segments"])
+        if self.augment is not None and not deterministic:
+            mel = spec_augment(self.make_rng("augment"), mel, mel_segment_ids, self.augment)
+        frames_BKFD, ids_BKF = self.encoder.encode_features(mel, mel_segment_ids, deterministic=deterministic)
+        rows = ids_BKF.shape[0]
+        logits_BPV = self.head(frames_BKFD.reshape(rows, -1, frames_BKFD.shape[-1]))
+        return logits_BPV.astype(jnp.float32), ids_BKF.reshape(rows, -1) > 0
+
+
+class CTCObjective:
+    """CTC loss over the pieces of `targets` without EOS, per piece; blank is piece 0.
+
+    An utterance whose labels cannot be aligned to its frames counts nothing and shows in the metric
+    `unalignable`.
+
+    Args:
+      encoder: the speech encoder.
+      vocab_size: number of pieces, blank included.
+      augment: SpecAugment; None leaves the features alone.
+    """
+
+    def __init__(self, encoder: ConformerEncoder, vocab_size: int, augment: SpecAugmentConfig | None = None):
+        self.model = CTCModel(encoder, vocab_size, augment)
+
+    def init(self, rng: jax.Array, batch: Batch) -> Variables:
+        """Boxed variables in the collection `params`: `encoder` and `head`."""
+        return dict(self.model.init(rng, batch))
+
+    def loss(
+        self, params: Any, frozen: Any, batch: Batch, rng: jax.Array
+    ) -> tuple[jax.Array, jax.Array, Metrics]:
+        """Sums over the batch: CTC losses, labels, and the share of utterances that cannot be aligned."""
+        dropout_rng, augment_rng = jax.random.split(rng)
+        logits_BPV, speech_BP = self.model.apply(
+            {"params": params},
+            batch,
+            deterministic=False,
+            rngs={"dropout": dropout_rng, "augment": augment_rng},
+        )
+        targets_BT = batch["targets"]
+        label_BT = (batch["target_segment_ids"] > 0) & (targets_BT != EOS_ID) & (targets_BT != BLANK_ID)
+        losses_B = optax.ctc_loss(
+            logits_BPV,
+            1.0 - speech_BP.astype(jnp.float32),
+            targets_BT,
+            1.0 - label_BT.astype(jnp.float32),
+            blank_id=BLANK_ID,
+        )
+        labels_B = jnp.sum(label_BT, axis=1)
+        present_B = labels_B > 0
+        aligns_B = frames_needed(targets_BT, label_BT) <= jnp.sum(speech_BP, axis=1)
+        learned_B = present_B & aligns_B
+        loss_sum = jnp.sum(jnp.where(learned_B, losses_B, 0.0))
+        weight_sum = jnp.sum(jnp.where(learned_B, labels_B, 0)).astype(jnp.float32)
+        return loss_sum, weight_sum, {"unalignable": (jnp.sum(present_B & ~aligns_B), jnp.sum(present_B))}
+
+    def transcribe(self, params: Any, batch: Batch) -> jax.Array:
+        """The pieces of the likeliest path, int32 [B, P], 0 after the last."""
+        return greedy_labels(*self.model.apply({"params": params}, batch))
+
+
+def frames_needed(labels_BT: jax.Array, valid_BT: jax.Array) -> jax.Array:
+    """Frames that the labels take at least, int32 [B]: one each, and a blank between two that are equal."""
+    repeated_BT = (labels_BT[:, 1:] == labels_BT[:, :-1]) & valid_BT[:, 1:] & valid_BT[:, :-1]
+    return jnp.sum(valid_BT, axis=1) + jnp.sum(repeated_BT, axis=1)
+
+
+def greedy_labels(logits_BPV: jax.Array, speech_BP: jax.Array) -> jax.Array:
+    """Collapses the likeliest piece of every frame to labels, int32 [B, P], 0 after the last.
+
+    Args:
+      logits_BPV: float [B, P, V].
+      speech_BP: bool [B, P], which frames hold speech.
+    """
+    best_BP = jnp.where(speech_BP, jnp.argmax(logits_BPV, axis=-1), BLANK_ID)
+    before_BP = jnp.pad(best_BP[:, :-1], ((0, 0), (1, 0)), constant_values=BLANK_ID)
+    kept_BP = (best_BP != BLANK_ID) & (best_BP != before_BP)
+    # A stable sort brings the kept ones to the front in their order.
+    order_BP = jnp.argsort(~kept_BP, axis=1, stable=True)
+    return jnp.take_along_axis(jnp.where(kept_BP, best_BP, 0), order_BP, axis=1).astype(jnp.int32)

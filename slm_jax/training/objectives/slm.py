@@ -1,0 +1,44 @@
+"""Next-token loss of an SLM on speech and text."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from slm_jax.models.slm import SLM
+from slm_jax.training.objectives.base import Batch, Metrics, Variables
+
+
+class SLMObjective:
+    """Cross-entropy of the targets; the parts named in `SLMConfig.trainable` train, with dropout.
+
+    Args:
+      model: the SLM.
+    """
+
+    def __init__(self, model: SLM):
+        self.model = model
+
+    def init(self, rng: jax.Array, batch: Batch) -> Variables:
+        """Boxed variables in the collections `params` and `frozen`."""
+        return dict(self.model.init(rng, batch))
+
+    def loss(
+        self, params: Any, frozen: Any, batch: Batch, rng: jax.Array
+    ) -> tuple[jax.Array, jax.Array, Metrics]:
+        """Sums over the batch: weighted token losses, weights, and token accuracy."""
+        scores = self.model.apply(
+            {"params": params, "frozen": frozen}, batch, deterministic=False, rngs={"dropout": rng}
+        )
+        return weighted_token_sums(scores["token_losses"], scores["correct"], batch["loss_weights"])
+
+
+def weighted_token_sums(
+    token_losses_BT: jax.Array, correct_BT: jax.Array, weights_BT: jax.Array
+) -> tuple[jax.Array, jax.Array, Metrics]:
+    """Loss sum, weight sum and accuracy of tokens; a token of weight 0 counts nothing, whatever its loss."""
+    learned_BT = weights_BT > 0
+    loss_sum = jnp.sum(jnp.where(learned_BT, token_losses_BT * weights_BT, 0.0))
+    weight_sum = jnp.sum(weights_BT)
+    correct_sum = jnp.sum(jnp.where(learned_BT & correct_BT, weights_BT, 0.0))
+    return loss_sum, weight_sum, {"token_accuracy": (correct_sum, weight_sum)}

@@ -1,0 +1,165 @@
+"""What a run tells while it goes: one line, or a bar on a terminal, per log period."""
+
+import collections
+import sys
+import time
+from collections.abc import Iterable
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import numpy as np
+
+
+class Writer(Protocol):
+    """Where scalars go, such as TensorBoard."""
+
+    def write_scalars(self, step: int, scalars: dict[str, float]) -> None: ...
+
+    def flush(self) -> None: ...
+
+
+class StepRecord(NamedTuple):
+    """A step whose metrics may still be on their way from the device."""
+
+    step: int
+    metrics: dict[str, Any]
+    ids: dict[int, tuple[str, ...]]
+    stats: dict[str, float]
+
+
+def summarise(records: Iterable[StepRecord]) -> dict[str, float]:
+    """Metrics of a log period: ratios and the loss over all of its steps, all else of the last step.
+
+    Steps whose loss is not finite count for no average; `nonfinite_total` tells of them.
+    """
+    last: dict[str, float] = {}
+    sums: dict[str, np.ndarray] = collections.defaultdict(lambda: np.zeros(2))
+    for record in records:
+        loss, weight = float(record.metrics["loss"]), float(record.metrics["weight"])
+        finite = np.isfinite(loss)
+        for name, value in record.metrics.items():
+            if isinstance(value, tuple):
+                pair = np.asarray(value, np.float64)
+                sums[name] += pair if finite and np.all(np.isfinite(pair)) else 0.0
+            else:
+                last[name] = float(value)
+        sums["loss"] += (loss * weight, weight) if finite else 0.0
+    ratios = {name: float(top / bottom) if bottom else 0.0 for name, (top, bottom) in sums.items()}
+    return {**last, **ratios}
+
+
+class Throughput:
+    """Clock and counters between two log lines."""
+
+    def __init__(self) -> None:
+        self.restart()
+
+    def restart(self) -> None:
+        """Begins a period."""
+        self._began = time.monotonic()
+        self._waited = 0.0
+        self._steps = 0
+        self._stats: dict[str, float] = collections.defaultdict(float)
+
+    def waited(self, seconds: float) -> None:
+        """Adds time in which the devices had no batch to go on with."""
+        self._waited += seconds
+
+    def add(self, stats: dict[str, float]) -> None:
+        """Adds a step with the counts of this host."""
+        self._steps += 1
+        for name, value in stats.items():
+            self._stats[name] += value
+
+    def read(self, steps_left: int) -> dict[str, float]:
+        """Rates of the period over all hosts, and the seconds that the steps left will take."""
+        seconds = max(time.monotonic() - self._began, 1e-9)
+        names = ("audio_seconds", "target_tokens")
+        audio_seconds, tokens = _over_hosts([self._stats[name] for name in names])
+        return {
+            "steps_per_second": self._steps / seconds,
+            "audio_hours_per_second": audio_seconds / 3600 / seconds,
+            "tokens_per_second_per_device": tokens / seconds / jax.device_count(),
+            "data_wait_percent": 100.0 * self._waited / seconds,
+            "eta_seconds": steps_left * seconds / max(self._steps, 1),
+        }
+
+
+def log_line(step: int, train_steps: int, metrics: dict[str, float], rates: dict[str, float]) -> str:
+    """The line of a log period."""
+    parts = [
+        f"step {step}/{train_steps}",
+        f"loss {metrics['loss']:.4f}",
+        f"{rates['audio_hours_per_second']:.4g} audio-h/s",
+        f"{rates['tokens_per_second_per_device']:.4g} tokens/s/device",
+        f"data wait {rates['data_wait_percent']:.0f} %",
+        f"ETA {_clock(rates['eta_seconds'])}",
+    ]
+    if metrics.get("nonfinite_total"):
+        parts.append(f"non-finite steps skipped {metrics['nonfinite_total']:.0f}")
+    return "  ".join(parts)
+
+
+class Reporter:
+    """Says lines on process 0: below a progress bar on a terminal, plainly elsewhere.
+
+    Args:
+      train_steps: length of the bar.
+      stream: where to; standard error by default.
+    """
+
+    def __init__(self, train_steps: int, stream: Any = None):
+        self._stream = sys.stderr if stream is None else stream
+        self._bar = self._task = None
+        if jax.process_index() == 0 and self._stream.isatty():
+            self._bar = _rich_bar(self._stream)
+            if self._bar is not None:
+                self._task = self._bar.add_task("training", total=train_steps)
+
+    def say(self, line: str, every_process: bool = False) -> None:
+        """Writes a line; of all processes if asked, else of the first."""
+        if jax.process_index() != 0 and not every_process:
+            return
+        if self._bar is not None:
+            self._bar.console.print(line, markup=False, highlight=False)
+        else:
+            print(line, file=self._stream, flush=True)
+
+    def at(self, step: int) -> None:
+        """Moves the bar, which appears with the first move."""
+        if self._bar is not None:
+            self._bar.start()
+            self._bar.update(self._task, completed=step)
+
+    def close(self) -> None:
+        """Takes the bar down."""
+        if self._bar is not None:
+            self._bar.stop()
+
+
+def _rich_bar(stream: Any) -> Any:
+    try:
+        # Not among what this room needs: without it a terminal gets plain lines too.
+        from rich import console, progress
+    except ImportError:
+        return None
+    return progress.Progress(
+        *progress.Progress.get_default_columns(),
+        progress.MofNCompleteColumn(),
+        console=console.Console(file=stream),
+    )
+
+
+def _over_hosts(values: list[float]) -> list[float]:
+    if jax.process_count() == 1:
+        return values
+    from jax.experimental import multihost_utils
+
+    gathered = multihost_utils.process_allgather(np.asarray(values, np.float32))
+    return np.asarray(gathered).reshape(jax.process_count(), -1).sum(axis=0).tolist()
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}"

@@ -1,0 +1,68 @@
+"""One line of JSON per step, to compare runs step by step."""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from slm_jax.errors import UserError
+
+
+class StepLog:
+    """The file `steps.jsonl` of a run: step, loss and, if wanted, the ids of the step's examples.
+
+    Lines past the restored step are cut off when a run resumes, so that the file reads as if the run had
+    never stopped.
+
+    Args:
+      path: the file.
+      restored_step: last step whose line is kept; 0 starts afresh.
+
+    Raises:
+      UserError: it cannot be written.
+    """
+
+    def __init__(self, path: str | Path, restored_step: int):
+        self._path = Path(path)
+        try:
+            kept = self._lines_up_to(restored_step)
+            # Replaced in one go: a kill between the two leaves the old file or the new one.
+            partial = self._path.with_suffix(".partial")
+            partial.write_bytes(b"".join(kept))
+            partial.replace(self._path)
+            self._file = self._path.open("a", encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"cannot write {self._path}: {error.strerror or error}") from error
+
+    def write(self, step: int, loss: float, ids: Mapping[int, tuple[str, ...]] | None = None) -> None:
+        """Adds a line; `ids` maps global rows to example ids."""
+        line: dict[str, object] = {"step": step, "loss": loss}
+        if ids is not None:
+            line["ids"] = {str(row): list(names) for row, names in sorted(ids.items())}
+        self._file.write(json.dumps(line) + "\n")
+
+    def flush(self) -> None:
+        """Brings all lines to the disk; called before a checkpoint, which must never be ahead of this file."""
+        try:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise UserError(f"cannot write {self._path}: {error.strerror or error}") from error
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._file.close()
+
+    def _lines_up_to(self, last_step: int) -> list[bytes]:
+        if not self._path.exists():
+            return []
+        kept = []
+        for line in self._path.read_bytes().splitlines(keepends=True):
+            try:
+                step = json.loads(line)["step"]
+            except (ValueError, KeyError, TypeError):
+                # A kill may leave half a line at the end.
+                continue
+            if step <= last_step and line.endswith(b"\n"):
+                kept.append(line)
+        return kept
