@@ -76,7 +76,7 @@ class ConformerConfig:
 
 
 _PRESETS = {
-    "tiny": ConformerConfig(layers=4, dim=128, heads=4, subsampling_channels=(32, 32)),
+    "tiny": ConformerConfig(layers=4, dim=128, heads=4, subsampling_channels=(16, 16)),
     "600m": ConformerConfig(layers=24, dim=1024, heads=8),
     "2b": ConformerConfig(layers=32, dim=1536, heads=16),
 }
