@@ -1,0 +1,371 @@
+"""SeqIO preprocessors: from the fields of a manifest to token ids.
+
+Prompts are data: templates such as `"Transcribe the {language_name} speech: {speech}"`, where `{field}`
+is a field of the reference and the literal `{speech}` is the place of the speech. Random numbers come
+from SeqIO's map seeds alone, so that the same seed gives the same tokens on every machine.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import string
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import seqio
+
+from slm_jax.data.host_tensorflow import tf
+from slm_jax.data.references import SPEECH
+from slm_jax.errors import UserError, nearest
+
+Example = dict[str, tf.Tensor]
+
+SPEECH_MARKER = "{speech}"
+
+LANGUAGE_NAMES = {
+    "ar": "Arabic", "bn": "Bengali", "ca": "Catalan", "cs": "Czech", "cy": "Welsh", "da": "Danish",
+    "de": "German", "el": "Greek", "en": "English", "es": "Spanish", "et": "Estonian", "fa": "Persian",
+    "fi": "Finnish", "fr": "French", "he": "Hebrew", "hi": "Hindi", "hr": "Croatian", "hu": "Hungarian",
+    "id": "Indonesian", "it": "Italian", "ja": "Japanese", "ko": "Korean", "lt": "Lithuanian",
+    "lv": "Latvian", "mn": "Mongolian", "nl": "Dutch", "no": "Norwegian", "pl": "Polish",
+    "pt": "Portuguese", "ro": "Romanian", "ru": "Russian", "sk": "Slovak", "sl": "Slovenian",
+    "sv": "Swedish", "sw": "Swahili", "ta": "Tamil", "th": "Thai", "tr": "Turkish", "uk": "Ukrainian",
+    "vi": "Vietnamese", "zh": "Chinese",
+}  # fmt: skip
+
+
+def templates_fingerprint(templates: Sequence[str]) -> str:
+    """Returns the SHA-256 of prompt templates, in their order."""
+    return hashlib.sha256(json.dumps(list(templates), ensure_ascii=False).encode()).hexdigest()
+
+
+def template_fields(template: str) -> list[str]:
+    """Returns the fields that a template reads, in their order; `speech` is the marker.
+
+    Raises:
+      UserError: the braces do not match, a field is not named, or `{speech}` stands twice.
+    """
+    try:
+        fields = [field for _, field, _, _ in string.Formatter().parse(template) if field is not None]
+    except ValueError as error:
+        raise UserError(f"prompt template {template!r}: {error}") from None
+    if "" in fields:
+        raise UserError(f"prompt template {template!r}: braces are empty, expected a field such as {{text}}")
+    if fields.count("speech") > 1:
+        raise UserError(f"prompt template {template!r}: {SPEECH_MARKER} stands twice, expected once at most")
+    return fields
+
+
+def _pick(id_: tf.Tensor, count: int, salt: str) -> tf.Tensor:
+    # FarmHash Fingerprint64: the same on every platform and in every version of TensorFlow.
+    return tf.strings.to_hash_bucket_fast(tf.strings.join([salt, id_], "\n"), count)
+
+
+def _render(template: str, example: Mapping[str, tf.Tensor]) -> tf.Tensor:
+    parts: list[tf.Tensor] = []
+    for literal, field, _, _ in string.Formatter().parse(template):
+        parts.append(tf.constant(literal))
+        if field is not None:
+            if field not in example:
+                raise UserError(
+                    f"prompt template {template!r} reads field {field!r}{nearest(field, example)}"
+                )
+            parts.append(example[field])
+    return tf.strings.join(parts) if parts else tf.constant("")
+
+
+def add_language_names(dataset: tf.data.Dataset) -> tf.data.Dataset:
+    """Adds `language_name`, the English name of `language`; an unlisted code stands for itself."""
+    table = tf.lookup.StaticHashTable(
+        tf.lookup.KeyValueTensorInitializer(list(LANGUAGE_NAMES), list(LANGUAGE_NAMES.values())), ""
+    )
+
+    def add(example: Example) -> Example:
+        name = table.lookup(example["language"])
+        return example | {"language_name": tf.where(name == "", example["language"], name)}
+
+    return dataset.map(add, num_parallel_calls=tf.data.AUTOTUNE)
+
+
+def reject_languages(dataset: tf.data.Dataset, *, languages: Sequence[str]) -> tf.data.Dataset:
+    """Marks examples of other languages with the reason `unknown_language`; the index counts them."""
+    known = tf.constant(list(languages))
+
+    def check(example: Example) -> Example:
+        is_known = tf.reduce_any(example["language"] == known)
+        return example | {"reject": tf.where(is_known, "", "unknown_language")}
+
+    return dataset.map(check, num_parallel_calls=tf.data.AUTOTUNE)
+
+
+def repeat(dataset: tf.data.Dataset, *, times: int) -> tf.data.Dataset:
+    """Repeats each example `times` times under the ids `<id>#0`, `<id>#1`, ..., so that noise differs."""
+
+    def variants(example: Example) -> tf.data.Dataset:
+        def variant(index: tf.Tensor) -> Example:
+            return example | {"id": tf.strings.join([example["id"], tf.strings.as_string(index)], "#")}
+
+        return tf.data.Dataset.range(times).map(variant)
+
+    return dataset.flat_map(variants)
+
+
+def render_prompts(
+    dataset: tf.data.Dataset,
+    *,
+    templates: Sequence[str],
+    target: str,
+    salt: str,
+    speech: str = SPEECH_MARKER,
+) -> tf.data.Dataset:
+    """Renders prompt and target as text.
+
+    Args:
+      dataset: references with string fields.
+      templates: one of them is chosen by a hash of `salt` and the example's id.
+      target: template of the target, such as `{text}`.
+      salt: makes the choice differ between tasks; the task's name.
+      speech: what stands at the marker: the speech itself (`{speech}`), or, for a text-only task, a
+        template such as `{text}`.
+
+    Returns:
+      Examples with `prompt_before`, `prompt_speech` and `prompt_after`, a bool `prompt_has_speech`,
+      and the whole `inputs_pretokenized` and `targets_pretokenized`.
+
+    Raises:
+      UserError: a template is malformed or names a field that the manifest does not have.
+    """
+    if not templates:
+        raise UserError(f"task {salt!r} has no prompt templates, expected at least one")
+    for template in (*templates, target):
+        template_fields(template)
+    halves = [template.partition(SPEECH_MARKER) for template in templates]
+    text_only = speech != SPEECH_MARKER
+    markers = [bool(marker) for _, marker, _ in halves]
+
+    def render(example: Example) -> Example:
+        choice = _pick(example["id"], len(templates), salt)
+        before = tf.stack([_render(half[0], example) for half in halves])[choice]
+        after = tf.stack([_render(half[2], example) for half in halves])[choice]
+        marked = tf.constant(markers)[choice]
+        said = tf.where(marked, _render(speech, example) if text_only else SPEECH_MARKER, "")
+        return example | {
+            "prompt_before": before,
+            "prompt_speech": said,
+            "prompt_after": after,
+            "prompt_has_speech": tf.logical_and(marked, not text_only),
+            "inputs_pretokenized": tf.strings.join([before, said, after]),
+            "targets_pretokenized": tf.strings.strip(_render(target, example)),
+        }
+
+    return dataset.map(render, num_parallel_calls=tf.data.AUTOTUNE)
+
+
+def tokenize_prompts(
+    dataset: tf.data.Dataset,
+    output_features: Mapping[str, seqio.Feature],
+    *,
+    targets_eos: bool = True,
+) -> tf.data.Dataset:
+    """Tokenises what `render_prompts` wrote.
+
+    Text before and after the speech is tokenised apart, as at inference. Adds `inputs` (int32; `SPEECH`
+    at the marker; EOS at the end), `targets` (int32, with EOS; empty where there is no text), and
+    `inputs_speech`, a bool for each input token that says whether it stands for what was spoken.
+    """
+    vocabulary = output_features["inputs"].vocabulary
+    target_vocabulary = output_features["targets"].vocabulary
+
+    def tokenize(example: Example) -> Example:
+        example = dict(example)
+        before, written, after = (
+            vocabulary.encode_tf(example.pop(f"prompt_{part}")) for part in ("before", "speech", "after")
+        )
+        said = tf.cond(example.pop("prompt_has_speech"), lambda: tf.constant([SPEECH]), lambda: written)
+        targets = target_vocabulary.encode_tf(example["targets_pretokenized"])
+        if targets_eos:
+            eos = tf.fill([tf.cast(tf.size(targets) > 0, tf.int32)], target_vocabulary.eos_id)
+            targets = tf.concat([targets, eos], 0)
+        is_speech = [tf.zeros_like(before), tf.ones_like(said), tf.zeros_like(after), [0]]
+        example["inputs"] = tf.concat([before, said, after, [vocabulary.eos_id]], 0)
+        example["inputs_speech"] = tf.cast(tf.concat(is_speech, 0), tf.bool)
+        example["targets"] = targets
+        return example
+
+    return dataset.map(tokenize, num_parallel_calls=tf.data.AUTOTUNE)
+
+
+def prompt_tokens(vocabulary: seqio.Vocabulary, prompt: str) -> np.ndarray:
+    """Returns the `inputs` of a prompt typed by a user: int32 [n] with `SPEECH` at the marker, and EOS.
+
+    Args:
+      vocabulary: of the LLM's encoder.
+      prompt: text; without `{speech}` the speech follows it.
+
+    Raises:
+      UserError: `{speech}` stands more than once.
+    """
+    if prompt.count(SPEECH_MARKER) > 1:
+        raise UserError(f"prompt {prompt!r}: {SPEECH_MARKER} stands more than once, expected once at most")
+    before, _, after = prompt.partition(SPEECH_MARKER)
+    tokens = [*vocabulary.encode(before), SPEECH, *vocabulary.encode(after), vocabulary.eos_id]
+    return np.array(tokens, np.int32)
+
+
+def token_noise(
+    dataset: tf.data.Dataset,
+    output_features: Mapping[str, seqio.Feature],
+    *,
+    drop: float = 0.0,
+    double: float = 0.0,
+    unknown: float = 0.0,
+    replace: float = 0.0,
+) -> tf.data.Dataset:
+    """Makes the transcript in `inputs` as unreliable as an adapter's output.
+
+    Args:
+      dataset: tokenised examples; where they hold `inputs_speech`, only tokens that stand for what was
+        spoken are touched. The marker, EOS and sentinels never are.
+      output_features: SeqIO's.
+      drop: share of tokens left out.
+      double: share of tokens written twice.
+      unknown: share of tokens replaced by the unknown token.
+      replace: share of tokens replaced by any piece of the vocabulary.
+
+    Raises:
+      UserError: the shares are negative or add up to more than 1.
+    """
+    rates = np.array([drop, double, unknown, replace])
+    if (rates < 0).any() or rates.sum() > 1:
+        raise UserError(f"token noise rates {rates.tolist()} must not be negative nor add up to more than 1")
+    ends = np.cumsum(rates).tolist()
+    vocabulary = output_features["inputs"].vocabulary
+    protected = tf.constant([SPEECH, vocabulary.eos_id, *sentinel_ids(vocabulary, required=False)])
+    # Pieces that a transcript may hold: the specials before them are padding, EOS and unknown.
+    lowest = max(vocabulary.eos_id, vocabulary.unk_id, vocabulary.pad_id) + 1
+
+    @seqio.map_over_dataset(num_seeds=2)
+    def noise(example: Example, seeds: Sequence[tf.Tensor]) -> Example:
+        tokens = example["inputs"]
+        kept = tf.reduce_any(tokens[:, None] == protected, -1)
+        speech = example.get("inputs_speech")
+        if speech is not None:
+            kept |= ~speech
+        draw = tf.random.stateless_uniform(tf.shape(tokens), seeds[0])
+        draw = tf.where(kept, 1.0, draw)
+        other = tf.random.stateless_uniform(
+            tf.shape(tokens), seeds[1], lowest, vocabulary.base_vocab_size, dtype=tf.int32
+        )
+        is_unknown = (draw >= ends[1]) & (draw < ends[2])
+        is_other = (draw >= ends[2]) & (draw < ends[3])
+        tokens = tf.where(is_unknown, vocabulary.unk_id, tf.where(is_other, other, tokens))
+        times = tf.where(draw < ends[0], 0, tf.where(draw < ends[1], 2, 1))
+        noisy = example | {"inputs": tf.repeat(tokens, times)}
+        if speech is not None:
+            noisy["inputs_speech"] = tf.repeat(speech, times)
+        return noisy
+
+    return noise(dataset)
+
+
+def sentinel_ids(vocabulary: seqio.Vocabulary, required: bool = True) -> list[int]:
+    """Returns the ids of the sentinels `<extra_id_0>`, `<extra_id_1>`, ... in their order.
+
+    They are SeqIO's extra ids where the vocabulary has them, otherwise pieces of those names.
+
+    Raises:
+      UserError: there are none, and they are required.
+    """
+    ids: list[int] = []
+    if vocabulary.extra_ids:
+        ids = [vocabulary.vocab_size - 1 - i for i in range(vocabulary.extra_ids)]
+    else:
+        tokenizer = vocabulary.tokenizer  # pyright: ignore[reportAttributeAccessIssue]
+        while (found := tokenizer.piece_to_id(f"<extra_id_{len(ids)}>")) != vocabulary.unk_id:
+            ids.append(found)
+    if required and not ids:
+        raise UserError("the vocabulary has no sentinels <extra_id_0>, <extra_id_1>, ...; set extra_ids")
+    return ids
+
+
+def span_corruption(
+    dataset: tf.data.Dataset,
+    output_features: Mapping[str, seqio.Feature],
+    *,
+    text: str = "{text}",
+    noise_density: float = 0.15,
+    mean_span_length: float = 3.0,
+) -> tf.data.Dataset:
+    """T5's span corruption (Raffel et al. 2020): spans become sentinels, the target names what they were.
+
+    Args:
+      dataset: references with string fields.
+      output_features: SeqIO's.
+      text: template of the text to corrupt.
+      noise_density: share of tokens that are corrupted, at least one.
+      mean_span_length: mean length of a corrupted span in tokens.
+
+    Returns:
+      Examples with `inputs` and `targets`, int32 with EOS; both empty where there are fewer than 2 tokens.
+
+    Raises:
+      UserError: the vocabulary has no sentinels.
+    """
+    vocabulary = output_features["inputs"].vocabulary
+    sentinels = tf.constant(sentinel_ids(vocabulary), tf.int32)
+
+    @seqio.map_over_dataset(num_seeds=2)
+    def corrupt(example: Example, seeds: Sequence[tf.Tensor]) -> Example:
+        rendered = tf.strings.strip(_render(text, example))
+        tokens = vocabulary.encode_tf(rendered)
+        noisy = _noise_mask(tf.size(tokens), noise_density, mean_span_length, tf.size(sentinels), seeds)
+        usable = tf.size(tokens) >= 2
+        eos = tf.fill([tf.cast(usable, tf.int32)], vocabulary.eos_id)
+        tokens = tokens[: tf.where(usable, tf.size(tokens), 0)]
+        noisy = noisy[: tf.size(tokens)]
+        return example | {
+            "inputs_pretokenized": rendered,
+            "targets_pretokenized": rendered,
+            "inputs": tf.concat([_spans_to_sentinels(tokens, noisy, sentinels), eos], 0),
+            "targets": tf.concat([_spans_to_sentinels(tokens, ~noisy, sentinels), eos], 0),
+        }
+
+    return corrupt(dataset)
+
+
+def _noise_mask(
+    length: tf.Tensor,
+    density: float,
+    mean_span: float,
+    most_spans: tf.Tensor,
+    seeds: Sequence[tf.Tensor],
+) -> tf.Tensor:
+    """Returns a bool for each token; spans of kept and corrupted tokens alternate, a kept one first."""
+    length = tf.maximum(length, 2)
+    noise = tf.cast(tf.round(tf.cast(length, tf.float32) * density), tf.int32)
+    noise = tf.clip_by_value(noise, 1, length - 1)
+    kept = length - noise
+    spans = tf.cast(tf.round(tf.cast(noise, tf.float32) / mean_span), tf.int32)
+    # T5 asks for at least one span; each needs a corrupted token, a kept one and a sentinel.
+    spans = tf.maximum(1, tf.minimum(tf.minimum(spans, most_spans), tf.minimum(noise, kept)))
+    lengths = tf.stack([_segment(kept, spans, seeds[0]), _segment(noise, spans, seeds[1])], 1)
+    starts_noise = tf.tile([False, True], [spans])
+    return tf.repeat(starts_noise, tf.reshape(lengths, [-1]))
+
+
+def _segment(total: tf.Tensor, parts: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
+    """Splits `total` into `parts` positive lengths, each way equally likely."""
+    order = tf.argsort(tf.random.stateless_uniform([total - 1], seed))
+    cuts = tf.sort(order[: parts - 1]) + 1
+    edges = tf.concat([[0], cuts, [total]], 0)
+    return edges[1:] - edges[:-1]
+
+
+def _spans_to_sentinels(tokens: tf.Tensor, noisy: tf.Tensor, sentinels: tf.Tensor) -> tf.Tensor:
+    """Replaces each run of noisy tokens by one sentinel, the first run by the first sentinel."""
+    before = tf.concat([[False], noisy[:-1]], 0)[: tf.size(noisy)]
+    starts = noisy & ~before
+    number = tf.cumsum(tf.cast(starts, tf.int32)) - 1
+    named = tf.gather(sentinels, tf.clip_by_value(number, 0, tf.size(sentinels) - 1))
+    return tf.boolean_mask(tf.where(starts, named, tokens), starts | ~noisy)

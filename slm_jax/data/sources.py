@@ -1,0 +1,204 @@
+"""Manifests as SeqIO data sources of references: texts and numbers, never audio."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import seqio
+
+from slm_jax.data.host_tensorflow import tf
+from slm_jax.data.references import SAMPLE_RATE
+from slm_jax.errors import UserError, nearest
+
+# Fields with a type of their own; every other field is a string.
+_TYPES: dict[str, tuple[tuple[type, ...], str]] = {
+    "id": ((str, int), "a string"),
+    "audio": ((str,), "a path"),
+    "duration": ((int, float), "a number of seconds"),
+    "translations": ((dict,), "an object of language: text"),
+}
+
+
+class ManifestSource(seqio.DataSource):
+    """References from manifests in JSON lines.
+
+    A line is an object with `audio` (path relative to the manifest), `duration` (seconds), `language`,
+    `text`, `translations` (`{"de": ...}`), an optional `id` (by default the line number) and any
+    other string fields. A text-only line leaves `audio` and `duration` out.
+
+    Yields the features `id`, `audio`, `language` and `text` (empty where absent), `samples` (int32,
+    at 16 kHz; 0 without audio and where the duration is not a positive number), one
+    `translations.<language>` for each language and every other field of the manifest by its name.
+
+    Args:
+      manifests: split -> path of its manifest.
+      fields: string fields beyond those above that the task reads; a manifest of which no line has
+        one is refused.
+    """
+
+    def __init__(self, manifests: Mapping[str, str | Path], fields: Sequence[str] = ()):
+        self._manifests = {split: Path(path) for split, path in manifests.items()}
+        self._fields = tuple(fields)
+        self._counts: dict[str, int] = {}
+        super().__init__(splits=tuple(self._manifests), caching_permitted=False)
+
+    @property
+    def supports_arbitrary_sharding(self) -> bool:
+        """Whether shards beyond `list_shards` can be read; a manifest is one shard."""
+        return False
+
+    def list_shards(self, split: str) -> Sequence[str]:
+        """Returns the one manifest of a split."""
+        return [str(self.manifest(split))]
+
+    def manifest(self, split: str) -> Path:
+        """Returns the manifest of a split; raises UserError where there is no such split."""
+        if split not in self._manifests:
+            raise UserError(f"there is no split {split!r}{nearest(split, self._manifests)}")
+        return self._manifests[split]
+
+    def audio_root(self, split: str) -> str:
+        """Returns the folder that audio paths of a split are relative to."""
+        return str(self.manifest(split).parent)
+
+    def content_fingerprint(self, split: str) -> str:
+        """Returns the SHA-256 of the manifest's bytes; raises UserError where it cannot be read."""
+        return hashlib.sha256(_read_bytes(self.manifest(split))).hexdigest()
+
+    def num_input_examples(self, split: str) -> int:
+        """Returns how many references a split holds, from the manifest alone."""
+        if split not in self._counts:
+            lines = _read_bytes(self.manifest(split)).split(b"\n")
+            self._counts[split] = sum(1 for line in lines if line.strip())
+        return self._counts[split]
+
+    def get_dataset(
+        self,
+        split: str = "train",
+        shuffle: bool = True,
+        seed: int | None = None,
+        shard_info: seqio.ShardInfo | None = None,
+        **unused: Any,
+    ) -> tf.data.Dataset:
+        """Returns the references of a split as a dataset of scalars.
+
+        Args:
+          split: name of the split.
+          shuffle: whether the order is drawn from `seed`; the plan asks for the manifest's own order.
+          seed: of the shuffle.
+          shard_info: must name the one shard there is.
+
+        Raises:
+          UserError: the manifest is missing, unreadable, empty, or a line of it is wrong.
+        """
+        if shard_info and shard_info.num_shards > 1:
+            raise ValueError("a manifest is one shard; the plan splits rows over hosts")
+        dataset = tf.data.Dataset.from_tensor_slices(self.columns(split))
+        if shuffle:
+            count = int(dataset.cardinality())
+            dataset = dataset.shuffle(count, seed=seed, reshuffle_each_iteration=False)
+        return dataset
+
+    def columns(self, split: str) -> dict[str, np.ndarray]:
+        """Returns the fields of a split by name: object arrays of bytes, and int32 `samples`.
+
+        Raises:
+          UserError: as `get_dataset`.
+        """
+        path = self.manifest(split)
+        records = _read_records(path)
+        names = dict.fromkeys(["id", "audio", "language", "text", *self._fields])
+        for record in records:
+            names.update(dict.fromkeys(record))
+        columns = {
+            name: np.array([record.get(name, "").encode() for record in records], object)
+            for name in names
+            if name != "samples"
+        }
+        for name in self._fields:
+            if not any(columns[name]):
+                raise UserError(
+                    f"{path}: no line has the field {name!r}{nearest(name, names.keys() - {name})}"
+                )
+        columns["samples"] = np.array([record["samples"] for record in records], np.int32)
+        return columns
+
+
+def _read_bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        siblings = [p.name for p in path.parent.glob("*.jsonl")] if path.parent.is_dir() else []
+        raise UserError(f"manifest {path} does not exist{nearest(path.name, siblings)}") from None
+    except OSError as error:
+        raise UserError(f"manifest {path} cannot be read: {error.strerror}") from None
+
+
+def _read_records(path: Path) -> list[dict[str, Any]]:
+    try:
+        text = _read_bytes(path).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"manifest {path} is not UTF-8 text: byte {error.start} is {error.reason}") from None
+    records: list[dict[str, Any]] = []
+    lines_by_id: dict[str, int] = {}
+    # Not splitlines: a text may hold characters that it takes for line ends.
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        record = _parse_line(line, number, f"{path}, line {number}")
+        first = lines_by_id.setdefault(record["id"], number)
+        if first != number:
+            raise UserError(f"{path}, line {number}: id {record['id']!r} is that of line {first} as well")
+        records.append(record)
+    if not records:
+        raise UserError(f"manifest {path} holds no references")
+    return records
+
+
+def _parse_line(line: str, number: int, where: str) -> dict[str, Any]:
+    try:
+        fields = json.loads(line)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise UserError(f"{where}: not JSON ({error})") from None
+    if not isinstance(fields, dict):
+        raise UserError(f"{where}: found {type(fields).__name__}, expected an object of fields")
+    record: dict[str, Any] = {"id": str(number)}
+    for name, value in fields.items():
+        types, expected = _TYPES.get(name, ((str,), "a string"))
+        if value is None or isinstance(value, bool) or not isinstance(value, types):
+            raise UserError(f"{where}: field {name!r} is {_brief(value)}, expected {expected}")
+        if name == "translations":
+            record.update(_translations(value, where))
+        elif name != "duration":
+            record[name] = str(value)
+    if record.get("audio") and "duration" not in fields:
+        raise UserError(f"{where}: field 'duration' is missing, expected the length of the audio in seconds")
+    if not record["id"]:
+        raise UserError(f"{where}: field 'id' is empty")
+    record["samples"] = _samples(fields.get("duration", 0))
+    return record
+
+
+def _translations(value: dict[str, Any], where: str) -> dict[str, str]:
+    for language, text in value.items():
+        if not isinstance(text, str):
+            raise UserError(f"{where}: field 'translations.{language}' is {_brief(text)}, expected a string")
+    return {f"translations.{language}": text for language, text in value.items()}
+
+
+def _samples(duration: float) -> int:
+    # A duration that is no positive number is a bad example, counted by the index; not an error here.
+    if not math.isfinite(duration) or duration <= 0:
+        return 0
+    return min(round(duration * SAMPLE_RATE), np.iinfo(np.int32).max)
+
+
+def _brief(value: object) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 40 else text[:37] + "..."

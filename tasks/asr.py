@@ -1,0 +1,52 @@
+"""Speech recognition: the transcript of the speech."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from slm_jax.tasks.registration import Manifests, MetricFn, register_speech_task
+
+ASR_TEMPLATES = (
+    "Transcribe the speech: {speech}",
+    "Write down what is said: {speech}",
+    "Transcribe the {language_name} speech: {speech}",
+    "What does the speaker say? {speech}",
+)
+
+
+def register_asr(
+    name: str,
+    *,
+    manifests: Manifests,
+    vocabulary: Any,
+    languages: Sequence[str] | None = None,
+    templates: Sequence[str] = ASR_TEMPLATES,
+    metric_fns: Sequence[MetricFn | str] = ("wer", "cer"),
+    **options: Any,
+) -> str:
+    """Registers speech recognition on manifests with the field `text`; returns `name`.
+
+    Args:
+      name: of the task.
+      manifests: split -> path of a JSONL manifest.
+      vocabulary: path of a sentencepiece model, or a SeqIO vocabulary.
+      languages: languages that the task accepts; None accepts all.
+      templates: prompts; one is chosen per example.
+      metric_fns: SeqIO metric functions, or names in `slm_jax.evaluation.metrics`.
+      **options: further arguments of `registration.register_speech_task`.
+
+    Raises:
+      UserError: as `registration.register_speech_task`.
+    """
+    only = languages[0] if languages and len(languages) == 1 else ""
+    settings = {"target": "{text}", "metric_language": only} | options
+    return register_speech_task(
+        name,
+        manifests=manifests,
+        vocabulary=vocabulary,
+        languages=languages,
+        templates=templates,
+        metric_fns=metric_fns,
+        **settings,
+    )

@@ -1,0 +1,96 @@
+"""Instructions about speech, each example with its own, and span corruption for language models."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import seqio
+
+from slm_jax.data import preprocessors
+from slm_jax.tasks.registration import Manifests, MetricFn, add_task, register_speech_task
+
+INSTRUCTION_TEMPLATES = ("{instruction} {speech}",)
+
+
+def register_instruction(
+    name: str,
+    *,
+    manifests: Manifests,
+    vocabulary: Any,
+    languages: Sequence[str] | None = None,
+    templates: Sequence[str] = INSTRUCTION_TEMPLATES,
+    target: str = "{response}",
+    metric_fns: Sequence[MetricFn | str] = ("exact_match",),
+    **options: Any,
+) -> str:
+    """Registers spoken instructions on manifests with the fields `instruction` and `response`; returns `name`.
+
+    Args:
+      name: of the task.
+      manifests: split -> path of a JSONL manifest.
+      vocabulary: path of a sentencepiece model, or a SeqIO vocabulary.
+      languages: languages that the task accepts; None accepts all.
+      templates: prompts over the fields of the manifest.
+      target: template of the answer.
+      metric_fns: SeqIO metric functions, or names in `slm_jax.evaluation.metrics`.
+      **options: further arguments of `registration.register_speech_task`.
+
+    Raises:
+      UserError: as `registration.register_speech_task`.
+    """
+    return register_speech_task(
+        name,
+        manifests=manifests,
+        vocabulary=vocabulary,
+        languages=languages,
+        templates=templates,
+        target=target,
+        metric_fns=metric_fns,
+        **options,
+    )
+
+
+def register_span_corruption(
+    name: str,
+    *,
+    manifests: Manifests,
+    vocabulary: str | Path | seqio.Vocabulary,
+    text: str = "{text}",
+    extra_ids: int = 0,
+    noise_density: float = 0.15,
+    mean_span_length: float = 3.0,
+    repeats: int = 1,
+) -> str:
+    """Registers T5's span corruption on a text field of manifests; returns `name`.
+
+    Args:
+      name: of the task.
+      manifests: split -> path of a JSONL manifest.
+      vocabulary: path of a sentencepiece model with sentinels, or a SeqIO vocabulary.
+      text: template of the text to corrupt.
+      extra_ids: sentinels that SeqIO adds behind the pieces.
+      noise_density: share of tokens that are corrupted.
+      mean_span_length: mean length of a corrupted span in tokens.
+      repeats: how many variants of each text, each with its own spans.
+
+    Raises:
+      UserError: the template is malformed, or the name is taken by another definition.
+    """
+    variants = [functools.partial(preprocessors.repeat, times=repeats)] if repeats > 1 else []
+    corrupt = functools.partial(
+        preprocessors.span_corruption,
+        text=text,
+        noise_density=noise_density,
+        mean_span_length=mean_span_length,
+    )
+    return add_task(
+        name,
+        manifests=manifests,
+        fields=preprocessors.template_fields(text),
+        vocabulary=vocabulary,
+        extra_ids=extra_ids,
+        steps=[*variants, corrupt],
+    )
