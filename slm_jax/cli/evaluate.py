@@ -1,0 +1,32 @@
+"""`slm evaluate`: scores a run's model on a split and writes metrics and hypotheses."""
+
+import argparse
+from pathlib import Path
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags of the command."""
+    parser.add_argument("--run", required=True, metavar="DIR", help="directory of a trained run")
+    parser.add_argument("--mixture", metavar="NAME", help="task or mixture; the run's own by default")
+    parser.add_argument("--split", metavar="NAME", help="such as test; the run's own by default")
+    parser.add_argument("--step", type=int, metavar="N", help="checkpoint to score; the newest by default")
+    parser.add_argument("--output", metavar="DIR", help="folder for metrics.json and hypotheses; in the run by default")
+    parser.epilog = "The run's configuration can be overridden by --gin.NAME=value."
+
+
+def main(args: argparse.Namespace) -> int:
+    """Runs the command: a line for each task and metric on standard output."""
+    from slm_jax.cli.run import load_run
+    from slm_jax.cli.wiring import Wiring
+    from slm_jax.evaluation.evaluator import write_results
+
+    run = load_run(args.run, args.gin_bindings)
+    wired = Wiring(run)
+    split = args.split or run.evaluated().split
+    results = wired.evaluate(wired.trained_variables(args.step), args.mixture, split)
+    directory = Path(args.output) if args.output else run.path(run.model_dir) / "evaluation" / split
+    write_results(results, directory)
+    for task, result in results.items():
+        for metric, value in result.metrics.items():
+            print(f"{task} {metric} {value:.2f}")
+    return 0

@@ -1,0 +1,118 @@
+"""`slm infer`: answers a prompt about audio files, or about each line of a manifest."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from slm_jax.errors import BadExample, UserError
+
+if TYPE_CHECKING:
+    from slm_jax.data.references import Reference
+    from slm_jax.evaluation.predictor import Prediction
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags of the command."""
+    parser.add_argument("--run", required=True, metavar="DIR", help="directory of a trained run")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--audio", nargs="+", metavar="FILE", help="WAV, FLAC, Ogg or MP3, any rate")
+    source.add_argument("--manifest", metavar="FILE", help="JSON lines with `audio`, as for training")
+    parser.add_argument(
+        "--prompt", required=True, metavar="TEXT",
+        help="instruction; {speech} marks where the speech goes, by default after the text",
+    )  # fmt: skip
+    parser.add_argument("--output", metavar="FILE", help="answers as JSON lines; needed with --manifest")
+    parser.add_argument("--step", type=int, metavar="N", help="checkpoint to use; the newest by default")
+    parser.add_argument("--max_tokens", type=int, metavar="N", help="most tokens of an answer")
+    parser.epilog = "The run's configuration can be overridden by --gin.NAME=value."
+
+
+def main(args: argparse.Namespace) -> int:
+    """Runs the command: one text for each file alone on standard output, or JSON lines in a file."""
+    if args.manifest and not args.output:
+        raise UserError("slm infer: --manifest needs --output, the file that the answers go to")
+    # JAX and TensorFlow load here, after the flags were found right.
+    from slm_jax.cli.run import load_run
+    from slm_jax.cli.wiring import Wiring
+    from slm_jax.data.preprocessors import prompt_tokens
+
+    wired = Wiring(load_run(args.run, args.gin_bindings))
+    vocabulary = wired.vocabulary("targets")
+    prompt = prompt_tokens(wired.vocabulary("inputs"), args.prompt)
+    references = _of_files(args.audio, prompt) if args.audio else _of_manifest(args.manifest, prompt)
+    predictor = wired.predictor(
+        wired.trained_variables(args.step), rows=min(len(references), 16), max_tokens=args.max_tokens
+    )
+    predictions = predictor(references)
+    texts = [vocabulary.decode(prediction.tokens) for prediction in predictions]
+    if args.output:
+        _write(Path(args.output), references, predictions, texts)
+        return 0
+    for reference, prediction, text in zip(references, predictions, texts, strict=True):
+        if prediction.rejected:
+            raise UserError(f"--audio {reference.audio}: {_why(prediction)}")
+        print(text)
+    return 0
+
+
+def _of_files(paths: list[str], prompt) -> "list[Reference]":
+    from slm_jax.data.audio_files import count_samples
+    from slm_jax.data.references import Reference
+
+    references = []
+    for path in paths:
+        try:
+            samples = count_samples(path)
+        except BadExample as bad:
+            raise UserError(f"--audio {path}: {bad.reason} ({bad.detail})") from None
+        references.append(Reference(path, path, samples, prompt, prompt[:0], "infer", ""))
+    return references
+
+
+def _of_manifest(path: str, prompt) -> "list[Reference]":
+    from slm_jax.data.references import Reference
+    from slm_jax.data.sources import ManifestSource
+
+    source = ManifestSource({"infer": path})
+    columns = source.columns("infer")
+    folder = Path(source.audio_root("infer"))
+    return [
+        Reference(
+            id_.decode(),
+            str(folder / audio.decode()) if audio else None,
+            int(samples),
+            prompt,
+            prompt[:0],
+            "infer",
+            language.decode(),
+        )
+        for id_, audio, samples, language in zip(
+            columns["id"], columns["audio"], columns["samples"], columns["language"], strict=True
+        )
+    ]
+
+
+def _write(
+    path: Path, references: "list[Reference]", predictions: "list[Prediction]", texts: list[str]
+) -> None:
+    from slm_jax.evaluation.evaluator import replace_text
+
+    lines = []
+    for reference, prediction, text in zip(references, predictions, texts, strict=True):
+        line = {"id": reference.id, "audio": reference.audio, "prediction": text}
+        if prediction.rejected:
+            line |= {"reject_reason": prediction.rejected.reason, "reject_detail": prediction.rejected.detail}
+        lines.append(json.dumps(line, ensure_ascii=False) + "\n")
+    try:
+        replace_text(path, "".join(lines))
+    except OSError as error:
+        raise UserError(f"--output {path}: cannot be written ({error.strerror or error})") from error
+    rejected = sum(prediction.rejected is not None for prediction in predictions)
+    print(f"{len(lines)} answers in {path}, {rejected} of them rejected", file=sys.stderr)
+
+
+def _why(prediction: "Prediction") -> str:
+    assert prediction.rejected is not None
+    return f"{prediction.rejected.reason} ({prediction.rejected.detail})"

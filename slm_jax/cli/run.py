@@ -1,0 +1,153 @@
+"""What a run is: the one object that gin builds and every command reads."""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from slm_jax.cli import gin_config
+from slm_jax.errors import UserError, nearest
+from slm_jax.partitioning.rules import DEFAULT_RULES, LogicalRules
+from slm_jax.training.loop import LoopConfig
+from slm_jax.training.objectives.base import Objective
+from slm_jax.training.optimizers import OptimizerConfig
+
+# The resolved configuration in a run's directory: what commands read that take `--run`.
+CONFIG_FILE = "config.gin"
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """What a run reads.
+
+    Attributes:
+      mixture_or_task: registered SeqIO name.
+      feature_lengths: size of a row: `speech` in samples at 16 kHz, `inputs` and `targets` in tokens.
+      batch_size: rows of the global batch.
+      cache_dir: where index tables are kept; by default the user's cache folder.
+      register: functions that register tasks and mixtures, called first, in this order.
+      split: trained on.
+      seed: of the order of examples.
+      max_bad_share: the run stops when more than this share of its examples cannot be loaded.
+      reader_threads: threads that read audio ahead.
+    """
+
+    mixture_or_task: str
+    feature_lengths: Mapping[str, int]
+    batch_size: int
+    cache_dir: str | None = None
+    register: Sequence[Callable[[], object]] = ()
+    split: str = "train"
+    seed: int = 0
+    max_bad_share: float = 0.05
+    reader_threads: int = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationConfig:
+    """How a model is scored.
+
+    Attributes:
+      mixture_or_task: what it is scored on; None takes the training mixture.
+      split: such as `validation`.
+      batch_size: rows decoded at once.
+      max_tokens: most tokens of a hypothesis.
+      num_examples: examples of each task during training; all by default. `slm evaluate` takes all.
+    """
+
+    mixture_or_task: str | None = None
+    split: str = "validation"
+    batch_size: int = 16
+    max_tokens: int = 128
+    num_examples: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Sizes of the mesh axes; -1 takes the devices that the others leave.
+
+    Attributes:
+      data, fsdp, tensor: of the axes of that name.
+      rules: logical axis -> mesh axis.
+    """
+
+    data: int = -1
+    fsdp: int = 1
+    tensor: int = 1
+    rules: LogicalRules = DEFAULT_RULES
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A run: where it lies, what it minimises, on what, and how long.
+
+    Attributes:
+      model_dir: the run's directory.
+      objective: what it minimises.
+      data: what it reads.
+      optimizer: how it learns.
+      loop: how long, and how often it logs, evaluates and saves.
+      mesh: where arrays lie.
+      evaluation: how the model is scored; None scores nothing.
+      foundations: part of the model (`speech_encoder`, `llm`) -> directory of its foundation checkpoint.
+      frozen_dtype: floating parameters of frozen parts are held in it; None keeps the dtype on disk.
+      save_foundations: part of the model -> directory to which it is saved when the run is finished.
+      working_dir: what relative paths are relative to; by default the current folder. A run's own copy of
+        its configuration names it, so that the run can be used from any folder.
+    """
+
+    model_dir: str
+    objective: Objective
+    data: DataConfig
+    optimizer: OptimizerConfig
+    loop: LoopConfig
+    mesh: MeshConfig = MeshConfig()
+    evaluation: EvaluationConfig | None = None
+    foundations: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    frozen_dtype: str | None = "bfloat16"
+    save_foundations: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    working_dir: str | None = None
+
+    def path(self, path: str | Path) -> Path:
+        """Returns a path of the configuration as an absolute one."""
+        return (Path(self.working_dir or ".") / path).absolute()
+
+    def evaluated(self) -> EvaluationConfig:
+        """Returns how to score; raises UserError where the run says nothing of it."""
+        if self.evaluation is None:
+            raise UserError("this run has no evaluation: bind run.Run.evaluation in its gin file")
+        return self.evaluation
+
+
+def load_run(directory: str | Path, bindings: Sequence[str] = ()) -> Run:
+    """Builds the run that lies in a directory, wherever the directory lies now.
+
+    Args:
+      directory: of `slm train`.
+      bindings: `NAME=value`, in place of the run's own.
+
+    Raises:
+      UserError: the directory is no run's.
+    """
+    directory = Path(directory).absolute()
+    config = directory / CONFIG_FILE
+    if not config.is_file():
+        near = [path.parent.name for path in directory.parent.glob(f"*/{CONFIG_FILE}")]
+        found = f"has no {CONFIG_FILE}" if directory.is_dir() else "does not exist"
+        raise UserError(f"--run: {directory} is no run: it {found}{nearest(directory.name, near)}")
+    gin_config.parse([str(config)], bindings)
+    return dataclasses.replace(gin_config.build(Run), model_dir=str(directory))
+
+
+def save_config(directory: Path) -> None:
+    """Writes the resolved configuration into a run's directory, whole or not at all.
+
+    Raises:
+      UserError: it cannot be written.
+    """
+    text = f"{gin_config.resolved_config()}\nrun.Run.working_dir = {str(Path.cwd())!r}\n"
+    unfinished = directory / f".{CONFIG_FILE}.unfinished"
+    try:
+        unfinished.write_text(text, encoding="utf-8")
+        unfinished.replace(directory / CONFIG_FILE)
+    except OSError as error:
+        raise UserError(f"cannot write {directory / CONFIG_FILE}: {error.strerror or error}") from error

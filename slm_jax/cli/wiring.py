@@ -1,0 +1,221 @@
+"""Joins the rooms for one run: tasks, batches, mesh, foundation models, decoding, evaluation."""
+
+import dataclasses
+import functools
+import hashlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+from slm_jax.checkpoints.foundation import load_foundation, read_foundation
+from slm_jax.checkpoints.manager import RunCheckpoints
+from slm_jax.checkpoints.provenance import Provenance, make_provenance
+from slm_jax.cli.run import EvaluationConfig, Run
+from slm_jax.errors import UserError, nearest
+from slm_jax.partitioning.mesh import make_mesh
+from slm_jax.partitioning.sharding import batch_sharding, plan_text
+from slm_jax.training.initialisation import RunShapes, make_variables, run_shapes
+from slm_jax.training.loop import Evaluate
+from slm_jax.training.objectives.base import Part
+from slm_jax.training.optimizers import make_optimizer
+from slm_jax.training.state import TrainState
+
+
+class Wiring:
+    """The parts of a run, each made when it is first asked for.
+
+    Args:
+      run: what gin built.
+
+    Raises:
+      UserError: the mesh does not fit the devices.
+    """
+
+    def __init__(self, run: Run):
+        self.run = run
+        self.mesh = make_mesh(run.mesh.data, run.mesh.fsdp, run.mesh.tensor)
+
+    # ---- data
+
+    @functools.cached_property
+    def mixture(self) -> Any:
+        """The SeqIO task or mixture that the run trains on, registered."""
+        return self.task_or_mixture(self.run.data.mixture_or_task)
+
+    def task_or_mixture(self, name: str) -> Any:
+        """Returns a SeqIO task or mixture by name.
+
+        Raises:
+          UserError: nothing of that name is registered.
+        """
+        # First, so that TensorFlow never sees an accelerator.
+        from slm_jax.data import host_tensorflow  # noqa: F401, I001
+        import seqio
+
+        _register(self.run)
+        known = {*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()}
+        if name not in known:
+            raise UserError(f"MIXTURE_OR_TASK_NAME: no task or mixture {name!r} is registered{nearest(name, known)}")
+        return seqio.get_mixture_or_task(name)
+
+    def vocabulary(self, feature: str) -> Any:
+        """Returns the SeqIO vocabulary of the feature `inputs` or `targets`."""
+        return self.mixture.output_features[feature].vocabulary
+
+    def shape(self, rows: int) -> Any:
+        """Returns the `BatchShape` with that many rows."""
+        from slm_jax.data.batch import BatchShape
+
+        return BatchShape.from_feature_lengths(
+            self.run.data.feature_lengths,
+            rows=rows,
+            samples_per_position=self.run.objective.samples_per_position,
+        )
+
+    def train_batches(self) -> Any:
+        """Returns the `BatchSource` of the training split."""
+        raise NotImplementedError
+
+    # ---- model
+
+    @functools.cached_property
+    def shapes(self) -> RunShapes:
+        """Shapes with shardings of all variables."""
+        batch = {
+            name: jax.ShapeDtypeStruct(size, dtype)
+            for name, (size, dtype) in self.shape(self.run.data.batch_size).arrays().items()
+        }
+        return run_shapes(
+            self.run.objective, make_optimizer(self.run.optimizer), batch, self.mesh, self.run.mesh.rules
+        )
+
+    def plan_text(self) -> str:
+        """The sharding plan of the variables."""
+        return plan_text(self.shapes.boxed, self.mesh, self.run.mesh.rules)
+
+    def load_foundations(self, shapes: dict[str, Any]) -> dict[str, Any]:
+        """Loads the foundation models of those parts that `shapes` holds (see `training.loop.train`).
+
+        Raises:
+          UserError: a part that the model lacks, or a checkpoint that does not fit it.
+        """
+        loaded: dict[str, Any] = {}
+        for part, name in self.run.foundations.items():
+            place = self._part(part, "foundations")
+            for collection, tree in shapes.items():
+                if (abstract := subtree(tree, place.path)) is None:
+                    continue
+                params = load_foundation(
+                    self.run.path(name),
+                    place.kind,
+                    abstract,
+                    dtype=self.run.frozen_dtype if collection == "frozen" else None,
+                    config=architecture(place.config),
+                )
+                loaded = _merged(loaded, _at_path((collection, *place.path), params))
+        return loaded
+
+    def provenance(self, config: str) -> Provenance:
+        """Returns the record of this run for its checkpoints."""
+        fingerprints = {
+            f"foundation/{part}": read_foundation(self.run.path(name)).fingerprint
+            for part, name in self.run.foundations.items()
+        }
+        for feature in ("inputs", "targets"):
+            model = getattr(self.vocabulary(feature), "sp_model", None)
+            if model is not None:
+                fingerprints[f"tokenizer/{feature}"] = hashlib.sha256(model).hexdigest()
+        return make_provenance(config, fingerprints)
+
+    def trained_variables(self, step: int | None = None, best: bool = False) -> dict[str, Any]:
+        """Returns `params` from a checkpoint of the run and `frozen` from the foundations.
+
+        Args:
+          step: of the checkpoint; the newest by default.
+          best: take the best checkpoint by the run's metric, where it keeps one.
+
+        Raises:
+          UserError: nothing is saved, or what is saved does not fit.
+        """
+        loop = self.run.loop
+        checkpoints = RunCheckpoints(
+            self.run.path(self.run.model_dir) / "checkpoints",
+            loop.keep_last, loop.keep_best, loop.best_metric, loop.best_mode,
+        )  # fmt: skip
+        try:
+            step = checkpoints.best_step() if best and step is None else step
+            params = checkpoints.restore_params(self.shapes.state.params, step)
+        finally:
+            checkpoints.close()
+        return {"params": params, "frozen": self._frozen()}
+
+    def fresh_variables(self) -> dict[str, Any]:
+        """Returns the variables before the first step."""
+        return make_variables(
+            self.run.objective,
+            self._batch_shapes(),
+            {"params": self.shapes.state.params, "frozen": self.shapes.frozen},
+            self.load_foundations,
+            self.run.loop.seed,
+            self.mesh,
+            self.run.mesh.rules,
+        )
+
+    def _frozen(self) -> Any:
+        return make_variables(
+            self.run.objective,
+            self._batch_shapes(),
+            {"frozen": self.shapes.frozen},
+            self.load_foundations,
+            self.run.loop.seed,
+            self.mesh,
+            self.run.mesh.rules,
+        )["frozen"]
+
+    def _batch_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
+        arrays = self.shape(self.run.data.batch_size).arrays()
+        return {name: jax.ShapeDtypeStruct(size, dtype) for name, (size, dtype) in arrays.items()}
+
+    def _part(self, part: str, field: str) -> Part:
+        parts = self.run.objective.parts
+        if part not in parts:
+            raise UserError(f"run.Run.{field} has part {part!r}, which the model lacks{nearest(part, parts)}")
+        return parts[part]
+
+
+def architecture(config: Any) -> dict[str, Any]:
+    """Returns a model's configuration without the fields that do not change what its parameters mean."""
+    return {name: value for name, value in dataclasses.asdict(config).items() if name not in _RUN_TIME_FIELDS}
+
+
+_RUN_TIME_FIELDS = {
+    "dropout", "dtype", "remat", "scan", "scan_unroll", "loss_chunk", "relative_bias_init_std",
+}  # fmt: skip
+
+
+def _register(run: Run) -> None:
+    for register in run.data.register:
+        register()
+
+
+def subtree(tree: Any, path: tuple[str, ...]) -> Any:
+    """Returns what lies at a path of nested dictionaries, or None."""
+    for name in path:
+        if not isinstance(tree, Mapping) or name not in tree:
+            return None
+        tree = tree[name]
+    return tree
+
+
+def _at_path(path: tuple[str, ...], leaf: Any) -> Any:
+    for name in reversed(path):
+        leaf = {name: leaf}
+    return leaf
+
+
+def _merged(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:
+    both = {**a, **b}
+    for name in a.keys() & b.keys():
+        both[name] = _merged(a[name], b[name])
+    return both
