@@ -1,4 +1,4 @@
-"""Packaging of slm_jax: released dependencies only, and an upper bound only where a known trap asks for one."""
+"""Packaging of slm_jax: released dependencies, with an upper bound only where a known trap asks for one."""
 
 from pathlib import Path
 
@@ -60,7 +60,7 @@ EXTRAS = {
 setup(
     name="slm_jax",
     version="0.1.0",
-    description="Joint speech-and-language models in JAX: a frozen speech encoder, a frozen T5, a trained adapter.",
+    description="Joint speech-and-language models in JAX: frozen speech encoder, frozen T5, trained adapter.",
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",

@@ -1,0 +1,46 @@
+# make quickstart   train the main job on the embedded default, from nothing, in minutes
+# make test         lint and the whole suite
+# make lint         ruff and pyright alone
+# PYTHON=...        a Python 3.11 or 3.12 to build .venv from; only its standard library is needed
+
+SHELL := /bin/bash
+USABLE := import ensurepip, sys, venv; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))
+PYTHON ?= $(shell for python in python3 python3.11 python3.12; do \
+	$$python -c '$(USABLE)' 2>/dev/null && { echo $$python; break; }; done)
+VENV := .venv
+RUN_DIR ?= runs/quickstart
+WORKERS ?= 2
+INSTALL := $(VENV)/bin/python -m pip --disable-pip-version-check install --quiet --constraint requirements.lock
+DECLARED := setup.py pyproject.toml requirements.lock
+
+# What XLA compiled once is read back by every later run of the same program.
+export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax-compilation
+
+.DELETE_ON_ERROR:
+.PHONY: quickstart test lint
+
+quickstart: $(VENV)/installed-demo
+	$(VENV)/bin/slm quickstart --run_dir $(RUN_DIR)
+
+test: lint
+	$(VENV)/bin/python -m pytest -n $(WORKERS) --dist worksteal --timeout 900 --durations 15
+
+lint: $(VENV)/installed-test
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/pyright --pythonpath $(VENV)/bin/python
+
+$(VENV)/created:
+	@$(or $(PYTHON),python3) -c '$(USABLE)' || { \
+		echo "make: slm_jax needs a Python 3.11 or 3.12 with venv; name one: make PYTHON=python3.11 ..." >&2; \
+		exit 1; }
+	$(PYTHON) -m venv --clear $(VENV)
+	@touch $@
+
+$(VENV)/installed-demo: $(VENV)/created $(DECLARED)
+	$(INSTALL) --editable '.[demo]'
+	@touch $@
+
+$(VENV)/installed-test: $(VENV)/created $(DECLARED)
+	$(INSTALL) --editable '.[demo,test]'
+	@touch $@ $(VENV)/installed-demo
