@@ -32,8 +32,8 @@ VOICES = {
     "train": (
         "m1", "m2", "m4", "m5", "m6", "m8", "f1", "f2", "f4", "adam", "Alex", "Alicia", "Andy", "Annie",
         "Denis", "Diogo", "Gene", "Hugo", "Michael", "anika", "aunty", "belinda", "benjamin", "boris",
-        "caleb", "grandma", "grandpa", "ian", "john", "linda", "max", "norbert", "quincy", "rob", "shelby", "steph",
-        "steph2", "travis", "zac",
+        "caleb", "grandma", "grandpa", "ian", "john", "linda", "max", "norbert", "quincy", "rob", "shelby",
+        "steph", "steph2", "travis", "zac",
     ),
     "dev": ("m7", "f5", "david", "marcelo"),
     "test": ("m3", "f3", "edward", "victor", "Mario", "steph3"),

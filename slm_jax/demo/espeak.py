@@ -170,13 +170,16 @@ def _fresh_library() -> Iterator[tuple[ctypes.CDLL, int]]:
             ctypes.c_char_p, ctypes.c_size_t, ctypes.c_uint, ctypes.c_int, ctypes.c_uint, ctypes.c_uint,
             ctypes.c_void_p, ctypes.c_void_p,
         ]  # fmt: skip
-        # Breathy voices take their noise from the C library's rand(), whose state outlives ours.
-        library.srand(1)
+        library.espeak_ng_SetRandSeed.argtypes = [ctypes.c_long]
         rate = library.espeak_Initialize(
             _OUTPUT_SYNCHRONOUS, _BUFFER_MS, os.fsencode(data), _INITIALIZE_DONT_EXIT
         )
         if rate <= 0:
             raise UserError(f"espeak: it could not read its voices under {data}")
+        # The noise of breathy voices comes from numbers that the library seeds with the time of day, that of
+        # Klatt's voices from the C library's, whose state outlives this copy.
+        library.espeak_ng_SetRandSeed(1)
+        library.srand(1)
         yield library, rate
         library.espeak_Terminate()
     finally:
