@@ -40,7 +40,7 @@ def register_asr(
       UserError: as `registration.register_speech_task`.
     """
     only = languages[0] if languages and len(languages) == 1 else ""
-    settings = {"target": "{text}", "metric_language": only} | options
+    settings: dict[str, Any] = {"target": "{text}", "metric_language": only} | options
     return register_speech_task(
         name,
         manifests=manifests,

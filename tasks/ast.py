@@ -44,7 +44,7 @@ def register_ast(
       UserError: as `registration.register_speech_task`.
     """
     target_name = LANGUAGE_NAMES.get(target_language, target_language)
-    settings = {
+    settings: dict[str, Any] = {
         "target": f"{{translations.{target_language}}}",
         "metric_language": target_language,
     } | options

@@ -26,7 +26,7 @@ def register_instruction(
     metric_fns: Sequence[MetricFn | str] = ("exact_match",),
     **options: Any,
 ) -> str:
-    """Registers spoken instructions on manifests with the fields `instruction` and `response`; returns `name`.
+    """Registers spoken instructions on manifests with `instruction` and `response`; returns `name`.
 
     Args:
       name: of the task.

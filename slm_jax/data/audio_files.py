@@ -95,7 +95,7 @@ def load_utterance(reference: Reference) -> Audio:
         if bad.reason == "too_long":
             raise BadExample(
                 "longer_than_reference",
-                f"{reference.audio} is longer than the {reference.samples / SAMPLE_RATE:g} s of its reference",
+                f"{reference.audio} is longer than its reference, {reference.samples / SAMPLE_RATE:g} s",
             ) from None
         raise
     surplus = max(0, len(audio.samples) - reference.samples)

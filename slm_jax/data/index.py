@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import inspect
+import itertools
 import json
 import logging
 import os
@@ -151,7 +152,7 @@ def _list_arrays(column: pa.ChunkedArray) -> list[np.ndarray]:
     for chunk in column.chunks:
         offsets = chunk.offsets.to_numpy().tolist()
         values = chunk.values.to_numpy()
-        arrays += [values[start:stop] for start, stop in zip(offsets[:-1], offsets[1:], strict=True)]
+        arrays += [values[start:stop] for start, stop in itertools.pairwise(offsets)]
     return arrays
 
 
@@ -305,7 +306,8 @@ def _build(task: seqio.Task, split: str, limits: Mapping[str, int], path: Path, 
                 for id_, reason in zip(columns["id"], reasons, strict=True):
                     if reason:
                         rejected[reason] += 1
-                        examples.setdefault(reason, []).append(id_)
+                        if len(first := examples.setdefault(reason, [])) < 100:
+                            first.append(id_)
                         logger.info(
                             "task %s, split %s: example %s is rejected: %s", task.name, split, id_, reason
                         )
@@ -316,13 +318,13 @@ def _build(task: seqio.Task, split: str, limits: Mapping[str, int], path: Path, 
         summary = {
             "kept": kept,
             "rejected": dict(rejected),
-            "examples": {reason: ids[:100] for reason, ids in examples.items()},
+            "examples": examples,
             "fingerprint": digest.hexdigest(),
         }
         _write_summary(path.with_suffix(".json"), summary)
         _sync(temporary)
         # Last, and at once: a reader finds the whole table with its report, or none.
-        os.replace(temporary, path)
+        temporary.replace(path)
     except OSError as error:
         raise UserError(f"index folder {path.parent} cannot be written: {error.strerror or error}") from None
     finally:
@@ -334,7 +336,7 @@ def _write_summary(path: Path, summary: Mapping[str, Any]) -> None:
     try:
         temporary.write_text(json.dumps(summary))
         _sync(temporary)
-        os.replace(temporary, path)
+        temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
 
