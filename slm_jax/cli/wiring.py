@@ -3,23 +3,30 @@
 import dataclasses
 import functools
 import hashlib
+import os
 from collections.abc import Mapping
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import jax
 
 from slm_jax.checkpoints.foundation import load_foundation, read_foundation
 from slm_jax.checkpoints.manager import RunCheckpoints
 from slm_jax.checkpoints.provenance import Provenance, make_provenance
-from slm_jax.cli.run import EvaluationConfig, Run
+from slm_jax.cli.run import Run
 from slm_jax.errors import UserError, nearest
+from slm_jax.evaluation.evaluator import Evaluator, TaskResult
+from slm_jax.evaluation.predictor import Predictor
 from slm_jax.partitioning.mesh import make_mesh
-from slm_jax.partitioning.sharding import batch_sharding, plan_text
+from slm_jax.partitioning.sharding import batch_sharding, batch_shards, plan_text
 from slm_jax.training.initialisation import RunShapes, make_variables, run_shapes
 from slm_jax.training.loop import Evaluate
 from slm_jax.training.objectives.base import Part
 from slm_jax.training.optimizers import make_optimizer
 from slm_jax.training.state import TrainState
+
+if TYPE_CHECKING:
+    from slm_jax.data.references import Reference
 
 
 class Wiring:
@@ -74,8 +81,106 @@ class Wiring:
         )
 
     def train_batches(self) -> Any:
-        """Returns the `BatchSource` of the training split."""
-        raise NotImplementedError
+        """Returns the `BatchSource` of the training split.
+
+        Raises:
+          UserError: the mixture, a length, the batch size or an example source is not right.
+        """
+        from slm_jax.data.iterator import TrainBatches
+        from slm_jax.data.plan import plan_mixture
+
+        data = self.run.data
+        self.mixture  # registers it
+        shape = self.shape(data.batch_size)
+        plan = plan_mixture(
+            data.mixture_or_task,
+            data.split,
+            data.feature_lengths,
+            shape,
+            cache_dir=self.run.path(data.cache_dir or default_cache_dir()),
+            seed=data.seed,
+        )
+        return TrainBatches(
+            plan,
+            shape,
+            batch_sharding(self.mesh, self.run.mesh.rules),
+            threads=data.reader_threads,
+            max_bad_share=data.max_bad_share,
+        )
+
+    # ---- evaluation
+
+    def predictor(
+        self, variables: Mapping[str, Any], *, rows: int, max_tokens: int | None = None
+    ) -> Predictor:
+        """Returns a greedy predictor of references.
+
+        Args:
+          variables: `params` and `frozen`.
+          rows: references decoded at once, rounded up to what the mesh divides.
+          max_tokens: most tokens of an answer; the evaluation's by default.
+        """
+        from slm_jax.data.audio_files import load_utterance
+        from slm_jax.evaluation.batches import ReferenceBatches
+
+        shards = batch_shards(self.mesh, self.run.mesh.rules)
+        batches = ReferenceBatches(
+            self.shape(-(-rows // shards) * shards),
+            lambda reference: load_utterance(reference).samples,
+            self.mesh,
+            self.run.mesh.rules,
+        )
+        return Predictor(
+            self.run.objective.model,
+            variables,
+            batches,
+            mesh=self.mesh,
+            rules=self.run.mesh.rules,
+            max_tokens=max_tokens or self.run.evaluated().max_tokens,
+            eos_id=self.vocabulary("targets").eos_id,
+        )
+
+    def evaluate(
+        self, variables: Mapping[str, Any], mixture_or_task: str | None = None, split: str | None = None
+    ) -> dict[str, TaskResult]:
+        """Scores variables on all examples of a split; results by task."""
+        evaluated = self.run.evaluated()
+        evaluator = self._evaluator(mixture_or_task, split or evaluated.split, None)
+        return evaluator(self.predictor(variables, rows=evaluated.batch_size))
+
+    def evaluation_in_training(self) -> Evaluate:
+        """Returns the loop's evaluation: scores of the state at hand, named `task/metric`."""
+        evaluated = self.run.evaluated()
+        evaluator = self._evaluator(None, evaluated.split, evaluated.num_examples)
+        predictors: list[Predictor] = []
+
+        def evaluate(step: int, state: TrainState, frozen: Any) -> dict[str, float]:
+            variables = {"params": state.params, "frozen": frozen}
+            if not predictors:
+                predictors.append(self.predictor(variables, rows=evaluated.batch_size))
+            results = evaluator(functools.partial(predictors[0], variables=variables))
+            return {
+                f"{task}/{metric}": value
+                for task, result in results.items()
+                for metric, value in result.metrics.items()
+            }
+
+        return evaluate
+
+    def _evaluator(self, mixture_or_task: str | None, split: str, num_examples: int | None) -> Evaluator:
+        import seqio
+
+        from slm_jax.data.references import reference_of
+
+        name = mixture_or_task or self.run.evaluated().mixture_or_task or self.run.data.mixture_or_task
+        self.task_or_mixture(name)
+
+        def to_reference(example: Mapping[str, Any], task: str) -> "Reference":
+            source = seqio.TaskRegistry.get(task).source
+            root = source.audio_root(split) if hasattr(source, "audio_root") else ""
+            return reference_of(example, task, root)
+
+        return Evaluator(name, split, to_reference, num_examples)
 
     # ---- model
 
@@ -192,6 +297,13 @@ def architecture(config: Any) -> dict[str, Any]:
 _RUN_TIME_FIELDS = {
     "dropout", "dtype", "remat", "scan", "scan_unroll", "loss_chunk", "relative_bias_init_std",
 }  # fmt: skip
+
+
+def default_cache_dir() -> Path:
+    """Where index tables are kept: `SLM_CACHE_DIR`, or the user's cache folder."""
+    if folder := os.environ.get("SLM_CACHE_DIR"):
+        return Path(folder)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "slm_jax"
 
 
 def _register(run: Run) -> None:

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
+
+from slm_jax.errors import BadExample
 
 SAMPLE_RATE = 16_000
 
@@ -38,3 +43,41 @@ class Reference:
     def input_tokens(self) -> int:
         """Count of text-input tokens; the speech marker is none."""
         return int(np.count_nonzero(self.inputs != SPEECH))
+
+
+def reference_of(example: Mapping[str, Any], task: str, audio_root: str = "") -> Reference:
+    """Returns the reference that a SeqIO example of a task stands for.
+
+    Args:
+      example: feature name -> NumPy value, as the preprocessors leave it.
+      task: name of the task.
+      audio_root: folder that `audio` is relative to.
+
+    Raises:
+      BadExample: the task rejects it, or it asks for speech that it does not have; the codes are the index's.
+    """
+    inputs = np.asarray(example["inputs"], np.int32)
+    spoken = np.count_nonzero(inputs == SPEECH)
+    audio = _text(example.get("audio"))
+    samples = int(example.get("samples", 0)) if spoken else 0
+    for reason, holds in (
+        (_text(example.get("reject")), True),
+        ("several_speech_markers", spoken > 1),
+        ("missing_audio", spoken and not audio),
+        ("non_positive_duration", spoken and samples <= 0),
+    ):
+        if reason and holds:
+            raise BadExample(reason)
+    return Reference(
+        id=_text(example.get("id")),
+        audio=str(Path(audio_root, audio)) if spoken else None,
+        samples=samples,
+        inputs=inputs,
+        targets=np.asarray(example["targets"], np.int32),
+        task=task,
+        language=_text(example.get("language")),
+    )
+
+
+def _text(value: bytes | str | None) -> str:
+    return value.decode() if isinstance(value, bytes) else value or ""

@@ -100,8 +100,18 @@ class Predictor:
             out_shardings=replicated(mesh),
         )
 
-    def __call__(self, references: Sequence["Reference"]) -> list[Prediction]:
-        """Returns one prediction for each reference, in the same order."""
+    def __call__(
+        self, references: Sequence["Reference"], variables: Mapping[str, Any] | None = None
+    ) -> list[Prediction]:
+        """Returns one prediction for each reference, in the same order.
+
+        Args:
+          references: what to answer.
+          variables: take the place of those given before, with the same shapes and shardings; nothing is
+            compiled again.
+        """
+        if variables is not None:
+            self._variables = jax.tree.map(functools.partial(_on_mesh, mesh=self._mesh), variables)
         predictions: list[Prediction] = []
         for start in range(0, len(references), self._make_batch.rows):
             predictions += self._predict_batch(references[start : start + self._make_batch.rows])

@@ -7,7 +7,7 @@ Shape suffixes: B rows (slots folded in), K slots, S samples, E segments, T mel 
 """
 
 import dataclasses
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -82,15 +82,17 @@ _PRESETS = {
 }
 
 
-def preset(name: str) -> ConformerConfig:
-    """The configuration of a published size: `600m` and `2b` are USM's, `tiny` is for tests and the demo.
+def preset(name: str, **overrides: Any) -> ConformerConfig:
+    """The configuration of a published size, with the fields in `overrides` replaced.
+
+    `600m` and `2b` are USM's, `tiny` is for tests and the demo.
 
     Raises:
       UserError: there is no such preset.
     """
     if name not in _PRESETS:
         raise UserError(f"there is no Conformer preset {name!r}{nearest(name, _PRESETS)}")
-    return _PRESETS[name]
+    return dataclasses.replace(_PRESETS[name], **overrides)
 
 
 class ConformerEncoder(nn.Module):

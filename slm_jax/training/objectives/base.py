@@ -1,6 +1,6 @@
 """The interface between an objective and the train step."""
 
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 
@@ -10,13 +10,37 @@ Variables = dict[str, Any]
 Metrics = dict[str, tuple[jax.Array, jax.Array]]
 
 
+class Part(NamedTuple):
+    """A part of a model that can come from, or become, a foundation checkpoint of its own.
+
+    Attributes:
+      kind: sort of model, such as `t5`.
+      config: its configuration, a dataclass.
+      path: where its variables lie in a collection.
+    """
+
+    kind: str
+    config: Any
+    path: tuple[str, ...]
+
+
 class Objective(Protocol):
     """What a run minimises.
 
     `init` returns boxed variables in the collections `params` and, where there are any, `frozen`. `loss`
     gets them unboxed. Sums are over the batch at hand; the step divides by the sum of weights of all
     microbatches and hosts.
+
+    Attributes:
+      parts: name -> the part of the model of that name: `speech_encoder`, `llm`.
+      samples_per_position: samples behind one position of speech in a row; 1 for text alone.
     """
+
+    @property
+    def parts(self) -> dict[str, Part]: ...
+
+    @property
+    def samples_per_position(self) -> int: ...
 
     def init(self, rng: jax.Array, batch: Batch) -> Variables: ...
 

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from slm_jax.models.conformer import ConformerEncoder
-from slm_jax.training.objectives.base import Batch, Metrics, Variables
+from slm_jax.training.objectives.base import Batch, Metrics, Part, Variables
 
 
 @dataclass(frozen=True)
@@ -138,6 +138,16 @@ class BestRQObjective:
 
     def __init__(self, encoder: ConformerEncoder, config: BestRQConfig | None = None):
         self.model = BestRQModel(encoder, config or BestRQConfig())
+
+    @property
+    def parts(self) -> dict[str, Part]:
+        """The encoder, without heads and quantizer."""
+        return {"speech_encoder": Part("conformer", self.model.encoder.config, ("encoder",))}
+
+    @property
+    def samples_per_position(self) -> int:
+        """Utterances start on whole frames."""
+        return self.model.encoder.samples_per_frame
 
     def init(self, rng: jax.Array, batch: Batch) -> Variables:
         """Boxed variables: `params` (`encoder`, `heads`) and `frozen` (`projection`, `codebook`)."""

@@ -13,7 +13,7 @@ import optax
 from slm_jax.audio.spec_augment import SpecAugmentConfig, spec_augment
 from slm_jax.models.conformer import ConformerEncoder
 from slm_jax.models.layers import Dense
-from slm_jax.training.objectives.base import Batch, Metrics, Variables
+from slm_jax.training.objectives.base import Batch, Metrics, Part, Variables
 
 BLANK_ID = 0
 EOS_ID = 1
@@ -59,6 +59,16 @@ class CTCObjective:
 
     def __init__(self, encoder: ConformerEncoder, vocab_size: int, augment: SpecAugmentConfig | None = None):
         self.model = CTCModel(encoder, vocab_size, augment)
+
+    @property
+    def parts(self) -> dict[str, Part]:
+        """The encoder, without the head."""
+        return {"speech_encoder": Part("conformer", self.model.encoder.config, ("encoder",))}
+
+    @property
+    def samples_per_position(self) -> int:
+        """Utterances start on whole frames."""
+        return self.model.encoder.samples_per_frame
 
     def init(self, rng: jax.Array, batch: Batch) -> Variables:
         """Boxed variables in the collection `params`: `encoder` and `head`."""

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from slm_jax.models.slm import SLM
-from slm_jax.training.objectives.base import Batch, Metrics, Variables
+from slm_jax.training.objectives.base import Batch, Metrics, Part, Variables
 
 
 class SLMObjective:
@@ -18,6 +18,20 @@ class SLMObjective:
 
     def __init__(self, model: SLM):
         self.model = model
+
+    @property
+    def parts(self) -> dict[str, Part]:
+        """Encoder and LLM, in whichever collection they are."""
+        config = self.model.config
+        return {
+            "speech_encoder": Part("conformer", config.speech_encoder, ("speech_encoder",)),
+            "llm": Part("t5", config.llm, ("llm",)),
+        }
+
+    @property
+    def samples_per_position(self) -> int:
+        """Samples per speech position of the LLM's encoder."""
+        return self.model.samples_per_position
 
     def init(self, rng: jax.Array, batch: Batch) -> Variables:
         """Boxed variables in the collections `params` and `frozen`."""

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from slm_jax.errors import UserError
 from slm_jax.models.slm import lay_out
 from slm_jax.models.t5 import T5
-from slm_jax.training.objectives.base import Batch, Metrics, Variables
+from slm_jax.training.objectives.base import Batch, Metrics, Part, Variables
 from slm_jax.training.objectives.slm import weighted_token_sums
 
 
@@ -29,6 +29,16 @@ class TextObjective:
             raise UserError(f"embedding_noise is {embedding_noise}, expected 0 or more")
         self.model = model
         self.embedding_noise = embedding_noise
+
+    @property
+    def parts(self) -> dict[str, Part]:
+        """The whole model is the LLM."""
+        return {"llm": Part("t5", self.model.config, ())}
+
+    @property
+    def samples_per_position(self) -> int:
+        """There is no speech."""
+        return 1
 
     def init(self, rng: jax.Array, batch: Batch) -> Variables:
         """Boxed variables in the collection `params`."""

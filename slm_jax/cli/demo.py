@@ -1,0 +1,32 @@
+"""`slm demo`: makes the embedded corpus with its vocabularies."""
+
+import argparse
+import sys
+
+from slm_jax.errors import UserError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags of the command."""
+    parser.add_argument("--to", required=True, metavar="DIR", help="folder of the corpus; made if there is none")
+    parser.add_argument("--preset", default="default", metavar="NAME", help="size: default or tiny")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Runs the command."""
+    if args.gin_bindings:
+        raise UserError(f"slm demo: reads no gin, so --gin.{args.gin_bindings[0]} has no meaning here")
+    build(args.to, args.preset)
+    return 0
+
+
+def build(directory: str, preset: str) -> None:
+    """Builds corpus and vocabularies, or finds them built.
+
+    Raises:
+      UserError: unknown preset, the folder holds something else, or the extra `demo` is not installed.
+    """
+    from slm_jax.demo import corpus, vocabulary
+
+    corpus.build_corpus(directory, corpus.preset(preset), report=lambda line: print(line, file=sys.stderr))
+    vocabulary.build_vocabularies(directory)
