@@ -8,7 +8,7 @@ from slm_jax.errors import UserError
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of the command."""
-    parser.add_argument("--to", required=True, metavar="DIR", help="folder of the corpus; made if there is none")
+    parser.add_argument("--to", required=True, metavar="DIR", help="folder of the corpus, made if need be")
     parser.add_argument("--preset", default="default", metavar="NAME", help="size: default or tiny")
 
 

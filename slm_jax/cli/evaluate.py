@@ -10,7 +10,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--mixture", metavar="NAME", help="task or mixture; the run's own by default")
     parser.add_argument("--split", metavar="NAME", help="such as test; the run's own by default")
     parser.add_argument("--step", type=int, metavar="N", help="checkpoint to score; the newest by default")
-    parser.add_argument("--output", metavar="DIR", help="folder for metrics.json and hypotheses; in the run by default")
+    parser.add_argument("--output", metavar="DIR", help="for metrics and hypotheses; in the run by default")
     parser.epilog = "The run's configuration can be overridden by --gin.NAME=value."
 
 

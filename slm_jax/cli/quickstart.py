@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--demo_dir", default="runs/demo", metavar="DIR",
         help="corpus and foundation models go here, and are used again by the next run",
     )  # fmt: skip
-    parser.add_argument("--preset", default="default", metavar="NAME", help="size of the corpus: default or tiny")
+    parser.add_argument("--preset", default="default", metavar="NAME", help="corpus size: default or tiny")
     parser.add_argument(
         "--steps", nargs=3, type=int, metavar=("ENCODER", "T5", "ADAPTER"),
         help="training steps of the three models, in place of the recipes'",
@@ -43,7 +43,10 @@ def main(args: argparse.Namespace) -> int:
 
     steps = dict(zip(("encoder", "t5", "adapter"), args.steps or (), strict=False))
     common = {"CORPUS_DIR": corpus}
-    encoder = common | {"MODEL_DIR": demo_dir / "encoder_run", "SPEECH_ENCODER_OUTPUT": demo_dir / "speech_encoder"}
+    encoder = common | {
+        "MODEL_DIR": demo_dir / "encoder_run",
+        "SPEECH_ENCODER_OUTPUT": demo_dir / "speech_encoder",
+    }
     _train_stage(stages, "speech encoder", ENCODER_RECIPE, encoder, steps.get("encoder"))
     llm = common | {"MODEL_DIR": demo_dir / "t5_run", "LLM_OUTPUT": demo_dir / "llm"}
     _train_stage(stages, "T5", LLM_RECIPE, llm, steps.get("t5"))

@@ -20,7 +20,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of the command."""
     add_gin_arguments(parser)
     parser.add_argument(
-        "--dry_run", action="store_true", help="print the resolved configuration and the sizes, and train nothing"
+        "--dry_run",
+        action="store_true",
+        help="print the resolved configuration and the sharding plan; train nothing",
     )
 
 
@@ -45,9 +47,10 @@ def train(run: Run) -> TrainResult:
     wired = Wiring(run)
     model_dir = claim_run_directory(run.path(run.model_dir))
     source = wired.train_batches()
+    writer = None
     if jax.process_index() == 0:
         save_config(model_dir)
-    writer = metric_writers.SummaryWriter(str(model_dir / "tensorboard")) if jax.process_index() == 0 else None
+        writer = metric_writers.SummaryWriter(str(model_dir / "tensorboard"))
     result = train_loop(
         run.objective,
         source,

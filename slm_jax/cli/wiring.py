@@ -63,7 +63,7 @@ class Wiring:
         _register(self.run)
         known = {*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()}
         if name not in known:
-            raise UserError(f"MIXTURE_OR_TASK_NAME: no task or mixture {name!r} is registered{nearest(name, known)}")
+            raise UserError(f"no task or mixture {name!r} is registered{nearest(name, known)}")
         return seqio.get_mixture_or_task(name)
 
     def vocabulary(self, feature: str) -> Any:
@@ -90,8 +90,8 @@ class Wiring:
         from slm_jax.data.plan import plan_mixture
 
         data = self.run.data
-        self.mixture  # registers it
         shape = self.shape(data.batch_size)
+        self.task_or_mixture(data.mixture_or_task)
         plan = plan_mixture(
             data.mixture_or_task,
             data.split,
