@@ -1,4 +1,4 @@
-"""The rules of docs/architecture.md that can be read off the source: who imports whom, and what is not said."""
+"""The rules of docs/architecture.md that can be read off the source: who imports whom, what is not said."""
 
 import ast
 import re
@@ -153,9 +153,8 @@ def written_files() -> list[Path]:
     folders = ("slm_jax", "tasks", "tests", "gin", "docs", "benchmarks", "launch")
     kinds = {".py", ".md", ".gin", ".sh"}
     files = [path for folder in folders for path in (ROOT / folder).rglob("*") if path.suffix in kinds]
-    return sorted(
-        [*files, *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "Makefile", "setup.py"))]
-    )
+    top = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "Makefile", "setup.py", ".ci/run")]
+    return sorted([*files, *top])
 
 
 @pytest.mark.parametrize("path", written_files(), ids=lambda path: str(path.relative_to(ROOT)))
