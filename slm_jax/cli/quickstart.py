@@ -71,9 +71,11 @@ def main(args: argparse.Namespace) -> int:
         after = wired.evaluate(wired.trained_variables(), split="test")
     write_results(before, run_dir / "evaluation" / "before")
     write_results(after, run_dir / "evaluation" / "test")
-    scores = [{name: result.metrics for name, result in results.items()} for results in (before, after)]
-    write_summary(run_dir / "summary.json", *scores, stages.seconds)
-    print_report(*scores, after)
+    scores_before, scores_after = (
+        {name: result.metrics for name, result in results.items()} for results in (before, after)
+    )
+    write_summary(run_dir / "summary.json", scores_before, scores_after, stages.seconds)
+    print_report(scores_before, scores_after, after)
     example = next(iter(after.values())).hypotheses[0]
     print(
         "\nTry it on a recording of your own:\n"

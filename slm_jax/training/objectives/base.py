@@ -32,9 +32,12 @@ class Objective(Protocol):
     microbatches and hosts.
 
     Attributes:
+      model: the network.
       parts: name -> the part of the model of that name: `speech_encoder`, `llm`.
       samples_per_position: samples behind one position of speech in a row; 1 for text alone.
     """
+
+    model: Any
 
     @property
     def parts(self) -> dict[str, Part]: ...
