@@ -1,0 +1,187 @@
+"""SLM: a frozen speech encoder and a frozen T5, joined by a trained adapter (arXiv 2310.00230).
+
+Shape suffixes: B rows, K slots of a row, F frames, P positions of reduced speech, N text tokens, L positions
+of the LLM's encoder, T decoder tokens, D features.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from slm_jax.errors import UserError, nearest
+from slm_jax.models import conformer, t5
+from slm_jax.models.adapters import AdapterConfig, TransformerAdapter
+from slm_jax.models.conformer import ConformerConfig, ConformerEncoder
+from slm_jax.models.reducers import DropReducer, StackReducer
+from slm_jax.models.t5 import T5, T5Config
+
+PARTS = ("adapter", "speech_encoder", "llm")
+
+
+@dataclasses.dataclass(frozen=True)
+class SLMConfig:
+    """What an SLM is made of.
+
+    Attributes:
+      speech_encoder, llm, adapter: configurations of the parts.
+      reducer: shortens the encoder's frames before the adapter.
+      trainable: the parts that train, out of PARTS; their variables are in `params`, all others in `frozen`.
+    """
+
+    speech_encoder: ConformerConfig
+    llm: T5Config
+    adapter: AdapterConfig
+    reducer: DropReducer | StackReducer
+    trainable: tuple[str, ...] = ("adapter",)
+
+    def __post_init__(self):
+        # Lists (from JSON or gin) become tuples, so that configurations stay hashable.
+        object.__setattr__(self, "trainable", tuple(self.trainable))
+        for part in self.trainable:
+            if part not in PARTS:
+                raise UserError(f"SLMConfig.trainable has {part!r}{nearest(part, PARTS)}")
+
+
+def preset(name: str) -> SLMConfig:
+    """Returns the configuration `tiny`, for tests and the demo, or `xxl`, the paper's (USM 2B, mT0-XXL).
+
+    Raises:
+      UserError: there is no such preset.
+    """
+    presets = {"tiny": _tiny, "xxl": _xxl}
+    if name not in presets:
+        raise UserError(f"there is no SLM preset {name!r}{nearest(name, presets)}")
+    return presets[name]()
+
+
+def _tiny() -> SLMConfig:
+    adapter = AdapterConfig(layers=2, dim=128, heads=4, head_dim=32, mlp_dim=512)
+    return SLMConfig(conformer.preset("tiny"), t5.preset("tiny"), adapter, DropReducer(4))
+
+
+def _xxl() -> SLMConfig:
+    # 156M in two layers: every size but the total and the depth is ours.
+    run = {"dtype": "bfloat16", "remat": "full"}
+    return SLMConfig(
+        speech_encoder=dataclasses.replace(conformer.preset("2b"), **run),
+        llm=t5.preset("xxl", **run),
+        adapter=AdapterConfig(layers=2, dim=3072, heads=48, head_dim=64, mlp_dim=5120, **run),
+        reducer=DropReducer(4),
+    )
+
+
+class SLM(nn.Module):
+    """Speech and text in, text out.
+
+    `init` returns the collections `params` (the trainable parts) and `frozen` (the others). The batch is
+    described in docs/architecture.md; one without `speech` is text alone, and no speech part runs.
+    """
+
+    config: SLMConfig
+
+    def setup(self):
+        config = self.config
+        self.speech_encoder = self._place(ConformerEncoder, "speech_encoder")(config.speech_encoder)
+        self.llm = self._place(T5, "llm")(config.llm)
+        adapter = self._place(TransformerAdapter, "adapter")
+        self.adapter = adapter(config.adapter, config.llm.emb_dim)
+
+    def _place(self, module: type[nn.Module], part: str) -> Any:
+        """Returns the module with its variables in `params` if the part trains, else in `frozen`."""
+        if part in self.config.trainable:
+            return module
+        return nn.map_variables(
+            module,
+            ["params", "frozen"],
+            trans_in_fn=lambda variables: _rename(variables, "frozen", "params"),
+            trans_out_fn=lambda variables: _rename(variables, "params", "frozen"),
+            # Not `init=True`: that also fires, and fails, when a decoding step makes `cache` mutable.
+            mutable=self.is_initializing(),
+            methods=_METHODS[part],
+        )
+
+    @property
+    def samples_per_position(self) -> int:
+        """Samples of speech per position of the LLM's encoder."""
+        encoder = ConformerEncoder(self.config.speech_encoder, parent=None)
+        return encoder.samples_per_frame * self.config.reducer.factor
+
+    def __call__(self, batch: Mapping[str, jax.Array], *, deterministic: bool = True) -> dict[str, jax.Array]:
+        """Returns `token_losses`, float32 [B, T], and `correct` (target is the likeliest token), bool [B, T].
+
+        Args:
+          batch: arrays as in docs/architecture.md.
+          deterministic: False applies dropout (rng `dropout`) in the trainable parts.
+        """
+        encoded_BLD, segment_ids_BL = self.encode(batch, deterministic=deterministic)
+        hidden_BTD = self.llm.decode(
+            encoded_BLD,
+            segment_ids_BL,
+            batch["targets"],
+            batch["target_segment_ids"],
+            batch["target_positions"],
+            deterministic or "llm" not in self.config.trainable,
+        )
+        losses_BT, correct_BT = self.llm.score_tokens(hidden_BTD, batch["targets"])
+        return {"token_losses": losses_BT, "correct": correct_BT}
+
+    def encode(
+        self, batch: Mapping[str, jax.Array], *, deterministic: bool = True
+    ) -> tuple[jax.Array, jax.Array]:
+        """Returns the LLM encoder's states [B, L, D] of the batch, and its `layout_segment_ids` [B, L]."""
+        sources_BPD = self.llm.embed(batch["inputs"])
+        if "speech" in batch:
+            speech_BPD = self._embed_speech(batch["speech"], batch["speech_segments"], deterministic)
+            sources_BPD = jnp.concatenate([speech_BPD.astype(sources_BPD.dtype), sources_BPD], axis=1)
+        elif self.is_initializing():
+            self._embed_speech(*self._silence(), deterministic)
+        embeddings_BLD = lay_out(sources_BPD, batch["layout"])
+        segment_ids_BL = batch["layout_segment_ids"]
+        frozen = "llm" not in self.config.trainable
+        return self.llm.encode(embeddings_BLD, segment_ids_BL, deterministic or frozen), segment_ids_BL
+
+    def decode_step(
+        self, encoded_BLD: jax.Array, segment_ids_BL: jax.Array, tokens_B1: jax.Array, max_tokens: int = 256
+    ) -> jax.Array:
+        """Returns the logits float32 [B, 1, V] of the next token; see `T5.decode_step`."""
+        return self.llm.decode_step(encoded_BLD, segment_ids_BL, tokens_B1, max_tokens)
+
+    def _embed_speech(self, speech: jax.Array, speech_segments: jax.Array, deterministic: bool) -> jax.Array:
+        """Returns the adapted speech of all slots, [B, P, D]."""
+        trainable = self.config.trainable
+        frames_BKFD, segment_ids_BKF = self.speech_encoder(
+            speech, speech_segments, deterministic=deterministic or "speech_encoder" not in trainable
+        )
+        if "speech_encoder" not in trainable:
+            frames_BKFD = jax.lax.stop_gradient(frames_BKFD)
+        frames_BKFD, segment_ids_BKF = self.config.reducer(frames_BKFD, segment_ids_BKF)
+        return self.adapter(
+            frames_BKFD, segment_ids_BKF, deterministic=deterministic or "adapter" not in trainable
+        )
+
+    def _silence(self) -> tuple[jax.Array, jax.Array]:
+        """The shortest speech: gives the speech parts their variables where `init` gets text alone."""
+        samples = self.samples_per_position
+        return jnp.zeros((1, 1, samples), jnp.int16), jnp.array([[[[1, 0, samples]]]], jnp.int32)
+
+
+# The methods that run in a lifted module; `__call__` of T5 stays outside, nothing here calls it.
+_METHODS = {
+    "speech_encoder": ["__call__"],
+    "llm": ["embed", "encode", "decode", "decode_step", "score_tokens"],
+    "adapter": ["__call__"],
+}
+
+
+def _rename(variables: Mapping[str, Any], old: str, new: str) -> dict[str, Any]:
+    return {new: variables[old]} if old in variables else {}
+
+
+def lay_out(sources_BPD: jax.Array, layout_BL: jax.Array) -> jax.Array:
+    """Returns [B, L, D]: for each position the source that `layout_BL` (int32) names, zeros for -1."""
+    taken_BLD = jnp.take_along_axis(sources_BPD, jnp.maximum(layout_BL, 0)[:, :, None], axis=1)
+    return jnp.where(layout_BL[:, :, None] >= 0, taken_BLD, 0)
