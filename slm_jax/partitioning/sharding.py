@@ -115,13 +115,13 @@ def plan_text(boxed_abstract: Mapping[str, PyTree], mesh: Mesh, rules: LogicalRu
             total += math.prod(value.shape) * value.dtype.itemsize
             per_device += local
             count += math.prod(value.shape)
-            axes = ",".join(str(axis) for axis in leaf.names) if _is_box(leaf) else "-"
+            axes = f"({','.join(str(axis) for axis in leaf.names)})" if _is_box(leaf) else "-"
             rows.append(
                 (
                     name,
                     _shape_text(value.shape),
                     value.dtype.name,
-                    f"({axes})",
+                    axes,
                     _spec_text(sharding),
                     f"{local:,}",
                 )
@@ -232,7 +232,7 @@ def _shape_text(shape: Sequence[int]) -> str:
 
 
 def _spec_text(sharding: NamedSharding) -> str:
-    return "(" + ",".join("*".join(_axes(axes)) or "-" for axes in sharding.spec) + ")"
+    return "(" + ",".join("*".join(_axes(axes)) or "-" for axes in sharding.spec) + ")" if sharding.spec else "-"
 
 
 def _columns(rows: list[tuple[str, ...]]) -> list[str]:

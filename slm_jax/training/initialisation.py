@@ -1,4 +1,4 @@
-"""The variables of a run: their shapes, where they lie, and how they come to be, never whole on one device."""
+"""The variables of a run: shapes, places, and how they come to be, never whole on one device."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple

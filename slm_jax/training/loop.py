@@ -192,6 +192,7 @@ def train(
         provenance=run_provenance,
         steps=StepLog(model_dir / ("steps.jsonl" if process == 0 else f"steps.{process}.jsonl"), first_step),
         evaluate=evaluate,
+        devices=mesh.size,
     )
     try:
         with stop_requests() as stop_after:
@@ -221,6 +222,7 @@ class _Run:
         provenance: Provenance,
         steps: StepLog,
         evaluate: Evaluate | None,
+        devices: int,
     ):
         self._config = config
         self._source = source
@@ -230,7 +232,7 @@ class _Run:
         self._provenance = provenance
         self._steps = steps
         self._evaluate = evaluate
-        self._throughput = Throughput()
+        self._throughput = Throughput(devices)
         self._pending: list[StepRecord] = []
         self._metrics: dict[str, float] = {}
 
@@ -363,8 +365,8 @@ def _say_start(
 ) -> None:
     local = jax.local_devices()
     reporter.say(
-        f"process {jax.process_index()} of {jax.process_count()}: {len(local)} of {jax.device_count()} devices "
-        f"({local[0].device_kind})",
+        f"process {jax.process_index()} of {jax.process_count()}: "
+        f"{len(local)} of {jax.device_count()} devices ({local[0].device_kind})",
         every_process=True,
     )
     reporter.say("mesh: " + ", ".join(f"{axis}={size}" for axis, size in mesh.shape.items()))

@@ -49,9 +49,14 @@ def summarise(records: Iterable[StepRecord]) -> dict[str, float]:
 
 
 class Throughput:
-    """Clock and counters between two log lines."""
+    """Clock and counters between two log lines.
 
-    def __init__(self) -> None:
+    Args:
+      devices: number of devices that rates are shared out to.
+    """
+
+    def __init__(self, devices: int) -> None:
+        self._devices = devices
         self.restart()
 
     def restart(self) -> None:
@@ -79,7 +84,7 @@ class Throughput:
         return {
             "steps_per_second": self._steps / seconds,
             "audio_hours_per_second": audio_seconds / 3600 / seconds,
-            "tokens_per_second_per_device": tokens / seconds / jax.device_count(),
+            "tokens_per_second_per_device": tokens / seconds / self._devices,
             "data_wait_percent": 100.0 * self._waited / seconds,
             "eta_seconds": steps_left * seconds / max(self._steps, 1),
         }

@@ -42,7 +42,7 @@ class StepLog:
         self._file.write(json.dumps(line) + "\n")
 
     def flush(self) -> None:
-        """Brings all lines to the disk; called before a checkpoint, which must never be ahead of this file."""
+        """Brings all lines to the disk; called before a checkpoint, which must never be ahead of it."""
         try:
             self._file.flush()
             os.fsync(self._file.fileno())

@@ -90,17 +90,7 @@ class BestRQModel(nn.Module):
             codebook_key,
             (config.codebooks, config.codes, config.code_dim),
         ).value
-
-        def nearest_code(_: None, book: tuple[jax.Array, jax.Array]) -> tuple[None, jax.Array]:
-            projection_SZ, codebook_VZ = book
-            # The projected vector's own length does not change which code is nearest by cosine.
-            vectors = jnp.einsum("bkfs,sz->bkfz", stacked_BKFS, projection_SZ)
-            scores = jnp.einsum("bkfz,vz->bkfv", vectors, _unit(codebook_VZ))
-            return None, jnp.argmax(scores, axis=-1)
-
-        # One codebook after the other: scores for all of them at once would not fit.
-        _, codes_CBKF = jax.lax.scan(nearest_code, None, (projection_CSZ, codebook_CVZ))
-        return jnp.moveaxis(codes_CBKF, 0, -1)
+        return nearest_codes(stacked_BKFS, projection_CSZ, codebook_CVZ)
 
     def _score(self, frames_BKFD: jax.Array, codes_BKFC: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Cross-entropy and correctness, means over the codebooks, float32 [B, K, F]."""
@@ -169,6 +159,21 @@ class BestRQObjective:
             "masked_share": (masked_sum, jnp.sum(speech_BKF)),
         }
         return jnp.sum(jnp.where(masked_BKF, losses_BKF, 0.0)), masked_sum, metrics
+
+
+def nearest_codes(stacked_BKFS: jax.Array, projection_CSZ: jax.Array, codebook_CVZ: jax.Array) -> jax.Array:
+    """The code nearest by cosine to the projected features in every codebook, int32 [B, K, F, C]."""
+
+    def of_book(_: None, book: tuple[jax.Array, jax.Array]) -> tuple[None, jax.Array]:
+        projection_SZ, codebook_VZ = book
+        # The projected vector's own length does not change which code is nearest by cosine.
+        vectors = jnp.einsum("bkfs,sz->bkfz", stacked_BKFS, projection_SZ)
+        scores = jnp.einsum("bkfz,vz->bkfv", vectors, _unit(codebook_VZ))
+        return None, jnp.argmax(scores, axis=-1).astype(jnp.int32)
+
+    # One codebook after the other: scores for all of them at once would not fit.
+    _, codes_CBKF = jax.lax.scan(of_book, None, (projection_CSZ, codebook_CVZ))
+    return jnp.moveaxis(codes_CBKF, 0, -1)
 
 
 def span_mask(rng: jax.Array, segment_ids_BKT: jax.Array, start: float, length: int) -> jax.Array:

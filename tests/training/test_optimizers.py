@@ -1,0 +1,110 @@
+"""Schedules and optimizers against their formulas and Optax."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from slm_jax.errors import UserError
+from slm_jax.training.optimizers import (
+    AdafactorConfig,
+    AdamWConfig,
+    ScheduleConfig,
+    make_optimizer,
+    make_schedule,
+)
+
+
+def rates(config: ScheduleConfig, updates: int) -> list[float]:
+    schedule = make_schedule(config)
+    return [float(schedule(count)) for count in range(updates)]
+
+
+@pytest.mark.parametrize("decay", ["constant", "rsqrt", "cosine"])
+def test_warm_up_then_decay(rng, decay):
+    warmup, total = int(rng.integers(1, 9)), int(rng.integers(12, 30))
+    config = ScheduleConfig(2.0, warmup, decay, total_steps=total, floor=0.5)
+    expected = []
+    for update in range(1, 41):
+        if update <= warmup:
+            expected.append(2.0 * update / warmup)
+        elif decay == "constant":
+            expected.append(2.0)
+        elif decay == "rsqrt":
+            expected.append(2.0 * math.sqrt(warmup / update))
+        else:
+            share = min((update - warmup) / (total - warmup), 1.0)
+            expected.append(0.5 + 1.5 * (1 + math.cos(math.pi * share)) / 2)
+    np.testing.assert_allclose(rates(config, 40), expected, rtol=1e-5)
+
+
+def test_without_warm_up_the_first_update_has_the_peak():
+    assert rates(ScheduleConfig(0.25, 0), 3) == [0.25] * 3
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (ScheduleConfig(decay="cosin", total_steps=9), "did you mean 'cosine'"),
+        (ScheduleConfig(decay="cosine"), "needs total_steps above warmup_steps=100, found None"),
+        (ScheduleConfig(warmup_steps=-1), "warmup_steps is -1"),
+    ],
+)
+def test_schedules_that_make_no_sense_are_refused(config, message):
+    with pytest.raises(UserError, match=message):
+        make_schedule(config)
+
+
+def tree(rng):
+    return {
+        "kernel": jnp.asarray(rng.normal(size=(8, 12)), jnp.float32),
+        "scale": jnp.asarray(rng.normal(size=12), jnp.float32),
+    }
+
+
+def test_gradients_are_clipped_by_their_global_norm(rng):
+    params, grads = tree(rng), tree(rng)
+    config = AdamWConfig(schedule=ScheduleConfig(1.0, 0), clip_norm=0.5)
+    optimizer = make_optimizer(config)
+    _, state = optimizer.update(grads, optimizer.init(params), params)
+    norm = math.sqrt(sum(float(np.sum(np.square(leaf))) for leaf in jax.tree.leaves(grads)))
+    moment = optax.tree.get(state, "mu")
+    jax.tree.map(lambda m, g: np.testing.assert_allclose(m, 0.1 * g * 0.5 / norm, rtol=1e-4), moment, grads)
+
+
+def test_weight_decay_spares_norms_and_biases(rng):
+    params = tree(rng)
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    optimizer = make_optimizer(AdamWConfig(schedule=ScheduleConfig(0.1, 0), weight_decay=0.5))
+    updates, _ = optimizer.update(zeros, optimizer.init(params), params)
+    np.testing.assert_allclose(updates["kernel"], -0.05 * params["kernel"], rtol=1e-5)
+    np.testing.assert_array_equal(updates["scale"], 0.0)
+
+
+def test_adafactor_keeps_rows_and_columns_alone(rng):
+    params = tree(rng)
+    optimizer = make_optimizer(AdafactorConfig(min_dim_size_to_factor=8))
+    state = optimizer.init(params)
+    sizes = [leaf.size for leaf in jax.tree.leaves(state)]
+    assert max(sizes) == 12
+    grads = tree(rng)
+    updates, _ = optimizer.update(grads, state, params)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(updates))
+
+
+def test_nonfinite_updates_are_never_applied_however_many(rng):
+    params = tree(rng)
+    optimizer = make_optimizer(AdamWConfig())
+    state = optimizer.init(params)
+    bad = jax.tree.map(lambda leaf: jnp.full_like(leaf, jnp.nan), params)
+    update = jax.jit(optimizer.update)
+    for count in range(1, 30):
+        updates, state = update(bad, state, params)
+        assert int(optax.tree.get(state, "notfinite_count")) == count
+        assert all(not leaf.any() for leaf in jax.tree.leaves(updates))
+    _, state = update(tree(rng), state, params)
+    assert int(optax.tree.get(state, "notfinite_count")) == 0
+    assert int(optax.tree.get(state, "total_notfinite")) == 29

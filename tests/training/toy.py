@@ -1,0 +1,163 @@
+"""A small objective and a source of ragged batches for the tests of this room; also runs as a program."""
+
+import argparse
+import hashlib
+import sys
+import time
+from collections.abc import Iterator
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from slm_jax.errors import UserError
+from slm_jax.partitioning.mesh import make_mesh
+from slm_jax.partitioning.sharding import batch_sharding
+from slm_jax.training.batches import PlacedBatch
+from slm_jax.training.loop import LoopConfig, TrainResult, train
+from slm_jax.training.optimizers import AdamWConfig, OptimizerConfig, ScheduleConfig
+
+VOCAB, EMBED, MLP, TOKENS = 16, 16, 32, 6
+
+
+class ToyModel(nn.Module):
+    """Predicts the next token through a frozen table and a trained MLP."""
+
+    dropout: float = 0.1
+
+    @nn.compact
+    def __call__(self, batch: dict[str, jax.Array]) -> jax.Array:
+        def kernel(name: str, axes: tuple[str, str], shape: tuple[int, int]) -> jax.Array:
+            init = nn.with_logical_partitioning(nn.initializers.normal(0.3), axes)
+            return self.param(name, init, shape)
+
+        init = nn.with_logical_partitioning(nn.initializers.normal(1.0), ("vocab", "embed"))
+        table = self.variable("frozen", "table", lambda: init(self.make_rng("params"), (VOCAB, EMBED)))
+        x = table.value[batch["tokens"]]
+        hidden = nn.silu(x @ kernel("wi", ("embed", "mlp"), (EMBED, MLP)))
+        hidden = nn.with_logical_constraint(
+            hidden, ("activation_batch", "activation_length", "activation_mlp")
+        )
+        hidden = nn.Dropout(self.dropout)(hidden, deterministic=not self.has_rng("dropout"))
+        return hidden @ kernel("wo", ("mlp", "vocab"), (MLP, VOCAB))
+
+
+class ToyObjective:
+    """Cross-entropy of ToyModel; a batch may poison its gradient or its loss."""
+
+    def __init__(self, dropout: float = 0.1):
+        self.model = ToyModel(dropout)
+
+    def init(self, rng, batch):
+        return dict(self.model.init(rng, batch))
+
+    def loss(self, params, frozen, batch, rng):
+        logits = self.model.apply({"params": params, "frozen": frozen}, batch, rngs={"dropout": rng})
+        losses = -jnp.take_along_axis(jax.nn.log_softmax(logits), batch["targets"][..., None], -1)[..., 0]
+        loss_sum = jnp.sum(losses * batch["weights"])
+        poison = jnp.sum(batch["poison"])
+        # 0 leaves all alone, 1 makes the gradient nan too, 2 makes nothing but the loss infinite.
+        factor = jnp.where(poison == 1, jnp.nan, 1.0)
+        loss_sum = loss_sum * factor + jnp.where(poison == 2, jnp.inf, 0.0)
+        correct = jnp.sum((jnp.argmax(logits, -1) == batch["targets"]) * batch["weights"])
+        return loss_sum, jnp.sum(batch["weights"]), {"accuracy": (correct, jnp.sum(batch["weights"]))}
+
+
+class ToySource:
+    """Row r is the same on every mesh; `poisoned` maps a step to what its first row poisons."""
+
+    def __init__(
+        self,
+        mesh: Mesh,
+        rows_per_step: int = 16,
+        seed: int = 0,
+        poisoned: dict[int, int] | None = None,
+        delay: float = 0.0,
+    ):
+        self.rows_per_step = rows_per_step
+        self.fingerprint = hashlib.sha256(f"{rows_per_step} {seed}".encode()).hexdigest()[:16]
+        self._sharding, self._seed, self._delay = batch_sharding(mesh), seed, delay
+        self._poisoned = poisoned or {}
+        row = self.row(0)
+        self.shapes = {
+            name: jax.ShapeDtypeStruct((rows_per_step, *value.shape), value.dtype)
+            for name, value in row.items()
+        }
+
+    def row(self, number: int) -> dict[str, np.ndarray]:
+        rng = np.random.default_rng([self._seed, number])
+        tokens = rng.integers(0, VOCAB, TOKENS).astype(np.int32)
+        length = rng.integers(1, TOKENS + 1)
+        weights = (np.arange(TOKENS) < length).astype(np.float32)
+        step, place = divmod(number, self.rows_per_step)
+        poison = np.float32(self._poisoned.get(step + 1, 0) if place == 0 else 0)
+        return {"tokens": tokens, "targets": (tokens * 3 + 1) % VOCAB, "weights": weights, "poison": poison}
+
+    def batches(self, rows_consumed: int) -> Iterator[PlacedBatch]:
+        while True:
+            time.sleep(self._delay)
+            numbers = range(rows_consumed, rows_consumed + self.rows_per_step)
+            rows = [self.row(number) for number in numbers]
+            arrays = {
+                name: jax.device_put(np.stack([row[name] for row in rows]), self._sharding)
+                for name in self.shapes
+            }
+            ids = {place: (f"row-{number}",) for place, number in enumerate(numbers)}
+            tokens = float(sum(row["weights"].sum() for row in rows))
+            yield PlacedBatch(arrays, ids, {"audio_seconds": 10.0, "target_tokens": tokens})
+            rows_consumed += self.rows_per_step
+
+
+def toy_train(
+    model_dir,
+    steps: int,
+    *,
+    mesh: Mesh | None = None,
+    optimizer: OptimizerConfig | None = None,
+    seed: int = 0,
+    delay: float = 0.0,
+    poisoned: dict[int, int] | None = None,
+    evaluate=None,
+    writer=None,
+    load_variables=None,
+    dropout: float = 0.1,
+    **options,
+) -> TrainResult:
+    """Trains the toy with few words."""
+    mesh = mesh or make_mesh(devices=jax.devices()[:1])
+    config = LoopConfig(
+        train_steps=steps, seed=seed, **{"log_period": 4, "checkpoint_period": 5, "log_ids": True, **options}
+    )
+    optimizer = optimizer or AdamWConfig(schedule=ScheduleConfig(peak=0.01, warmup_steps=4))
+    return train(
+        ToyObjective(dropout),
+        ToySource(mesh, seed=seed, delay=delay, poisoned=poisoned),
+        model_dir=model_dir,
+        config=config,
+        optimizer=optimizer,
+        mesh=mesh,
+        evaluate=evaluate,
+        writer=writer,
+        load_variables=load_variables,
+    )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("model_dir")
+    parser.add_argument("steps", type=int)
+    parser.add_argument("seed", type=int)
+    parser.add_argument("delay", type=float)
+    args = parser.parse_args()
+    try:
+        toy_train(args.model_dir, args.steps, seed=args.seed, delay=args.delay, log_period=1)
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
