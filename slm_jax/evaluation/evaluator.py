@@ -8,6 +8,7 @@ import collections
 import dataclasses
 import functools
 import json
+import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -70,6 +71,9 @@ class TaskResult:
         return dict(sorted(collections.Counter(reasons).items()))
 
 
+logger = logging.getLogger(__name__)
+
+
 class _Asked(NamedTuple):
     """An example, its reference or why it has none, and what the model answered."""
 
@@ -89,7 +93,7 @@ class Evaluator:
       num_examples: only so many examples of each task, from its start; all by default.
 
     Raises:
-      UserError: an unknown name, a split that no task has, a task without metrics or without examples.
+      UserError: an unknown name, a split that no task has, no task with metrics, or a task without examples.
     """
 
     def __init__(
@@ -267,9 +271,13 @@ def _check_names(mixture_or_task: str, split: str) -> None:
         raise UserError(
             f"split: no task of {mixture_or_task!r} has a split {split!r}{nearest(split, splits)}"
         )
-    for task in tasks:
-        if split in task.splits and not task.metric_fns:
-            raise UserError(f"task {task.name!r} declares no metric_fns, expected at least one to evaluate")
+    silent = [task.name for task in tasks if split in task.splits and not task.metric_fns]
+    if len(silent) == sum(split in task.splits for task in tasks):
+        raise UserError(
+            f"no task of {mixture_or_task!r} declares metric_fns, expected one that can be scored"
+        )
+    for name in silent:
+        logger.warning("task %s declares no metric_fns and is not scored", name)
 
 
 def _padded(tokens: Sequence[Sequence[int]]) -> list[list[int]]:

@@ -170,7 +170,7 @@ def test_mistakes_are_told_in_one_sentence(mixture, vocabulary, tmp_path):
         Evaluator("eval_mixtur", "validation", to_reference)
     with pytest.raises(UserError, match="split: no task of 'eval_mixture' has a split 'valid'; did you mean"):
         Evaluator(mixture, "valid", to_reference)
-    with pytest.raises(UserError, match="task 'eval_mute' declares no metric_fns"):
+    with pytest.raises(UserError, match="no task of 'eval_mute' declares metric_fns"):
         Evaluator(register("eval_mute", vocabulary, []), "validation", to_reference)
     with pytest.raises(UserError, match="task 'eval_void' has no examples in split 'validation'"):
         Evaluator(register("eval_void", vocabulary, [metrics.wer], []), "validation", to_reference)
@@ -192,6 +192,17 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch):
         write_results({}, tmp_path)
     assert (tmp_path / "metrics.json").read_bytes() == before
     assert [path.name for path in tmp_path.glob(".*")] == []
+
+
+def test_a_task_without_metrics_is_named_and_left_to_training(vocabulary, caplog):
+    register("eval_scored", vocabulary, [metrics.exact_match], ["Two coffees"])
+    register("eval_silent", vocabulary, [])
+    seqio.MixtureRegistry.add("eval_half", ["eval_scored", "eval_silent"], default_rate=1)
+    results = Evaluator("eval_half", "validation", to_reference)(
+        lambda asked: [Prediction([]) for _ in asked]
+    )
+    assert list(results) == ["eval_scored"]
+    assert "task eval_silent declares no metric_fns and is not scored" in caplog.text
 
 
 def test_predictions_of_ragged_length_come_back_whole(vocabulary, rng):

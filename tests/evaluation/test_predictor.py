@@ -123,6 +123,8 @@ def test_weights_are_arguments_and_every_shape_is_compiled_once(rng, monkeypatch
     predict = Predictor(Repeater(), variables(2), make_batch, mesh=mesh, max_tokens=9)
     asked = [question(rng, 10 * n, tokens=5) for n in range(9)]
     assert [answer.tokens for answer in predict(asked)] == [[n + 2 for n in repeated(r)] for r in asked]
+    later = predict(asked, variables=variables(3))
+    assert [answer.tokens for answer in later] == [[n + 3 for n in repeated(r)] for r in asked]
     assert len(traced) == 1
 
 
