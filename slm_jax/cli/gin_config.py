@@ -5,6 +5,7 @@ import importlib
 import importlib.resources
 import inspect
 import logging
+import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -56,6 +57,9 @@ def parse(gin_files: Sequence[str], bindings: Sequence[str] = (), search_paths: 
     """
     gin.clear_config()
     gin_internals._LOCATION_PREFIXES[:] = [""]
+    # Files alone: gin's reader of package resources takes any folder on sys.path called `models` for a
+    # package, and fails on it.
+    gin_internals._FILE_READERS[:] = [(open, os.path.isfile)]
     for folder in [*search_paths, str(packaged_gin_dir())]:
         gin.add_config_file_search_path(folder)
     paths = [str(find_gin_file(name, search_paths)) for name in gin_files]
@@ -80,7 +84,7 @@ def build(configurable: Callable[..., T]) -> T:
     Raises:
       UserError: a required macro is missing, or a parameter has no value.
     """
-    missing = _missing_required()
+    missing = missing_required()
     if missing:
         flags = ", ".join(f"--gin.{name}=..." for name in missing)
         raise UserError(
@@ -112,8 +116,8 @@ def _macro_names() -> set[str]:
     return defined | set(_MACRO.findall(text))
 
 
-def _missing_required() -> list[str]:
-    """Macros that something reads and nothing sets, or that are still `%gin.REQUIRED`."""
+def missing_required() -> list[str]:
+    """Returns the macros that something reads and nothing sets, or that are still `%gin.REQUIRED`."""
     read = {name for name in _MACRO.findall(gin.config_str()) if name != "gin"}
     given = {
         scope
@@ -138,8 +142,9 @@ def _user_errors(place: str = "") -> Iterator[None]:
     """Turns gin's own errors into one sentence; errors of our own pass through."""
     try:
         yield
-    except UserError:
-        raise
+    except UserError as error:
+        # gin appends lines that say which of its configurables it was calling.
+        raise UserError(str(error).split("\n")[0]) from error
     except (
         ValueError, AttributeError, TypeError, OSError, SyntaxError, ImportError, RuntimeError, TokenError
     ) as error:  # fmt: skip

@@ -33,7 +33,10 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
             importlib.import_module(f"slm_jax.cli.{name}").add_arguments(subparser)
     if chosen is not None and chosen not in _COMMANDS:
         raise UserError(f"slm: no command {chosen!r}{nearest(chosen, _COMMANDS)}")
-    args = parser.parse_args(rest)
+    args, unknown = parser.parse_known_args(rest)
+    if unknown:
+        flags = [flag for action in commands.choices[args.command]._actions for flag in action.option_strings]
+        raise UserError(f"slm {args.command}: unknown flag {unknown[0]!r}{nearest(unknown[0], flags)}")
     if bindings and not hasattr(args, "gin_file") and not hasattr(args, "run"):
         raise UserError(f"slm {args.command}: reads no gin, so --gin.{bindings[0]} has no meaning here")
     args.gin_bindings = bindings
@@ -89,11 +92,10 @@ def _split_gin_bindings(argv: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Argparse whose errors are `UserError`s."""
+    """Argparse whose errors are `UserError`s, and whose flags are never guessed from their beginnings."""
+
+    def __init__(self, **options):
+        super().__init__(**options, allow_abbrev=False)
 
     def error(self, message: str):
-        found = message.removeprefix("unrecognized arguments: ")
-        if found != message:
-            flags = [flag for action in self._actions for flag in action.option_strings]
-            message = f"unknown flag {found.split()[0]!r}{nearest(found.split()[0], flags)}"
         raise UserError(f"{self.prog}: {message}")

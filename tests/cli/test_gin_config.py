@@ -1,0 +1,146 @@
+"""Gin files and flags: what resolves, and what a user is told when something does not."""
+
+import gin
+import pytest
+
+from slm_jax.cli import gin_config
+from slm_jax.cli.run import Run, load_run, save_config
+from slm_jax.errors import UserError
+from slm_jax.models import slm
+
+# What each packaged file leaves to the user, with a value that parses.
+_REQUIRED = {
+    "MODEL_DIR": "'run'",
+    "CORPUS_DIR": "'corpus'",
+    "MIXTURE_OR_TASK_NAME": "'asr'",
+    "TASK_FEATURE_LENGTHS": "{'speech': 16000, 'inputs': 8, 'targets': 8}",
+    "TRAIN_STEPS": "1",
+    "SPEECH_ENCODER_CHECKPOINT": "'encoder'",
+    "LLM_CHECKPOINT": "'llm'",
+    "SPEECH_ENCODER_OUTPUT": "'encoder'",
+    "LLM_OUTPUT": "'llm'",
+    "CTC_VOCAB_SIZE": "8",
+}
+_RUNS = {
+    "runs/train.gin": ["models/slm_tiny.gin"],
+    "runs/pretrain_encoder_ctc.gin": ["models/encoders/conformer_tiny.gin"],
+    "runs/pretrain_encoder_best_rq.gin": ["models/encoders/conformer_tiny.gin"],
+    "runs/pretrain_t5.gin": ["models/llms/t5_tiny.gin"],
+    "recipes/demo_encoder.gin": [],
+    "recipes/demo_t5.gin": [],
+    "recipes/quickstart.gin": [],
+}
+
+
+def _bindings(files):
+    gin_config.parse(files)
+    return [f"{name}={_REQUIRED[name]}" for name in gin_config.missing_required()]
+
+
+@pytest.mark.parametrize("name", sorted(_RUNS))
+def test_runs_and_recipes_build(name):
+    files = [*_RUNS[name], name]
+    gin_config.parse(files, _bindings(files))
+    run = gin_config.build(Run)
+    assert run.objective.parts
+    assert run.loop.train_steps >= 1
+
+
+def test_every_packaged_file_is_covered():
+    others = {name for name in gin_config.packaged_gin_files() if name not in _RUNS}
+    for name in others:
+        gin_config.parse([name])
+        assert gin.config_str()
+    assert {name for name in others if name.startswith(("runs/", "recipes/"))} == {"runs/common.gin"}
+
+
+@pytest.mark.parametrize("size", ["tiny", "xxl"])
+def test_model_files_are_the_presets(size):
+    gin_config.parse([f"models/slm_{size}.gin"])
+    assert gin_config.build(slm.SLM).config == slm.preset(size)
+
+
+def test_files_are_found_in_any_order_and_overridden_by_flags():
+    files = ["runs/train.gin", "models/slm_tiny.gin"]
+    gin_config.parse(
+        files, [*_bindings(files), "BATCH_SIZE=3", "adapters.AdapterConfig.layers=5", "DROPOUT_RATE=0.5"]
+    )
+    run = gin_config.build(Run)
+    assert run.data.batch_size == 3
+    assert run.objective.model.config.adapter.layers == 5
+    assert run.objective.model.config.adapter.dropout == 0.5
+
+
+def test_own_files_come_before_packaged_ones(tmp_path, monkeypatch):
+    (tmp_path / "own.gin").write_text("include 'models/slm_tiny.gin'\nadapters.AdapterConfig.layers = 7\n")
+    for search_paths, folder in (([str(tmp_path)], "/"), ([], tmp_path)):
+        monkeypatch.chdir(folder)
+        gin_config.parse(["own.gin"], search_paths=search_paths)
+        assert gin_config.build(slm.SLM).config.adapter.layers == 7
+
+
+@pytest.mark.parametrize(
+    ("files", "bindings", "told"),
+    [
+        (["runs/trian.gin"], [], "did you mean 'runs/train.gin'"),
+        (["runs/train.gin"], ["BATCH_SIZ=3"], "did you mean 'BATCH_SIZE'"),
+        (["runs/train.gin"], ["BATCH_SIZE"], "expected --gin.NAME=value"),
+        (["runs/train.gin"], ["BATCH_SIZE=[3"], "--gin.BATCH_SIZE=[3"),
+        (["models/slm_tiny.gin"], ["adapters.AdapterConfig.layer=3"], "did you mean 'layers'"),
+        (["models/slm_tiny.gin"], ["adapters.AdapterConfi.layers=3"], "did you mean 'AdapterConfig'"),
+        (["models/slm_tiny.gin"], ["conformer.preset.name='tiyn'"], "did you mean 'tiny'"),
+    ],
+)
+def test_mistakes_are_named_with_the_nearest_choice(files, bindings, told):
+    with pytest.raises(UserError, match=r"(?s)^[^\n]*$") as caught:
+        gin_config.parse(files, bindings)
+        gin_config.build(slm.SLM)
+    assert told in str(caught.value)
+
+
+def test_missing_macros_are_named_all_at_once():
+    gin_config.parse(["models/slm_tiny.gin", "runs/train.gin"], ["MODEL_DIR='x'"])
+    with pytest.raises(UserError) as caught:
+        gin_config.build(Run)
+    for name in ("MIXTURE_OR_TASK_NAME", "TRAIN_STEPS", "LLM_CHECKPOINT"):
+        assert f"--gin.{name}=" in str(caught.value)
+    assert "--gin.MODEL_DIR" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("include 'models/slm_tyni.gin'\n", "did you mean 'models/slm_tiny.gin'"),
+        ("from __gin__ import dynamic_registration\nfrom slm_jax.models import nothing\n", "line 2"),
+        ("X = 3 3\n", "line 1"),
+    ],
+)
+def test_mistakes_in_files_are_one_sentence(tmp_path, text, told):
+    path = tmp_path / "own.gin"
+    path.write_text(text)
+    with pytest.raises(UserError, match=r"(?s)^[^\n]*$") as caught:
+        gin_config.parse([str(path)])
+    assert told in str(caught.value)
+
+
+def test_a_saved_run_loads_from_any_folder(tmp_path, monkeypatch):
+    files = ["models/slm_tiny.gin", "runs/train.gin"]
+    monkeypatch.chdir(tmp_path)
+    gin_config.parse(files, [*_bindings(files), "BATCH_SIZE=5"])
+    run = gin_config.build(Run)
+    (tmp_path / "run").mkdir()
+    save_config(tmp_path / "run")
+    moved = tmp_path / "moved"
+    (tmp_path / "run").rename(moved)
+    monkeypatch.chdir("/")
+    loaded = load_run(moved)
+    assert loaded.data == run.data
+    assert loaded.model_dir == str(moved)
+    assert loaded.path("encoder") == tmp_path / "encoder"
+
+
+def test_a_folder_that_is_no_run_is_named(tmp_path):
+    with pytest.raises(UserError, match="is no run"):
+        load_run(tmp_path)
+    with pytest.raises(UserError, match="does not exist"):
+        load_run(tmp_path / "nothing")
