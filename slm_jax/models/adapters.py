@@ -101,7 +101,7 @@ class TransformerAdapter(nn.Module):
         rows, slots, length, dim = frames_BKPD.shape
         x_NPD = frames_BKPD.reshape(rows * slots, length, dim)
         ids_NP = segment_ids_BKP.reshape(rows * slots, length)
-        x_NPD = Dense(config.dim, ("mel", "embed"), dtype=config.dtype, name="in")(x_NPD)
+        x_NPD = Dense(config.dim, ("mlp", "embed"), dtype=config.dtype, name="in")(x_NPD)
         x_NPD = nn.Dropout(config.dropout)(x_NPD, deterministic=deterministic)
         x_NPD = with_logical_constraint(x_NPD, ACTIVATION_AXES)
         if config.layers:
