@@ -1,0 +1,192 @@
+"""Every command in a `bash` block of the README or docs/ works as written, on a smaller recipe where it takes long."""
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import soundfile
+import soxr
+
+ROOT = Path(__file__).parent.parent.parent
+DOCUMENTS = ["README.md", "CONTRIBUTING.md", *(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
+SLM = str(Path(sys.executable).with_name("slm"))
+
+
+class Exercise(NamedTuple):
+    """How a documented command is run here.
+
+    Attributes:
+      command: as documented.
+      smaller: flags that make it short.
+      check: looks at what it left, given the folder and its standard output.
+      devices: virtual devices.
+    """
+
+    command: str
+    smaller: str
+    check: Callable[[Path, str], None]
+    devices: int = 1
+
+
+def documented() -> list[str]:
+    """The commands of all bash blocks, in their order, lines that end in a backslash joined."""
+    commands = []
+    for name in DOCUMENTS:
+        text = (ROOT / name).read_text(encoding="utf-8")
+        for block in re.findall(r"^```bash\n(.*?)^```", text, re.DOTALL | re.MULTILINE):
+            lines = block.replace("\\\n", " ").splitlines()
+            commands += [line.strip() for line in lines if line.strip() and not line.startswith("#")]
+    return commands
+
+
+def says(text: str) -> Callable[[Path, str], None]:
+    def check(folder: Path, output: str) -> None:
+        assert re.search(text, output), output
+
+    return check
+
+
+def wrote(*names: str) -> Callable[[Path, str], None]:
+    def check(folder: Path, output: str) -> None:
+        for name in names:
+            assert (folder / name).exists(), f"{name} is missing; {output}"
+
+    return check
+
+
+def answered_alone(folder: Path, output: str) -> None:
+    assert output.count("\n") == 1, output
+
+
+def answered_all(folder: Path, output: str) -> None:
+    answers = [json.loads(line) for line in (folder / "runs/mine/answers.jsonl").read_text().splitlines()]
+    references = (folder / "data/dev.jsonl").read_text().splitlines()
+    assert [answer["id"] for answer in answers] == [json.loads(line)["id"] for line in references]
+    assert all("reject_reason" not in answer for answer in answers)
+
+
+def scored(folder: Path, output: str) -> None:
+    assert re.search(r"^my_asr wer \d+\.\d\d$", output, re.MULTILINE), output
+    assert re.search(r"^my_ast_de bleu \d+\.\d\d$", output, re.MULTILINE), output
+
+
+FEW_STEPS = "--gin.TRAIN_STEPS=2 --gin.WARMUP_STEPS=1 --gin.BATCH_SIZE=8"
+FEW_TOKENS = "--gin.run.EvaluationConfig.max_tokens=4 --gin.run.EvaluationConfig.num_examples=4"
+# In the order in which a reader types them.
+EXERCISES = [
+    Exercise(
+        '.venv/bin/slm infer --run runs/quickstart --audio any.wav --prompt "Transcribe the speech:"',
+        "--max_tokens 5",
+        answered_alone,
+    ),
+    Exercise(
+        ".venv/bin/slm train --gin_file mine.gin --dry_run",
+        "",
+        says(r"(?s)TRAIN_STEPS = 1000.*params:.*adapter"),
+    ),
+    Exercise(
+        ".venv/bin/slm train --gin_file mine.gin",
+        f"{FEW_STEPS} {FEW_TOKENS}",
+        wrote("runs/mine/config.gin", "runs/mine/checkpoints", "runs/mine/tensorboard"),
+    ),
+    Exercise(".venv/bin/slm evaluate --run runs/mine", FEW_TOKENS, scored),
+    Exercise(
+        ".venv/bin/slm infer --run runs/mine --manifest data/dev.jsonl"
+        ' --prompt "Transcribe the speech:" --output runs/mine/answers.jsonl',
+        "--max_tokens 5",
+        answered_all,
+    ),
+    Exercise(
+        ".venv/bin/slm demo --to runs/demo/corpus", "--preset tiny", wrote("runs/demo/corpus/train.jsonl")
+    ),
+    Exercise(
+        ".venv/bin/slm train --gin_file recipes/demo_encoder.gin --gin.CORPUS_DIR=\"'runs/demo/corpus'\""
+        " --gin.MODEL_DIR=\"'runs/encoder'\" --gin.SPEECH_ENCODER_OUTPUT=\"'runs/encoder/foundation'\"",
+        FEW_STEPS,
+        wrote("runs/encoder/foundation/foundation.json"),
+    ),
+    Exercise(
+        ".venv/bin/slm train --gin_file recipes/demo_t5.gin --gin.CORPUS_DIR=\"'runs/demo/corpus'\""
+        " --gin.MODEL_DIR=\"'runs/t5'\" --gin.LLM_OUTPUT=\"'runs/t5/foundation'\"",
+        FEW_STEPS,
+        wrote("runs/t5/foundation/foundation.json"),
+    ),
+    Exercise(
+        ".venv/bin/slm train --gin_file mine.gin --gin.run.MeshConfig.fsdp=4 --gin.run.MeshConfig.tensor=2",
+        "--dry_run",
+        says(r"mesh: data=1, fsdp=4, tensor=2"),
+        devices=8,
+    ),
+    Exercise(
+        ".venv/bin/slm demo --to runs/corpus --preset tiny",
+        "",
+        wrote("runs/corpus/train.jsonl", "runs/corpus/vocabularies/text.model"),
+    ),
+]
+# What make does itself is read from `make --dry-run`; CI runs these as they are.
+MADE = {
+    "make quickstart": ["slm quickstart --run_dir runs/quickstart"],
+    "make test": ["ruff check .", "ruff format --check .", "pyright", "pytest -n 2"],
+    "make lint": ["ruff check .", "ruff format --check .", "pyright"],
+}
+
+
+def test_every_documented_command_is_exercised_and_every_exercise_documented():
+    assert set(documented()) == {exercise.command for exercise in EXERCISES} | MADE.keys()
+
+
+@pytest.mark.parametrize("command", MADE)
+def test_make_runs_what_it_says(command: str):
+    target = command.removeprefix("make ")
+    plan = subprocess.run(
+        ["make", "--dry-run", "--directory", str(ROOT), target, "VENV=.venv"],
+        capture_output=True, text=True, check=True, timeout=60,
+    ).stdout  # fmt: skip
+    places = [plan.find(step) for step in MADE[command]]
+    assert -1 not in places and places == sorted(places), plan
+
+
+def run(folder: Path, command: str, devices: int = 1) -> str:
+    """Runs a command as typed in `folder`, with this environment for `.venv`; returns standard output."""
+    words = [SLM if word == ".venv/bin/slm" else word for word in shlex.split(command)]
+    environment = {**os.environ, "JAX_NUM_CPU_DEVICES": str(devices), "SLM_CACHE_DIR": str(folder / "cache")}
+    done = subprocess.run(
+        words, cwd=folder, env=environment, capture_output=True, text=True, timeout=600, check=False
+    )
+    assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+def own_data(folder: Path) -> None:
+    """Lays the files that the README speaks of: manifests, a recording at another rate, the gin file."""
+    (folder / "data").mkdir()
+    for split in ("train", "dev"):
+        lines = [
+            json.loads(line) for line in (folder / f"runs/demo/corpus/{split}.jsonl").read_text().splitlines()
+        ]
+        for line in lines:
+            line["audio"] = f"../runs/demo/corpus/{line['audio']}"
+        (folder / f"data/{split}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    samples, rate = soundfile.read(folder / "data" / lines[0]["audio"])
+    soundfile.write(folder / "any.wav", soxr.resample(samples, rate, 44_100), 44_100)
+    (block,) = re.findall(
+        r"^```gin\n(# mine\.gin\n.*?)^```", (ROOT / "README.md").read_text(), re.DOTALL | re.M
+    )
+    (folder / "mine.gin").write_text(block)
+
+
+def test_the_documented_commands_work_as_written(tmp_path):
+    run(tmp_path, f"{SLM} quickstart --preset tiny --steps 2 2 2 --run_dir runs/quickstart")
+    summary = json.loads((tmp_path / "runs/quickstart/summary.json").read_text())
+    assert summary["tasks"] and summary["seconds"]
+    own_data(tmp_path)
+    for exercise in EXERCISES:
+        output = run(tmp_path, f"{exercise.command} {exercise.smaller}", exercise.devices)
+        exercise.check(tmp_path, output)
