@@ -1,4 +1,4 @@
-"""Every command in a `bash` block of the README or docs/ works as written, on a smaller recipe where it takes long."""
+"""Every command in a `bash` block of the documents works as written, on a smaller recipe where it is long."""
 
 import json
 import os
