@@ -169,10 +169,10 @@ class SLM(nn.Module):
         return jnp.zeros((1, 1, samples), jnp.int16), jnp.array([[[[1, 0, samples]]]], jnp.int32)
 
 
-# The methods that run in a lifted module; `__call__` of T5 stays outside, nothing here calls it.
+# The public methods of the parts, all of which a lifted part must keep.
 _METHODS = {
-    "speech_encoder": ["__call__"],
-    "llm": ["embed", "encode", "decode", "decode_step", "score_tokens"],
+    "speech_encoder": ["__call__", "features", "encode_features"],
+    "llm": ["__call__", "embed", "encode", "decode", "decode_step", "logits", "token_losses", "score_tokens"],
     "adapter": ["__call__"],
 }
 
