@@ -26,7 +26,7 @@ import seqio
 
 from slm_jax.data import preprocessors, sources
 from slm_jax.data.batch import check_feature_lengths
-from slm_jax.data.host_tensorflow import tf
+from slm_jax.data.host_tensorflow import Tensor, tf
 from slm_jax.data.references import SPEECH, Reference
 from slm_jax.errors import UserError, nearest
 
@@ -355,7 +355,7 @@ def _chunks(task: seqio.Task, split: str, seed: int) -> Iterator[dict[str, Any]]
     wanted = ("id", "audio", "samples", "language", "reject", "inputs", "targets")
     position = 0
 
-    def select(example: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
+    def select(example: dict[str, Tensor]) -> dict[str, Tensor]:
         chosen = {name: example[name] for name in wanted if name in example}
         return chosen | {name: tf.cast(chosen[name], tf.int32) for name in ("inputs", "targets")}
 

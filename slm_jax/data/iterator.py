@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -14,7 +14,7 @@ from jax.sharding import Sharding
 
 from slm_jax.data import audio_files
 from slm_jax.data.audio_files import Audio
-from slm_jax.data.batch import BatchShape, Placed, Reject, Row, collate
+from slm_jax.data.batch import BatchShape, Reject, Row, collate
 from slm_jax.data.placement import place, rows_of_devices, rows_of_process
 from slm_jax.data.plan import Plan
 from slm_jax.data.references import SAMPLE_RATE, Reference
@@ -87,7 +87,7 @@ class TrainBatches:
         max_bad_share: float = 0.05,
         min_examples: int = 200,
         load: LoadUtterance = audio_files.load_utterance,
-        devices: Iterable[jax.Device] | None = None,
+        devices: Set[jax.Device] | None = None,
     ):
         if plan.rows_per_step != shape.rows:
             raise ValueError(f"the plan has {plan.rows_per_step} rows per step, the shape {shape.rows}")
@@ -235,57 +235,3 @@ def _read_rows(
         name = f"rejected/{reject.reason}"
         counts[name] = counts.get(name, 0.0) + 1.0
     return arrays, counts, rejects
-
-
-class ReferenceBatch(NamedTuple):
-    """A batch for decoding, one example per row.
-
-    Attributes:
-      arrays: global arrays.
-      references: of each global row; None where the batch is filled up.
-      reasons: of each global row: why its example was left out, None where it was not. A row that
-        only other hosts read has None.
-    """
-
-    arrays: dict[str, jax.Array]
-    references: list[Reference | None]
-    reasons: list[str | None]
-
-
-def reference_batches(
-    references: Sequence[Reference],
-    shape: BatchShape,
-    sharding: Sharding,
-    *,
-    threads: int = 8,
-    load: LoadUtterance = audio_files.load_utterance,
-) -> Iterator[ReferenceBatch]:
-    """Yields all references in their order as batches of fixed shape, the last one filled up.
-
-    Args:
-      references: examples; targets may be empty.
-      shape: static sizes of the global batch.
-      sharding: of the batch over the mesh.
-      threads: threads that read audio.
-      load: returns the audio of a reference; raises BadExample.
-
-    Raises:
-      UserError: the batch shards of the mesh do not divide the rows.
-    """
-    local_rows = rows_of_process(sharding, shape.rows)
-    with ThreadPoolExecutor(threads, "slm-audio") as readers:
-        for start in range(0, len(references), shape.rows):
-            found: list[Reference | None] = list(references[start : start + shape.rows])
-            found += [None] * (shape.rows - len(found))
-            reasons: list[str | None] = [None] * shape.rows
-            rows: list[Row] = []
-            for row in local_rows.tolist():
-                reference = found[row]
-                misfit = None if reference is None else shape.misfit(reference)
-                rows.append(() if reference is None or misfit else (Placed(reference),))
-                reasons[row] = misfit.reason if misfit else None
-            arrays, _, rejects = _read_rows(rows, shape, load, readers)
-            by_reference = {id(reject.reference): reject.reason for reject in rejects}
-            for row in local_rows.tolist():
-                reasons[row] = reasons[row] or by_reference.get(id(found[row]))
-            yield ReferenceBatch(place(arrays, local_rows, sharding, shape.rows), found, reasons)

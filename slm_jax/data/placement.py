@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Set
 
 import jax
 import numpy as np
@@ -50,7 +50,7 @@ def rows_of_process(sharding: Sharding, rows: int) -> np.ndarray:
     return rows_of_devices(sharding, rows, sharding.addressable_devices)
 
 
-def rows_of_devices(sharding: Sharding, rows: int, devices: Iterable[jax.Device]) -> np.ndarray:
+def rows_of_devices(sharding: Sharding, rows: int, devices: Set[jax.Device]) -> np.ndarray:
     """Returns the rows of the global batch that `devices` hold: int64 [n], ascending."""
     check_rows(sharding, rows)
     indices = sharding.devices_indices_map((rows,))
@@ -75,7 +75,8 @@ def place(
 
 
 def _place_one(array: np.ndarray, local_rows: np.ndarray, sharding: Sharding, rows: int) -> jax.Array:
-    def shard(index: tuple[slice, ...]) -> np.ndarray:
+    def shard(index: tuple[slice, ...] | None) -> np.ndarray:
+        assert index is not None
         start, stop, _ = index[0].indices(rows)
         # Shards are contiguous, and so is their stretch of the ascending local rows.
         low, high = np.searchsorted(local_rows, (start, stop))

@@ -11,15 +11,17 @@ import hashlib
 import json
 import string
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import seqio
 
-from slm_jax.data.host_tensorflow import tf
+from slm_jax.data.host_tensorflow import Dataset, Tensor, tf
 from slm_jax.data.references import SPEECH
 from slm_jax.errors import UserError, nearest
 
-Example = dict[str, tf.Tensor]
+Example = dict[str, Tensor]
+Features = Mapping[str, Any]  # of seqio.Feature
 
 SPEECH_MARKER = "{speech}"
 
@@ -57,13 +59,22 @@ def template_fields(template: str) -> list[str]:
     return fields
 
 
-def _pick(id_: tf.Tensor, count: int, salt: str) -> tf.Tensor:
+def _check_templates(templates: Sequence[str], dataset: Dataset) -> None:
+    # Here and not in a mapped function, from which TensorFlow would return the error as pages of text.
+    known = {name for name, spec in dataset.element_spec.items() if spec.dtype == tf.string} | {"speech"}
+    for template in templates:
+        for field in template_fields(template):
+            if field not in known:
+                raise UserError(f"prompt template {template!r} reads field {field!r}{nearest(field, known)}")
+
+
+def _pick(id_: Tensor, count: int, salt: str) -> Tensor:
     # FarmHash Fingerprint64: the same on every platform and in every version of TensorFlow.
     return tf.strings.to_hash_bucket_fast(tf.strings.join([salt, id_], "\n"), count)
 
 
-def _render(template: str, example: Mapping[str, tf.Tensor]) -> tf.Tensor:
-    parts: list[tf.Tensor] = []
+def _render(template: str, example: Mapping[str, Tensor]) -> Tensor:
+    parts: list[Tensor] = []
     for literal, field, _, _ in string.Formatter().parse(template):
         parts.append(tf.constant(literal))
         if field is not None:
@@ -75,7 +86,7 @@ def _render(template: str, example: Mapping[str, tf.Tensor]) -> tf.Tensor:
     return tf.strings.join(parts) if parts else tf.constant("")
 
 
-def add_language_names(dataset: tf.data.Dataset) -> tf.data.Dataset:
+def add_language_names(dataset: Dataset) -> Dataset:
     """Adds `language_name`, the English name of `language`; an unlisted code stands for itself."""
     table = tf.lookup.StaticHashTable(
         tf.lookup.KeyValueTensorInitializer(list(LANGUAGE_NAMES), list(LANGUAGE_NAMES.values())), ""
@@ -88,7 +99,7 @@ def add_language_names(dataset: tf.data.Dataset) -> tf.data.Dataset:
     return dataset.map(add, num_parallel_calls=tf.data.AUTOTUNE)
 
 
-def reject_languages(dataset: tf.data.Dataset, *, languages: Sequence[str]) -> tf.data.Dataset:
+def reject_languages(dataset: Dataset, *, languages: Sequence[str]) -> Dataset:
     """Marks examples of other languages with the reason `unknown_language`; the index counts them."""
     known = tf.constant(list(languages))
 
@@ -99,11 +110,11 @@ def reject_languages(dataset: tf.data.Dataset, *, languages: Sequence[str]) -> t
     return dataset.map(check, num_parallel_calls=tf.data.AUTOTUNE)
 
 
-def repeat(dataset: tf.data.Dataset, *, times: int) -> tf.data.Dataset:
+def repeat(dataset: Dataset, *, times: int) -> Dataset:
     """Repeats each example `times` times under the ids `<id>#0`, `<id>#1`, ..., so that noise differs."""
 
-    def variants(example: Example) -> tf.data.Dataset:
-        def variant(index: tf.Tensor) -> Example:
+    def variants(example: Example) -> Dataset:
+        def variant(index: Tensor) -> Example:
             return example | {"id": tf.strings.join([example["id"], tf.strings.as_string(index)], "#")}
 
         return tf.data.Dataset.range(times).map(variant)
@@ -112,13 +123,13 @@ def repeat(dataset: tf.data.Dataset, *, times: int) -> tf.data.Dataset:
 
 
 def render_prompts(
-    dataset: tf.data.Dataset,
+    dataset: Dataset,
     *,
     templates: Sequence[str],
     target: str,
     salt: str,
     speech: str = SPEECH_MARKER,
-) -> tf.data.Dataset:
+) -> Dataset:
     """Renders prompt and target as text.
 
     Args:
@@ -138,10 +149,14 @@ def render_prompts(
     """
     if not templates:
         raise UserError(f"task {salt!r} has no prompt templates, expected at least one")
-    for template in (*templates, target):
-        template_fields(template)
-    halves = [template.partition(SPEECH_MARKER) for template in templates]
     text_only = speech != SPEECH_MARKER
+    for template in (target, speech) if text_only else (target,):
+        if "speech" in template_fields(template):
+            raise UserError(
+                f"task {salt!r}: template {template!r} holds {SPEECH_MARKER}, expected text alone"
+            )
+    _check_templates((*templates, target, speech), dataset)
+    halves = [template.partition(SPEECH_MARKER) for template in templates]
     markers = [bool(marker) for _, marker, _ in halves]
 
     def render(example: Example) -> Example:
@@ -163,11 +178,11 @@ def render_prompts(
 
 
 def tokenize_prompts(
-    dataset: tf.data.Dataset,
-    output_features: Mapping[str, seqio.Feature],
+    dataset: Dataset,
+    output_features: Features,
     *,
     targets_eos: bool = True,
-) -> tf.data.Dataset:
+) -> Dataset:
     """Tokenises what `render_prompts` wrote.
 
     Text before and after the speech is tokenised apart, as at inference. Adds `inputs` (int32; `SPEECH`
@@ -214,14 +229,14 @@ def prompt_tokens(vocabulary: seqio.Vocabulary, prompt: str) -> np.ndarray:
 
 
 def token_noise(
-    dataset: tf.data.Dataset,
-    output_features: Mapping[str, seqio.Feature],
+    dataset: Dataset,
+    output_features: Features,
     *,
     drop: float = 0.0,
     double: float = 0.0,
     unknown: float = 0.0,
     replace: float = 0.0,
-) -> tf.data.Dataset:
+) -> Dataset:
     """Makes the transcript in `inputs` as unreliable as an adapter's output.
 
     Args:
@@ -246,7 +261,7 @@ def token_noise(
     lowest = max(vocabulary.eos_id, vocabulary.unk_id, vocabulary.pad_id) + 1
 
     @seqio.map_over_dataset(num_seeds=2)
-    def noise(example: Example, seeds: Sequence[tf.Tensor]) -> Example:
+    def noise(example: Example, seeds: Sequence[Tensor]) -> Example:
         tokens = example["inputs"]
         kept = tf.reduce_any(tokens[:, None] == protected, -1)
         speech = example.get("inputs_speech")
@@ -255,7 +270,7 @@ def token_noise(
         draw = tf.random.stateless_uniform(tf.shape(tokens), seeds[0])
         draw = tf.where(kept, 1.0, draw)
         other = tf.random.stateless_uniform(
-            tf.shape(tokens), seeds[1], lowest, vocabulary.base_vocab_size, dtype=tf.int32
+            tf.shape(tokens), seeds[1], lowest, vocabulary.vocab_size - vocabulary.extra_ids, dtype=tf.int32
         )
         is_unknown = (draw >= ends[1]) & (draw < ends[2])
         is_other = (draw >= ends[2]) & (draw < ends[3])
@@ -266,7 +281,7 @@ def token_noise(
             noisy["inputs_speech"] = tf.repeat(speech, times)
         return noisy
 
-    return noise(dataset)
+    return noise(dataset)  # pyright: ignore[reportCallIssue]  # SeqIO fills in the seeds
 
 
 def sentinel_ids(vocabulary: seqio.Vocabulary, required: bool = True) -> list[int]:
@@ -275,7 +290,7 @@ def sentinel_ids(vocabulary: seqio.Vocabulary, required: bool = True) -> list[in
     They are SeqIO's extra ids where the vocabulary has them, otherwise pieces of those names.
 
     Raises:
-      UserError: there are none, and they are required.
+      UserError: there are fewer than two, and they are required.
     """
     ids: list[int] = []
     if vocabulary.extra_ids:
@@ -284,19 +299,22 @@ def sentinel_ids(vocabulary: seqio.Vocabulary, required: bool = True) -> list[in
         tokenizer = vocabulary.tokenizer  # pyright: ignore[reportAttributeAccessIssue]
         while (found := tokenizer.piece_to_id(f"<extra_id_{len(ids)}>")) != vocabulary.unk_id:
             ids.append(found)
-    if required and not ids:
-        raise UserError("the vocabulary has no sentinels <extra_id_0>, <extra_id_1>, ...; set extra_ids")
+    if required and len(ids) < 2:
+        raise UserError(
+            f"span corruption: the vocabulary has {len(ids)} sentinels <extra_id_0>, <extra_id_1>, ..., "
+            "expected at least 2; set extra_ids"
+        )
     return ids
 
 
 def span_corruption(
-    dataset: tf.data.Dataset,
-    output_features: Mapping[str, seqio.Feature],
+    dataset: Dataset,
+    output_features: Features,
     *,
     text: str = "{text}",
     noise_density: float = 0.15,
     mean_span_length: float = 3.0,
-) -> tf.data.Dataset:
+) -> Dataset:
     """T5's span corruption (Raffel et al. 2020): spans become sentinels, the target names what they were.
 
     Args:
@@ -314,9 +332,10 @@ def span_corruption(
     """
     vocabulary = output_features["inputs"].vocabulary
     sentinels = tf.constant(sentinel_ids(vocabulary), tf.int32)
+    _check_templates([text], dataset)
 
-    @seqio.map_over_dataset(num_seeds=2)
-    def corrupt(example: Example, seeds: Sequence[tf.Tensor]) -> Example:
+    @seqio.map_over_dataset(num_seeds=3)
+    def corrupt(example: Example, seeds: Sequence[Tensor]) -> Example:
         rendered = tf.strings.strip(_render(text, example))
         tokens = vocabulary.encode_tf(rendered)
         noisy = _noise_mask(tf.size(tokens), noise_density, mean_span_length, tf.size(sentinels), seeds)
@@ -324,37 +343,42 @@ def span_corruption(
         eos = tf.fill([tf.cast(usable, tf.int32)], vocabulary.eos_id)
         tokens = tokens[: tf.where(usable, tf.size(tokens), 0)]
         noisy = noisy[: tf.size(tokens)]
+        inputs, targets = _spans_to_sentinels(tokens, noisy, sentinels)
         return example | {
             "inputs_pretokenized": rendered,
             "targets_pretokenized": rendered,
-            "inputs": tf.concat([_spans_to_sentinels(tokens, noisy, sentinels), eos], 0),
-            "targets": tf.concat([_spans_to_sentinels(tokens, ~noisy, sentinels), eos], 0),
+            "inputs": tf.concat([inputs, eos], 0),
+            "targets": tf.concat([targets, eos], 0),
         }
 
-    return corrupt(dataset)
+    return corrupt(dataset)  # pyright: ignore[reportCallIssue]  # SeqIO fills in the seeds
 
 
 def _noise_mask(
-    length: tf.Tensor,
+    length: Tensor,
     density: float,
     mean_span: float,
-    most_spans: tf.Tensor,
-    seeds: Sequence[tf.Tensor],
-) -> tf.Tensor:
-    """Returns a bool for each token; spans of kept and corrupted tokens alternate, a kept one first."""
+    most_spans: Tensor,
+    seeds: Sequence[Tensor],
+) -> Tensor:
+    """Returns a bool for each token; spans of kept and corrupted tokens alternate.
+
+    The mask is rolled by a random offset: a short text has one span, which would always be its end.
+    """
     length = tf.maximum(length, 2)
     noise = tf.cast(tf.round(tf.cast(length, tf.float32) * density), tf.int32)
     noise = tf.clip_by_value(noise, 1, length - 1)
     kept = length - noise
     spans = tf.cast(tf.round(tf.cast(noise, tf.float32) / mean_span), tf.int32)
-    # T5 asks for at least one span; each needs a corrupted token, a kept one and a sentinel.
-    spans = tf.maximum(1, tf.minimum(tf.minimum(spans, most_spans), tf.minimum(noise, kept)))
+    # Each span needs a corrupted token, a kept one and a sentinel; rolling may cut one span in two.
+    spans = tf.maximum(1, tf.minimum(tf.minimum(spans, most_spans - 1), tf.minimum(noise, kept)))
     lengths = tf.stack([_segment(kept, spans, seeds[0]), _segment(noise, spans, seeds[1])], 1)
     starts_noise = tf.tile([False, True], [spans])
-    return tf.repeat(starts_noise, tf.reshape(lengths, [-1]))
+    mask = tf.repeat(starts_noise, tf.reshape(lengths, [-1]))
+    return tf.roll(mask, tf.random.stateless_uniform([], seeds[2], 0, length, dtype=tf.int32), 0)
 
 
-def _segment(total: tf.Tensor, parts: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
+def _segment(total: Tensor, parts: Tensor, seed: Tensor) -> Tensor:
     """Splits `total` into `parts` positive lengths, each way equally likely."""
     order = tf.argsort(tf.random.stateless_uniform([total - 1], seed))
     cuts = tf.sort(order[: parts - 1]) + 1
@@ -362,10 +386,12 @@ def _segment(total: tf.Tensor, parts: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
     return edges[1:] - edges[:-1]
 
 
-def _spans_to_sentinels(tokens: tf.Tensor, noisy: tf.Tensor, sentinels: tf.Tensor) -> tf.Tensor:
-    """Replaces each run of noisy tokens by one sentinel, the first run by the first sentinel."""
+def _spans_to_sentinels(tokens: Tensor, noisy: Tensor, sentinels: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns inputs, where each noisy run is one sentinel, and targets, where its tokens follow it."""
     before = tf.concat([[False], noisy[:-1]], 0)[: tf.size(noisy)]
     starts = noisy & ~before
-    number = tf.cumsum(tf.cast(starts, tf.int32)) - 1
-    named = tf.gather(sentinels, tf.clip_by_value(number, 0, tf.size(sentinels) - 1))
-    return tf.boolean_mask(tf.where(starts, named, tokens), starts | ~noisy)
+    number = tf.maximum(tf.cumsum(tf.cast(starts, tf.int32)) - 1, 0)
+    named = tf.gather(sentinels, number)
+    inputs = tf.boolean_mask(tf.where(starts, named, tokens), starts | ~noisy)
+    targets = tf.boolean_mask(tf.stack([named, tokens], 1), tf.stack([starts, noisy], 1))
+    return inputs, targets

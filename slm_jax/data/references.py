@@ -81,3 +81,48 @@ def reference_of(example: Mapping[str, Any], task: str, audio_root: str = "") ->
 
 def _text(value: bytes | str | None) -> str:
     return value.decode() if isinstance(value, bytes) else value or ""
+
+
+def reference_of(example: Mapping[str, Any], task: str, audio_root: str = "") -> Reference:
+    """Returns the reference that an example of a task's SeqIO pipeline stands for.
+
+    Args:
+      example: NumPy values of `inputs`, `targets` and, where the task has them, `id`, `audio`, `samples`,
+        `language` and `reject`.
+      task: name of the task.
+      audio_root: folder that the audio path is relative to.
+
+    Raises:
+      BadExample: what the task says in `reject`, `several_speech_markers`, `missing_audio`,
+        `non_positive_duration` or `empty_target`; lengths are for the row to judge.
+    """
+    inputs = np.asarray(example["inputs"], np.int32)
+    targets = np.asarray(example["targets"], np.int32)
+    audio = _text(example, "audio")
+    samples = int(example.get("samples", 0))
+    markers = int(np.count_nonzero(inputs == SPEECH))
+    if reason := _text(example, "reject"):
+        raise BadExample(reason)
+    if markers > 1:
+        raise BadExample("several_speech_markers", f"{markers} places for one utterance")
+    if markers and not audio:
+        raise BadExample("missing_audio", "the prompt has a place for speech, the manifest no audio")
+    if markers and samples <= 0:
+        raise BadExample("non_positive_duration")
+    if not len(targets):
+        raise BadExample("empty_target")
+    # A prompt without a place for speech is text alone, whatever the manifest holds beside it.
+    return Reference(
+        id=_text(example, "id"),
+        audio=os.path.join(audio_root, audio) if markers else None,
+        samples=samples if markers else 0,
+        inputs=inputs,
+        targets=targets,
+        task=task,
+        language=_text(example, "language"),
+    )
+
+
+def _text(example: Mapping[str, Any], name: str) -> str:
+    value = example.get(name, "")
+    return value.decode() if isinstance(value, bytes) else str(value)

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import seqio
 
-from slm_jax.data.host_tensorflow import tf
+from slm_jax.data.host_tensorflow import Dataset, tf
 from slm_jax.data.references import SAMPLE_RATE
 from slm_jax.errors import UserError, nearest
 
@@ -85,7 +85,7 @@ class ManifestSource(seqio.DataSource):
         seed: int | None = None,
         shard_info: seqio.ShardInfo | None = None,
         **unused: Any,
-    ) -> tf.data.Dataset:
+    ) -> Dataset:
         """Returns the references of a split as a dataset of scalars.
 
         Args:
