@@ -76,7 +76,14 @@ class ConformerConfig:
 
 
 _PRESETS = {
-    "tiny": ConformerConfig(layers=4, dim=128, heads=4, subsampling_channels=(16, 16)),
+    "tiny": ConformerConfig(
+        layers=4,
+        dim=128,
+        heads=4,
+        subsampling_channels=(16, 16),
+        # Measured on the embedded corpus, all bins together.
+        log_mel=LogMelConfig(mean=-2.2, stddev=1.7),
+    ),
     "600m": ConformerConfig(layers=24, dim=1024, heads=8),
     "2b": ConformerConfig(layers=32, dim=1536, heads=16),
 }
