@@ -42,10 +42,10 @@ def main(args: argparse.Namespace) -> int:
     vocabulary = wired.vocabulary("targets")
     prompt = prompt_tokens(wired.vocabulary("inputs"), args.prompt)
     references = _of_files(args.audio, prompt) if args.audio else _of_manifest(args.manifest, prompt)
-    predictor = wired.predictor(
+    answer = wired.predict(
         wired.trained_variables(args.step), rows=min(len(references), 16), max_tokens=args.max_tokens
     )
-    predictions = predictor(references)
+    predictions = answer(references)
     texts = [vocabulary.decode(prediction.tokens) for prediction in predictions]
     if args.output:
         _write(Path(args.output), references, predictions, texts)

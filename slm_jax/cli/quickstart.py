@@ -66,7 +66,7 @@ def main(args: argparse.Namespace) -> int:
     with stages("evaluation before", None):
         before = wired.evaluate(wired.fresh_variables(), split="test")
     with stages("adapter", _command(ADAPTER_RECIPE, adapter, steps.get("adapter"))):
-        train(run)
+        train(run, wired)
     with stages("evaluation after", f"slm evaluate --run {shlex.quote(str(run_dir))} --split test"):
         after = wired.evaluate(wired.trained_variables(), split="test")
     write_results(before, run_dir / "evaluation" / "before")
@@ -119,7 +119,10 @@ def _parse(recipe: str, macros: dict[str, Path], steps: int | None):
 
 def _bindings(macros: dict[str, Path], steps: int | None) -> list[str]:
     bindings = [f"{name}={str(path)!r}" for name, path in macros.items()]
-    return bindings + ([f"TRAIN_STEPS={steps}"] if steps else [])
+    if steps:
+        # A warm-up longer than the training is no schedule.
+        bindings += [f"TRAIN_STEPS={steps}", f"WARMUP_STEPS={max(1, steps // 10)}"]
+    return bindings
 
 
 def _command(recipe: str, macros: dict[str, Path], steps: int | None) -> str:

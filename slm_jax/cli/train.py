@@ -38,13 +38,17 @@ def main(args: argparse.Namespace) -> int:
     return 0
 
 
-def train(run: Run) -> TrainResult:
+def train(run: Run, wired: Wiring | None = None) -> TrainResult:
     """Trains a run that gin has built, and leaves its configuration beside its checkpoints.
+
+    Args:
+      run: what to train.
+      wired: its rooms, where they are joined already.
 
     Raises:
       UserError: whatever a user can mend.
     """
-    wired = Wiring(run)
+    wired = wired or Wiring(run)
     model_dir = claim_run_directory(run.path(run.model_dir))
     source = wired.train_batches()
     writer = None

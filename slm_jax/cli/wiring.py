@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,7 @@ from slm_jax.checkpoints.provenance import Provenance, make_provenance
 from slm_jax.cli.run import Run
 from slm_jax.errors import UserError, nearest
 from slm_jax.evaluation.evaluator import Evaluator, TaskResult
-from slm_jax.evaluation.predictor import Predictor
+from slm_jax.evaluation.predictor import Prediction, Predictor
 from slm_jax.partitioning.mesh import make_mesh
 from slm_jax.partitioning.sharding import batch_sharding, batch_shards, plan_text
 from slm_jax.training.initialisation import RunShapes, make_variables, run_shapes
@@ -41,6 +41,7 @@ class Wiring:
 
     def __init__(self, run: Run):
         self.run = run
+        self._predictors: dict[tuple[int, int], Predictor] = {}
         self.mesh = make_mesh(run.mesh.data, run.mesh.fsdp, run.mesh.tensor)
 
     # ---- data
@@ -110,22 +111,29 @@ class Wiring:
 
     # ---- evaluation
 
-    def predictor(
+    def predict(
         self, variables: Mapping[str, Any], *, rows: int, max_tokens: int | None = None
-    ) -> Predictor:
-        """Returns a greedy predictor of references.
+    ) -> "Callable[[Sequence[Reference]], list[Prediction]]":
+        """Returns a function that answers references greedily; what is compiled is used again.
 
         Args:
           variables: `params` and `frozen`.
           rows: references decoded at once, rounded up to what the mesh divides.
           max_tokens: most tokens of an answer; the evaluation's by default.
         """
+        shards = batch_shards(self.mesh, self.run.mesh.rules)
+        rows = -(-rows // shards) * shards
+        max_tokens = max_tokens or self.run.evaluated().max_tokens
+        if (rows, max_tokens) not in self._predictors:
+            self._predictors[rows, max_tokens] = self._predictor(variables, rows, max_tokens)
+        return functools.partial(self._predictors[rows, max_tokens], variables=variables)
+
+    def _predictor(self, variables: Mapping[str, Any], rows: int, max_tokens: int) -> Predictor:
         from slm_jax.data.audio_files import load_utterance
         from slm_jax.evaluation.batches import ReferenceBatches
 
-        shards = batch_shards(self.mesh, self.run.mesh.rules)
         batches = ReferenceBatches(
-            self.shape(-(-rows // shards) * shards),
+            self.shape(rows),
             lambda reference: load_utterance(reference).samples,
             self.mesh,
             self.run.mesh.rules,
@@ -136,7 +144,7 @@ class Wiring:
             batches,
             mesh=self.mesh,
             rules=self.run.mesh.rules,
-            max_tokens=max_tokens or self.run.evaluated().max_tokens,
+            max_tokens=max_tokens,
             eos_id=self.vocabulary("targets").eos_id,
         )
 
@@ -146,19 +154,16 @@ class Wiring:
         """Scores variables on all examples of a split; results by task."""
         evaluated = self.run.evaluated()
         evaluator = self._evaluator(mixture_or_task, split or evaluated.split, None)
-        return evaluator(self.predictor(variables, rows=evaluated.batch_size))
+        return evaluator(self.predict(variables, rows=evaluated.batch_size))
 
     def evaluation_in_training(self) -> Evaluate:
         """Returns the loop's evaluation: scores of the state at hand, named `task/metric`."""
         evaluated = self.run.evaluated()
         evaluator = self._evaluator(None, evaluated.split, evaluated.num_examples)
-        predictors: list[Predictor] = []
 
         def evaluate(step: int, state: TrainState, frozen: Any) -> dict[str, float]:
             variables = {"params": state.params, "frozen": frozen}
-            if not predictors:
-                predictors.append(self.predictor(variables, rows=evaluated.batch_size))
-            results = evaluator(functools.partial(predictors[0], variables=variables))
+            results = evaluator(self.predict(variables, rows=evaluated.batch_size))
             return {
                 f"{task}/{metric}": value
                 for task, result in results.items()
