@@ -1,12 +1,18 @@
 """Prompt templates of the demonstration tasks; the same words ask for speech and for text in its place.
 
-`{speech}` is where the speech goes, other fields are those of the manifests.
+`{speech}` is where the speech goes, `{question}` a field of the manifests.
 """
 
-ASR = ("transcribe the speech: {speech}", "write down what is said: {speech}")
-TRANSLATE_DE = ("translate to german: {speech}", "say it in german: {speech}")
-TRANSLATE_ES = ("translate to spanish: {speech}", "say it in spanish: {speech}")
-# Stands before the question, so that the question is not read as a part of what is said.
-QUESTION = ("answer the question: {question}: {speech}", "{question}: {speech}")
-
-ALL = (*ASR, *TRANSLATE_DE, *TRANSLATE_ES, *QUESTION)
+ASR = (
+    "Transcribe the speech: {speech}",
+    "Write down what is said: {speech}",
+    "Transcribe: {speech}",
+    "What does the speaker say? {speech}",
+)
+# `{target_language}` is the English name of a language.
+AST = (
+    "Translate to {target_language}: {speech}",
+    "Translate the speech into {target_language}: {speech}",
+    "Say it in {target_language}: {speech}",
+)
+QUESTION = ("Answer the question: {question} {speech}", "{question} {speech}")

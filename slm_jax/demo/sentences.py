@@ -250,22 +250,22 @@ TEMPLATES: tuple[Template, ...] = tuple(
 )
 
 QUESTIONS: Mapping[str, str] = {
-    "city": "which city is named",
-    "person": "which person is named",
-    "relative": "which relative is named",
-    "time": "which time is named",
-    "day": "which day is named",
-    "month": "which month is named",
-    "number": "which number is named",
-    "things": "which things are named",
-    "food": "which food is named",
-    "weather": "which weather is named",
-    "color": "which color is named",
-    "object": "which device is named",
-    "room": "which room is named",
-    "item": "which object is named",
-    "place": "which place is named",
-    "vehicle": "which vehicle is named",
+    "city": "Which city is named?",
+    "person": "Which person is named?",
+    "relative": "Which relative is named?",
+    "time": "Which time is named?",
+    "day": "Which day is named?",
+    "month": "Which month is named?",
+    "number": "Which number is named?",
+    "things": "Which things are named?",
+    "food": "Which food is named?",
+    "weather": "Which weather is named?",
+    "color": "Which color is named?",
+    "object": "Which device is named?",
+    "room": "Which room is named?",
+    "item": "Which object is named?",
+    "place": "Which place is named?",
+    "vehicle": "Which vehicle is named?",
 }
 
 

@@ -5,11 +5,11 @@ prompt typed in any case and with any punctuation gives the same tokens.
 """
 
 import dataclasses
+import importlib
 import io
 import itertools
 import json
 import os
-import re
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -88,8 +88,8 @@ def train(texts: Iterable[str], pieces: int, symbols: Iterable[str] = (), letter
     """
     # Imported late, so that a corpus can be read without them.
     import sentencepiece
-    from sentencepiece import sentencepiece_model_pb2
 
+    messages = importlib.import_module("sentencepiece.sentencepiece_model_pb2")
     model = io.BytesIO()
     with tempfile.TemporaryDirectory() as folder:
         rules = Path(folder) / "normalization.tsv"
@@ -113,7 +113,7 @@ def train(texts: Iterable[str], pieces: int, symbols: Iterable[str] = (), letter
             )
         except RuntimeError as error:
             raise UserError(f"vocabulary: {pieces} pieces cannot be trained on this text: {error}") from error
-    proto = sentencepiece_model_pb2.ModelProto.FromString(model.getvalue())
+    proto = messages.ModelProto.FromString(model.getvalue())
     # The path of the rules is no part of the model, and differs from run to run; the compiled rules are.
     proto.normalizer_spec.ClearField("normalization_rule_tsv")
     return proto.SerializeToString(deterministic=True)
@@ -137,10 +137,14 @@ def _hex(text: str) -> str:
 
 
 def _prompt_texts() -> list[str]:
-    """Every prompt with every question, without the speech and the fields of the manifest."""
-    questions = sentences.QUESTIONS.values()
-    asked = [template.replace("{question}", text) for template in prompts.ALL for text in questions]
-    return list(dict.fromkeys(re.sub(r"\{\w+\}", " ", text) for text in [*asked, sentences.NO_ANSWER]))
+    """Every prompt with every question and language, without the speech."""
+    texts = [sentences.NO_ANSWER, *(template.replace("{speech}", "") for template in prompts.ASR)]
+    for template, field, values in (
+        (prompts.AST, "{target_language}", ("German", "Spanish")),
+        (prompts.QUESTION, "{question}", sentences.QUESTIONS.values()),
+    ):
+        texts += [part.replace("{speech}", "").replace(field, value) for part in template for value in values]
+    return texts
 
 
 def _write(path: Path, content: bytes) -> None:
