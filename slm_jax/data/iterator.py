@@ -6,7 +6,7 @@ import logging
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence, Set
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -87,7 +87,7 @@ class TrainBatches:
         max_bad_share: float = 0.05,
         min_examples: int = 200,
         load: LoadUtterance = audio_files.load_utterance,
-        devices: Set[jax.Device] | None = None,
+        devices: Set[Any] | None = None,
     ):
         if plan.rows_per_step != shape.rows:
             raise ValueError(f"the plan has {plan.rows_per_step} rows per step, the shape {shape.rows}")

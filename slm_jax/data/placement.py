@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Set
+from typing import Any
 
 import jax
 import numpy as np
@@ -50,7 +51,7 @@ def rows_of_process(sharding: Sharding, rows: int) -> np.ndarray:
     return rows_of_devices(sharding, rows, sharding.addressable_devices)
 
 
-def rows_of_devices(sharding: Sharding, rows: int, devices: Set[jax.Device]) -> np.ndarray:
+def rows_of_devices(sharding: Sharding, rows: int, devices: Set[Any]) -> np.ndarray:
     """Returns the rows of the global batch that `devices` hold: int64 [n], ascending."""
     check_rows(sharding, rows)
     indices = sharding.devices_indices_map((rows,))
