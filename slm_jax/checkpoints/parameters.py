@@ -16,7 +16,7 @@ def parameter_table(tree: Any) -> ParameterTable:
     return {
         jax.tree_util.keystr(path, simple=True, separator="/"): (
             tuple(leaf.shape),
-            "key" if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key) else np.dtype(leaf.dtype).name,
+            np.dtype(leaf.dtype).name,
         )
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
     }

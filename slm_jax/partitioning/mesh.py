@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -12,9 +13,7 @@ from slm_jax.errors import UserError
 MESH_AXES = ("data", "fsdp", "tensor")
 
 
-def make_mesh(
-    data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[jax.Device] | None = None
-) -> Mesh:
+def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
     """Arranges devices as a mesh with axes `data`, `fsdp` and `tensor`.
 
     Args:

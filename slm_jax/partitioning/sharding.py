@@ -232,7 +232,8 @@ def _shape_text(shape: Sequence[int]) -> str:
 
 
 def _spec_text(sharding: NamedSharding) -> str:
-    return "(" + ",".join("*".join(_axes(axes)) or "-" for axes in sharding.spec) + ")" if sharding.spec else "-"
+    axes = ["*".join(_axes(mesh_axes)) or "-" for mesh_axes in sharding.spec]
+    return f"({','.join(axes)})" if axes else "-"
 
 
 def _columns(rows: list[tuple[str, ...]]) -> list[str]:

@@ -98,7 +98,7 @@ def make_schedule(config: ScheduleConfig) -> optax.Schedule:
         )
     warmup = max(config.warmup_steps, 1)
 
-    def schedule(count: optax.ScalarOrSchedule) -> jnp.ndarray:
+    def schedule(count: jax.typing.ArrayLike) -> jax.Array:
         update = jnp.asarray(count, jnp.float32) + 1.0
         after = jnp.maximum(update, warmup)
         if config.decay == Decay.CONSTANT:
@@ -114,7 +114,7 @@ def make_schedule(config: ScheduleConfig) -> optax.Schedule:
     return schedule
 
 
-def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformationExtraArgs:
+def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
     """The Optax transformation: clipping, then the optimizer; updates that are not finite are left out.
 
     A left-out update changes neither parameters nor optimizer state but the counters

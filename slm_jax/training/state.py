@@ -3,8 +3,6 @@
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import jax
-
 
 class TrainState(NamedTuple):
     """Step number, trained parameters and optimizer state; nothing of it is frozen.
@@ -15,7 +13,7 @@ class TrainState(NamedTuple):
       opt_state: Optax state of `params`.
     """
 
-    step: jax.Array
+    step: Any
     params: Any
     opt_state: Any
 

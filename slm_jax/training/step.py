@@ -97,7 +97,8 @@ def jit_train_step(
 def split_rows(batch: Batch, parts: int, mesh: Mesh, rules: LogicalRules = DEFAULT_RULES) -> Batch:
     """Splits [B, ...] into [parts, B / parts, ...] so that every part spreads over all batch shards.
 
-    No row moves between devices: part i holds the i-th share of the rows of each shard.
+    Part i holds every row r with r % parts = i: the same rows on every mesh, so that dropout repeats, and as
+    many from each shard, so that no row moves between devices.
 
     Raises:
       UserError: the rows do not divide into this many parts on this mesh.
@@ -115,8 +116,7 @@ def split_rows(batch: Batch, parts: int, mesh: Mesh, rules: LogicalRules = DEFAU
             )
         if parts == 1:
             return array[None]
-        by_shard = array.reshape(shards, parts, rows // (shards * parts), *array.shape[1:])
-        split_array = by_shard.swapaxes(0, 1).reshape(parts, rows // parts, *array.shape[1:])
+        split_array = array.reshape(rows // parts, parts, *array.shape[1:]).swapaxes(0, 1)
         return jax.lax.with_sharding_constraint(split_array, parts_sharding)
 
     return {name: split(name, array) for name, array in batch.items()}

@@ -1,5 +1,6 @@
 """The loop: any mesh, kill -9, SIGTERM, non-finite steps, what is saved and said."""
 
+import dataclasses
 import json
 import os
 import re
@@ -310,6 +311,6 @@ def test_a_batch_that_does_not_spread_over_the_mesh_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("field", ["train_steps", "microbatches", "log_period", "eval_period"])
-def test_periods_below_one_are_refused(tmp_path, field):
+def test_periods_below_one_are_refused(field):
     with pytest.raises(UserError, match=f"{field} is 0"):
-        toy_train(tmp_path, **{"steps": 1, **({"steps": 0} if field == "train_steps" else {field: 0})})
+        dataclasses.replace(LoopConfig(train_steps=1, eval_period=1), **{field: 0})

@@ -47,8 +47,8 @@ def speech_batch(rng, lengths, targets, vocab=8):
         batch["targets"][row, : len(pieces)] = pieces
         batch["target_segment_ids"][row, : len(pieces)] = 1
         batch["target_positions"][row, : len(pieces)] = range(len(pieces))
-    batch["loss_weights"] = (batch["target_segment_ids"] > 0).astype(np.float32)
-    return {name: jnp.asarray(value) for name, value in batch.items()}
+    weights = (batch["target_segment_ids"] > 0).astype(np.float32)
+    return {name: jnp.asarray(value) for name, value in {**batch, "loss_weights": weights}.items()}
 
 
 def text_batch(rng, rows=4, inputs=7, targets=5, vocab=32):
@@ -68,8 +68,8 @@ def text_batch(rng, rows=4, inputs=7, targets=5, vocab=32):
         batch["targets"][row, :m] = rng.integers(2, vocab, m)
         batch["target_segment_ids"][row, :m] = 1
         batch["target_positions"][row, :m] = range(m)
-    batch["loss_weights"] = (batch["target_segment_ids"] > 0).astype(np.float32)
-    return {name: jnp.asarray(value) for name, value in batch.items()}
+    weights = (batch["target_segment_ids"] > 0).astype(np.float32)
+    return {name: jnp.asarray(value) for name, value in {**batch, "loss_weights": weights}.items()}
 
 
 def initialise(objective, batch, seed=0):
@@ -95,7 +95,9 @@ def test_tokens_of_weight_0_count_nothing_whatever_their_loss(rng):
     weights = rng.integers(0, 3, (3, 5)).astype(np.float32)
     correct = rng.integers(0, 2, (3, 5)).astype(bool)
     losses_with_nan = np.where(weights > 0, losses, np.nan)
-    loss_sum, weight_sum, metrics = weighted_token_sums(losses_with_nan, correct, weights)
+    loss_sum, weight_sum, metrics = weighted_token_sums(
+        *map(jnp.asarray, (losses_with_nan, correct, weights))
+    )
     np.testing.assert_allclose(loss_sum, np.sum(losses * weights), rtol=1e-6)
     assert weight_sum == weights.sum()
     assert [float(value) for value in metrics["token_accuracy"]] == [(correct * weights).sum(), weights.sum()]

@@ -5,11 +5,13 @@ import hashlib
 import sys
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.linen.spmd import with_logical_constraint
 from jax.sharding import Mesh
 
 from slm_jax.errors import UserError
@@ -29,17 +31,16 @@ class ToyModel(nn.Module):
 
     @nn.compact
     def __call__(self, batch: dict[str, jax.Array]) -> jax.Array:
-        def kernel(name: str, axes: tuple[str, str], shape: tuple[int, int]) -> jax.Array:
+        def kernel(name: str, axes: tuple[str, str], shape: tuple[int, int]) -> Any:
             init = nn.with_logical_partitioning(nn.initializers.normal(0.3), axes)
             return self.param(name, init, shape)
 
         init = nn.with_logical_partitioning(nn.initializers.normal(1.0), ("vocab", "embed"))
         table = self.variable("frozen", "table", lambda: init(self.make_rng("params"), (VOCAB, EMBED)))
-        x = table.value[batch["tokens"]]
+        embeddings: Any = table.value
+        x = embeddings[batch["tokens"]]
         hidden = nn.silu(x @ kernel("wi", ("embed", "mlp"), (EMBED, MLP)))
-        hidden = nn.with_logical_constraint(
-            hidden, ("activation_batch", "activation_length", "activation_mlp")
-        )
+        hidden = with_logical_constraint(hidden, ("activation_batch", "activation_length", "activation_mlp"))
         hidden = nn.Dropout(self.dropout)(hidden, deterministic=not self.has_rng("dropout"))
         return hidden @ kernel("wo", ("mlp", "vocab"), (MLP, VOCAB))
 
@@ -47,14 +48,17 @@ class ToyModel(nn.Module):
 class ToyObjective:
     """Cross-entropy of ToyModel; a batch may poison its gradient or its loss."""
 
+    samples_per_position = 1
+
     def __init__(self, dropout: float = 0.1):
         self.model = ToyModel(dropout)
+        self.parts = {}
 
     def init(self, rng, batch):
         return dict(self.model.init(rng, batch))
 
     def loss(self, params, frozen, batch, rng):
-        logits = self.model.apply({"params": params, "frozen": frozen}, batch, rngs={"dropout": rng})
+        logits: Any = self.model.apply({"params": params, "frozen": frozen}, batch, rngs={"dropout": rng})
         losses = -jnp.take_along_axis(jax.nn.log_softmax(logits), batch["targets"][..., None], -1)[..., 0]
         loss_sum = jnp.sum(losses * batch["weights"])
         poison = jnp.sum(batch["poison"])
@@ -92,7 +96,7 @@ class ToySource:
         length = rng.integers(1, TOKENS + 1)
         weights = (np.arange(TOKENS) < length).astype(np.float32)
         step, place = divmod(number, self.rows_per_step)
-        poison = np.float32(self._poisoned.get(step + 1, 0) if place == 0 else 0)
+        poison = np.asarray(self._poisoned.get(step + 1, 0) if place == 0 else 0, np.float32)
         return {"tokens": tokens, "targets": (tokens * 3 + 1) % VOCAB, "weights": weights, "poison": poison}
 
     def batches(self, rows_consumed: int) -> Iterator[PlacedBatch]:

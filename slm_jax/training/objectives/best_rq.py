@@ -76,14 +76,14 @@ class BestRQModel(nn.Module):
         key, codebook_key = jax.random.split(jax.random.key(config.quantizer_seed))
         xavier = nn.initializers.xavier_uniform(in_axis=1, out_axis=2, batch_axis=(0,))
         normal = nn.initializers.normal(1.0)
-        projection_CSZ = self.variable(
+        projection_CSZ: Any = self.variable(
             "frozen",
             "projection",
             nn.with_logical_partitioning(xavier, ("codebooks", "mel", None)),
             key,
             (config.codebooks, features, config.code_dim),
         ).value
-        codebook_CVZ = self.variable(
+        codebook_CVZ: Any = self.variable(
             "frozen",
             "codebook",
             nn.with_logical_partitioning(normal, ("codebooks", None, None)),
@@ -96,7 +96,7 @@ class BestRQModel(nn.Module):
         """Cross-entropy and correctness, means over the codebooks, float32 [B, K, F]."""
         config, dim = self.config, frames_BKFD.shape[-1]
         init = nn.initializers.normal(dim**-0.5)
-        heads_CDV = self.param(
+        heads_CDV: Any = self.param(
             "heads",
             nn.with_logical_partitioning(init, ("codebooks", "embed", "vocab")),
             (config.codebooks, dim, config.codes),
@@ -149,9 +149,10 @@ class BestRQObjective:
     ) -> tuple[jax.Array, jax.Array, Metrics]:
         """Sums over the batch: losses of masked frames, their number, code accuracy, share masked."""
         mask_rng, dropout_rng = jax.random.split(rng)
-        losses_BKF, correct_BKF, masked_BKF, speech_BKF = self.model.apply(
+        scores: Any = self.model.apply(
             {"params": params, "frozen": frozen}, batch, rngs={"mask": mask_rng, "dropout": dropout_rng}
         )
+        losses_BKF, correct_BKF, masked_BKF, speech_BKF = scores
         masked_sum = jnp.sum(masked_BKF).astype(jnp.float32)
         correct_sum = jnp.sum(jnp.where(masked_BKF, correct_BKF, 0.0))
         metrics: Metrics = {

@@ -79,12 +79,13 @@ class CTCObjective:
     ) -> tuple[jax.Array, jax.Array, Metrics]:
         """Sums over the batch: CTC losses, labels, and the share of utterances that cannot be aligned."""
         dropout_rng, augment_rng = jax.random.split(rng)
-        logits_BPV, speech_BP = self.model.apply(
+        scores: Any = self.model.apply(
             {"params": params},
             batch,
             deterministic=False,
             rngs={"dropout": dropout_rng, "augment": augment_rng},
         )
+        logits_BPV, speech_BP = scores
         targets_BT = batch["targets"]
         label_BT = (batch["target_segment_ids"] > 0) & (targets_BT != EOS_ID) & (targets_BT != BLANK_ID)
         losses_B = optax.ctc_loss(
@@ -104,7 +105,8 @@ class CTCObjective:
 
     def transcribe(self, params: Any, batch: Batch) -> jax.Array:
         """The pieces of the likeliest path, int32 [B, P], 0 after the last."""
-        return greedy_labels(*self.model.apply({"params": params}, batch))
+        scores: Any = self.model.apply({"params": params}, batch)
+        return greedy_labels(*scores)
 
 
 def frames_needed(labels_BT: jax.Array, valid_BT: jax.Array) -> jax.Array:

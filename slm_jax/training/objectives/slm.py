@@ -41,7 +41,7 @@ class SLMObjective:
         self, params: Any, frozen: Any, batch: Batch, rng: jax.Array
     ) -> tuple[jax.Array, jax.Array, Metrics]:
         """Sums over the batch: weighted token losses, weights, and token accuracy."""
-        scores = self.model.apply(
+        scores: Any = self.model.apply(
             {"params": params, "frozen": frozen}, batch, deterministic=False, rngs={"dropout": rng}
         )
         return weighted_token_sums(scores["token_losses"], scores["correct"], batch["loss_weights"])

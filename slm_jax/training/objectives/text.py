@@ -49,7 +49,7 @@ class TextObjective:
     ) -> tuple[jax.Array, jax.Array, Metrics]:
         """Sums over the batch: weighted token losses, weights, and token accuracy."""
         dropout_rng, noise_rng = jax.random.split(rng)
-        losses_BT, correct_BT = self.model.apply(
+        scores: Any = self.model.apply(
             {"params": params},
             batch,
             self.embedding_noise,
@@ -58,6 +58,7 @@ class TextObjective:
             rngs={"dropout": dropout_rng},
             method=_score,
         )
+        losses_BT, correct_BT = scores
         return weighted_token_sums(losses_BT, correct_BT, batch["loss_weights"])
 
 
