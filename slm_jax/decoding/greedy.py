@@ -29,7 +29,8 @@ def greedy_decode(
       batch: as `encode` takes it; a row holds one example, and an empty row gives zeros.
       max_tokens: tokens to write at most, `eos_id` included.
     """
-    encoded_BLD, segment_ids_BL = model.apply(variables, batch, method="encode")
+    encoded: Any = model.apply(variables, batch, method="encode")
+    encoded_BLD, segment_ids_BL = encoded
     return greedy_decode_encoded(
         model, variables, encoded_BLD, segment_ids_BL, max_tokens=max_tokens, eos_id=eos_id
     )

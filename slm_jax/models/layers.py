@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.linen.spmd import with_logical_constraint
 from jax.typing import DTypeLike
 
 Initializer = Callable[..., jax.Array]
@@ -45,7 +46,7 @@ class RMSNorm(nn.Module):
         )
         x = x.astype(jnp.float32)
         x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.epsilon)
-        return (x * scale).astype(self.dtype)
+        return (x * jnp.asarray(scale)).astype(self.dtype)
 
 
 class Dense(nn.Module):
@@ -111,7 +112,7 @@ class Embed(nn.Module):
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
         # Taken first and cast after: a cast of the whole table would cost its size again.
-        return jnp.take(self.embedding, tokens, axis=0).astype(self.dtype)
+        return jnp.take(jnp.asarray(self.embedding), tokens, axis=0).astype(self.dtype)
 
 
 class Mlp(nn.Module):
@@ -147,9 +148,7 @@ class Mlp(nn.Module):
         activate = ACTIVATIONS[self.activation]
         hidden = activate(inner("wi_0")) * inner("wi_1") if self.gated else activate(inner("wi"))
         hidden = nn.Dropout(self.dropout, broadcast_dims=(-2,))(hidden, deterministic=deterministic)
-        hidden = nn.with_logical_constraint(
-            hidden, ("activation_batch", "activation_length", "activation_mlp")
-        )
+        hidden = with_logical_constraint(hidden, ("activation_batch", "activation_length", "activation_mlp"))
         out_dim = self.out_dim or x.shape[-1]
         return Dense(out_dim, ("mlp", "embed"), use_bias=self.use_bias, dtype=self.dtype, name="wo")(hidden)
 
@@ -202,7 +201,7 @@ class MultiHeadAttention(nn.Module):
                 dtype=self.dtype,
                 name=name,
             )(x)
-            return nn.with_logical_constraint(
+            return with_logical_constraint(
                 y, ("activation_batch", "activation_length", "activation_heads", "activation_kv")
             )
 
@@ -327,7 +326,7 @@ class RelativePositionBias(nn.Module):
             self.num_buckets,
             self.max_distance,
         )
-        return jnp.take(rel_embedding, bucket_QK, axis=1)[None].astype(jnp.float32)
+        return jnp.take(jnp.asarray(rel_embedding), bucket_QK, axis=1)[None].astype(jnp.float32)
 
 
 def segment_mask(query_segments_BQ: jax.Array, key_segments_BK: jax.Array) -> jax.Array:

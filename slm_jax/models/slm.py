@@ -65,7 +65,7 @@ def _tiny() -> SLMConfig:
 
 def _xxl() -> SLMConfig:
     # 156M in two layers: every size but the total and the depth is ours.
-    run = {"dtype": "bfloat16", "remat": "full"}
+    run: dict[str, Any] = {"dtype": "bfloat16", "remat": "full"}
     return SLMConfig(
         speech_encoder=dataclasses.replace(conformer.preset("2b"), **run),
         llm=t5.preset("xxl", **run),

@@ -13,6 +13,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.linen.spmd import with_logical_constraint
 
 from slm_jax.errors import UserError, nearest
 from slm_jax.models import layers
@@ -119,7 +120,7 @@ def shift_within_segments(
 
 
 def _constrain(x_BLD: jax.Array) -> jax.Array:
-    return nn.with_logical_constraint(x_BLD, ("activation_batch", "activation_length", "activation_embed"))
+    return with_logical_constraint(x_BLD, ("activation_batch", "activation_length", "activation_embed"))
 
 
 class _Layer(nn.Module):
@@ -214,7 +215,7 @@ def _stack(layer: type[nn.Module], config: T5Config, count: int, broadcast: int)
         layer,
         variable_axes={"params": 0, "cache": 0},
         split_rngs={"params": True, "dropout": True},
-        in_axes=(nn.broadcast,) * broadcast,
+        in_axes=(nn.broadcast,) * broadcast,  # pyright: ignore[reportArgumentType]
         length=count,
         unroll=1 if config.scan else count,
         metadata_params={nn.PARTITION_NAME: "layers"},
@@ -418,7 +419,7 @@ class T5(nn.Module):
         def of_hidden(hidden_BTD: jax.Array) -> jax.Array:
             hidden_BTD = hidden_BTD.astype(dtype) * jnp.asarray(scale, dtype)
             logits_BTV = jnp.einsum(product, hidden_BTD, kernel, preferred_element_type=jnp.float32)
-            return nn.with_logical_constraint(
+            return with_logical_constraint(
                 logits_BTV, ("activation_batch", "activation_length", "activation_vocab")
             )
 

@@ -1,5 +1,7 @@
 """The shared layers against formulas written out in NumPy."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -34,7 +36,7 @@ def test_relative_position_bucket_is_that_of_transformers(rng, bidirectional):
 
 def test_rms_norm_computes_in_float32(rng):
     x = rng.normal(0, 3, (3, 5, 16))
-    module = layers.RMSNorm(1e-6, dtype=jnp.bfloat16)
+    module: Any = layers.RMSNorm(1e-6, dtype=jnp.bfloat16)
     variables = init(module, rng, jnp.zeros((1, 16)))
     bf16 = jnp.asarray(x, jnp.bfloat16)
     exact = np.asarray(bf16, np.float64)
@@ -50,7 +52,7 @@ def test_rms_norm_computes_in_float32(rng):
 
 def test_dense_contracts_the_trailing_dims(rng):
     x = rng.normal(size=(2, 3, 4, 5)).astype(np.float32)
-    module = layers.Dense(6, ("heads", "kv", "embed"), contracted=2, use_bias=True)
+    module: Any = layers.Dense(6, ("heads", "kv", "embed"), contracted=2, use_bias=True)
     variables = init(module, rng, x)
     kernel, bias = (np.asarray(variables["params"][name]) for name in ("kernel", "bias"))
     assert kernel.shape == (4, 5, 6)
@@ -63,7 +65,7 @@ def test_dense_contracts_the_trailing_dims(rng):
 @pytest.mark.parametrize("gated", [True, False])
 def test_mlp(rng, activation, gated):
     x = rng.normal(size=(2, 3, 8))
-    module = layers.Mlp(12, activation=activation, gated=gated)
+    module: Any = layers.Mlp(12, activation=activation, gated=gated)
     variables = init(module, rng, x.astype(np.float32))
     kernels = {name: np.asarray(leaf["kernel"], np.float64) for name, leaf in variables["params"].items()}
     assert set(kernels) == ({"wi_0", "wi_1", "wo"} if gated else {"wi", "wo"})
@@ -86,7 +88,7 @@ def test_attention_is_the_written_out_formula(rng):
     mask = rng.random((rows, 1, queries, keys)) < 0.6
     mask[..., 0] = True
     bias = rng.normal(size=(1, heads, queries, keys))
-    module = layers.MultiHeadAttention(heads, dim, scale=dim**-0.5)
+    module: Any = layers.MultiHeadAttention(heads, dim, scale=dim**-0.5)
     args = [jnp.asarray(value, jnp.float32) for value in (x, y)]
     variables = init(module, rng, *args)
     kernel = {name: np.asarray(leaf["kernel"], np.float64) for name, leaf in variables["params"].items()}
@@ -102,7 +104,7 @@ def test_attention_is_the_written_out_formula(rng):
 
 def test_attention_to_nothing_is_finite_with_finite_gradients(rng):
     x = jnp.asarray(rng.normal(size=(2, 4, 8)), jnp.float32)
-    module = layers.MultiHeadAttention(2, 4)
+    module: Any = layers.MultiHeadAttention(2, 4)
     variables = init(module, rng, x, x)
     nothing = jnp.zeros((2, 1, 4, 4), bool)
     gradients = jax.grad(lambda v: module.apply(v, x, x, nothing).sum())(variables)
@@ -113,7 +115,7 @@ def test_attention_to_nothing_is_finite_with_finite_gradients(rng):
 def test_initial_variances_keep_the_scale(rng):
     x = jnp.asarray(rng.normal(size=(4, 6, 256)), jnp.float32)
     for scale in (1.0, 64**-0.5):
-        module = layers.MultiHeadAttention(4, 64, scale=scale)
+        module: Any = layers.MultiHeadAttention(4, 64, scale=scale)
         variables = meta.unbox(module.init(jax.random.key(int(rng.integers(1 << 30))), x, x))["params"]
         query = jnp.einsum("bld,dhc->blhc", x, variables["query"]["kernel"]) * scale
         key = jnp.einsum("bld,dhc->blhc", x, variables["key"]["kernel"])

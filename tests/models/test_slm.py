@@ -2,12 +2,14 @@
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.core import meta
+from flax.linen.spmd import LogicallyPartitioned
 from jax.extend.core import jaxprs_in_params
 
 from slm_jax.errors import UserError
@@ -28,7 +30,7 @@ SMALL = SLMConfig(
     reducer=DropReducer(2),
 )
 STEP = SLM(SMALL).samples_per_position
-SLOTS, POSITIONS, SEGMENTS, TEXT, LAYOUT, TARGETS = 2, 11, 4, 29, 37, 17
+SLOTS, POSITIONS, SEGMENTS, TEXT, LAYOUT, TARGETS = 2, 11, 4, 29, 37, 23
 
 
 @dataclasses.dataclass
@@ -121,10 +123,14 @@ def random_variables(config: SLMConfig, batch, rng) -> dict:
 @functools.cache
 def _loss_and_gradient(config: SLMConfig):
     def loss(params, frozen, batch):
-        scores = SLM(config).apply({"params": params, "frozen": frozen}, batch)
+        scores = score(config, {"params": params, "frozen": frozen}, batch)
         return jnp.sum(scores["token_losses"] * batch["loss_weights"]), scores["token_losses"]
 
     return jax.jit(jax.value_and_grad(loss, has_aux=True))
+
+
+def score(config: SLMConfig, *args, **kwargs) -> Any:
+    return SLM(config).apply(*args, **kwargs)
 
 
 def flat(tree) -> np.ndarray:
@@ -142,8 +148,9 @@ def test_trainable_says_which_collection_a_part_is_in(rng, trainable, text_only)
     everything = shapes_of(with_trainable(*slm.PARTS), batch)["params"]
     joined = {**variables.get("params", {}), **variables.get("frozen", {})}
     assert jax.tree.structure(joined) == jax.tree.structure(everything)
-    for box in jax.tree.leaves(joined, is_leaf=lambda leaf: isinstance(leaf, meta.AxisMetadata)):
-        assert isinstance(box, meta.AxisMetadata) and len(box.names) == box.unbox().ndim
+    boxes: Any = jax.tree.leaves(joined, is_leaf=lambda leaf: isinstance(leaf, LogicallyPartitioned))
+    for box in boxes:
+        assert isinstance(box, LogicallyPartitioned) and len(box.names) == box.unbox().ndim
 
 
 def test_xxl_has_the_paper_sizes(rng):
@@ -172,7 +179,7 @@ def weight_gradients(config: SLMConfig, batch) -> dict[str, set[tuple[int, ...]]
     variables = meta.unbox(shapes_of(config, batch))
 
     def loss(params, frozen):
-        scores = SLM(config).apply({"params": params, "frozen": frozen}, batch)
+        scores = score(config, {"params": params, "frozen": frozen}, batch)
         return jnp.sum(scores["token_losses"] * batch["loss_weights"])
 
     step = jax.make_jaxpr(jax.value_and_grad(loss))(variables["params"], variables.get("frozen", {}))
@@ -226,7 +233,7 @@ def test_no_backward_pass_is_built_through_a_frozen_encoder(rng):
         variables = meta.unbox(shapes_of(config, batch))
 
         def loss(params, frozen):
-            return jnp.sum(SLM(config).apply({"params": params, "frozen": frozen}, batch)["token_losses"])
+            return jnp.sum(score(config, {"params": params, "frozen": frozen}, batch)["token_losses"])
 
         step = jax.make_jaxpr(transform(loss))(variables["params"], variables["frozen"])
         return sum(name == "conv_general_dilated" for name, _ in computed(step.jaxpr))
@@ -324,7 +331,7 @@ def test_only_what_trains_has_dropout(rng):
     @functools.partial(jax.jit, static_argnums=(0, 2))
     def losses(config, variables, deterministic, seed):
         rngs = {"dropout": jax.random.key(seed)}
-        return SLM(config).apply(variables, batch, deterministic=deterministic, rngs=rngs)["token_losses"]
+        return score(config, variables, batch, deterministic=deterministic, rngs=rngs)["token_losses"]
 
     real = batch["loss_weights"] > 0
     expected = losses(config, variables, True, 0)[real]
