@@ -6,6 +6,7 @@ and written to an Arrow IPC file, named by the hash of everything it was made fr
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import inspect
@@ -293,57 +294,58 @@ def vocabulary_fingerprint(vocabulary: seqio.SentencePieceVocabulary) -> str:
 def _build(task: seqio.Task, split: str, limits: Mapping[str, int], path: Path, seed: int) -> None:
     metadata = {b"slm_jax": json.dumps({"task": task.name, "split": split}).encode()}
     schema = _SCHEMA.with_metadata(metadata)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with _replacing(path) as temporary:
+            with temporary.open("wb") as file, pa.ipc.new_file(file, schema) as writer:
+                summary = _write_table(task, split, limits, seed, writer, schema)
+            # The table comes last, and at once: a reader finds it with its report, or not at all.
+            with _replacing(path.with_suffix(".json")) as report:
+                report.write_text(json.dumps(summary))
+    except OSError as error:
+        raise UserError(f"index folder {path.parent} cannot be written: {error.strerror or error}") from None
+
+
+@contextlib.contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """Yields a file beside `path` that takes its place at the end, or is removed where something fails."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{uuid.uuid4().hex}")
+    try:
+        yield temporary
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def _write_table(
+    task: seqio.Task,
+    split: str,
+    limits: Mapping[str, int],
+    seed: int,
+    writer: Any,
+    schema: pa.Schema,
+) -> dict[str, Any]:
+    """Writes what passes the rules and returns the report."""
     digest = hashlib.sha256()
     kept, rejected, examples = 0, Counter(), {}
     seen: set[str] = set()
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.{uuid.uuid4().hex}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file, pa.ipc.new_file(file, schema) as writer:
-            for columns in _chunks(task, split, seed):
-                _check_ids(columns["id"], seen, task.name, split)
-                reasons = _reject_reasons(columns, limits)
-                for id_, reason in zip(columns["id"], reasons, strict=True):
-                    if reason:
-                        rejected[reason] += 1
-                        if len(first := examples.setdefault(reason, [])) < 100:
-                            first.append(id_)
-                        logger.info(
-                            "task %s, split %s: example %s is rejected: %s", task.name, split, id_, reason
-                        )
-                batch = _record_batch(columns, reasons == "", task.name, schema)
-                _update_digest(digest, batch)
-                writer.write_batch(batch)
-                kept += len(batch)
-        summary = {
-            "kept": kept,
-            "rejected": dict(rejected),
-            "examples": examples,
-            "fingerprint": digest.hexdigest(),
-        }
-        _write_summary(path.with_suffix(".json"), summary)
-        _sync(temporary)
-        # Last, and at once: a reader finds the whole table with its report, or none.
-        temporary.replace(path)
-    except OSError as error:
-        raise UserError(f"index folder {path.parent} cannot be written: {error.strerror or error}") from None
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _write_summary(path: Path, summary: Mapping[str, Any]) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.{uuid.uuid4().hex}")
-    try:
-        temporary.write_text(json.dumps(summary))
-        _sync(temporary)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _sync(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
+    for columns in _chunks(task, split, seed):
+        _check_ids(columns["id"], seen, task.name, split)
+        reasons = _reject_reasons(columns, limits)
+        for id_, reason in zip(columns["id"], reasons, strict=True):
+            if reason:
+                rejected[reason] += 1
+                if len(first := examples.setdefault(reason, [])) < 100:
+                    first.append(id_)
+                logger.info("task %s, split %s: example %s is rejected: %s", task.name, split, id_, reason)
+        batch = _record_batch(columns, reasons == "", task.name, schema)
+        _update_digest(digest, batch)
+        writer.write_batch(batch)
+        kept += len(batch)
+    return {"kept": kept, "rejected": dict(rejected), "examples": examples, "fingerprint": digest.hexdigest()}
 
 
 def _chunks(task: seqio.Task, split: str, seed: int) -> Iterator[dict[str, Any]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence, Set
+from collections.abc import Callable, Generator, Sequence, Set
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -122,7 +122,7 @@ class TrainBatches:
             for name, (size, dtype) in self.shape.arrays().items()
         }
 
-    def batches(self, rows_consumed: int) -> Iterator[PlacedBatch]:
+    def batches(self, rows_consumed: int) -> Generator[PlacedBatch, None, None]:
         """Yields the batches that follow the first `rows_consumed` rows of the plan.
 
         Closing the generator stops the threads. The last batch of a plan with an end is filled up
@@ -135,7 +135,7 @@ class TrainBatches:
             arrays = place(batch.arrays, batch.rows, self.sharding, self.shape.rows)
             yield PlacedBatch(arrays, batch.ids, batch.stats)
 
-    def host_batches(self, rows_consumed: int) -> Iterator[HostBatch]:
+    def host_batches(self, rows_consumed: int) -> Generator[HostBatch, None, None]:
         """Yields what `batches` places: the rows of this host alone, as NumPy arrays."""
         tally = _Tally(self._max_bad_share, self._min_examples)
         # Two pools, as a batch waits for its audio: in one pool batches could fill every thread and

@@ -10,7 +10,7 @@ import sentencepiece
 import seqio
 import soundfile
 
-WORDS = ["please", "book", "a", "table", "for", "two", "at", "the", "grand", "hotel", "near", "our", "station", "and", "call", "my", "friend"]
+WORDS = ["please", "book", "a", "table", "for", "two", "at", "the", "grand", "hotel", "station", "call"]
 
 
 @pytest.fixture(scope="session")
@@ -19,7 +19,7 @@ def vocabulary_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     prefix = tmp_path_factory.mktemp("vocabulary") / "tiny"
     rng = np.random.default_rng(0)
     sentences = [" ".join(rng.permutation(WORDS)) for _ in range(50)]
-    sentencepiece.SentencePieceTrainer.train(
+    sentencepiece.SentencePieceTrainer.train(  # pyright: ignore[reportAttributeAccessIssue]
         sentence_iterator=iter([*sentences, "Transcribe the speech: Was it this? Translate into German!"]),
         model_prefix=str(prefix),
         vocab_size=90,
