@@ -79,11 +79,11 @@ class Dense(nn.Module):
             (*inputs, *features),
             jnp.float32,
         )
-        trailing = tuple(range(x.ndim - self.contracted, x.ndim))
-        leading = tuple(range(self.contracted))
-        y = jax.lax.dot_general(
-            x.astype(self.dtype), jnp.asarray(kernel, self.dtype), ((trailing, leading), ((), ()))
-        )
+        # As one matrix product: with several contracted or batch dims XLA's CPU backend leaves its fast
+        # kernels in the backward pass, which then takes three times as long.
+        flat = x.astype(self.dtype).reshape(-1, math.prod(inputs))
+        y = flat @ jnp.asarray(kernel, self.dtype).reshape(math.prod(inputs), -1)
+        y = y.reshape(*x.shape[: x.ndim - self.contracted], *features)
         if self.use_bias:
             zeros = nn.with_logical_partitioning(nn.initializers.zeros, tuple(self.axes[self.contracted :]))
             y = y + jnp.asarray(self.param("bias", zeros, features, jnp.float32), self.dtype)
