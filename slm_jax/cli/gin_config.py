@@ -14,6 +14,7 @@ from typing import TypeVar
 
 import gin
 from gin import config as gin_internals
+
 from slm_jax.errors import UserError, nearest
 
 T = TypeVar("T")

@@ -1,0 +1,166 @@
+"""Runs of the `slm` command in processes of their own: killed, resumed, on other meshes, stopped, used."""
+
+import json
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import soundfile
+
+STEPS = 9
+# Often enough that a kill at a random step loses some steps and keeps some.
+SAVING = ("CHECKPOINT_PERIOD=3", "loop.LoopConfig.log_ids=True")
+
+
+def curve(run: Path) -> dict[int, tuple[float, dict]]:
+    """Step -> loss and ids, of a run's log."""
+    lines = [json.loads(line) for line in (run / "steps.jsonl").read_text().splitlines()]
+    return {line["step"]: (line["loss"], line["ids"]) for line in lines}
+
+
+@pytest.fixture(scope="module")
+def whole(workshop, tmp_path_factory) -> Path:
+    """A run that nothing interrupts, on one device."""
+    run = tmp_path_factory.mktemp("whole") / "run"
+    done = workshop.slm(workshop.train_words(run, STEPS, SAVING))
+    assert done.status == 0, done.err
+    assert sorted(curve(run)) == list(range(1, STEPS + 1))
+    return run
+
+
+def test_a_killed_run_goes_on_bit_for_bit(workshop, whole, tmp_path, rng):
+    run = tmp_path / "run"
+    words = workshop.train_words(run, STEPS, SAVING)
+    kill_at = int(rng.integers(4, STEPS))
+    process = workshop.start(words)
+    try:
+        steps, deadline = run / "steps.jsonl", time.monotonic() + 300
+        while not steps.exists() or steps.read_bytes().count(b"\n") < kill_at:
+            assert process.poll() is None, process.communicate()
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    resumed = workshop.slm(words)
+    assert resumed.status == 0, resumed.err
+    assert "going on from step" in resumed.out + resumed.err
+    assert curve(run) == curve(whole)
+
+
+@pytest.mark.parametrize("mesh", [(8, 1, 1), (2, 2, 2), (1, 4, 2)])
+def test_other_meshes_learn_the_same_from_the_same_examples(workshop, whole, tmp_path, mesh):
+    run = tmp_path / "run"
+    sizes = [
+        f"run.MeshConfig.{axis}={size}" for axis, size in zip(("data", "fsdp", "tensor"), mesh, strict=True)
+    ]
+    done = workshop.slm(workshop.train_words(run, STEPS, (*SAVING, *sizes)), devices=8)
+    assert done.status == 0, done.err
+    found, expected = curve(run), curve(whole)
+    for step, (loss, ids) in expected.items():
+        assert found[step][1] == ids
+        assert found[step][0] == pytest.approx(loss, rel=1e-5)
+
+
+def test_sigterm_saves_and_exits_0(workshop, whole, tmp_path):
+    run = tmp_path / "run"
+    words = workshop.train_words(run, 100_000, SAVING)
+    process = workshop.start(words)
+    steps, deadline = run / "steps.jsonl", time.monotonic() + 300
+    while not steps.exists() or steps.read_bytes().count(b"\n") < 4:
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    last = max(curve(run))
+    saved = [int(path.name) for path in (run / "checkpoints").iterdir() if path.name.isdigit()]
+    assert last in saved, out + err
+
+
+def test_the_checkpoint_holds_the_adapter_alone(whole):
+    (newest,) = [path for path in (whole / "checkpoints").iterdir() if path.name == str(STEPS)]
+    bytes_saved = sum(path.stat().st_size for path in newest.rglob("*") if path.is_file())
+    adapter = json.loads((newest / "record" / "metadata").read_text())["parameters"]
+    assert {path.split("/")[0] for path in adapter} == {"step", "params", "opt_state"}
+    assert not [path for path in adapter if "llm" in path or "speech_encoder" in path]
+    assert {path.split("/")[1] for path in adapter if path.startswith("params/")} == {"adapter"}
+    assert bytes_saved < 1_000_000
+
+
+def test_infer_prints_the_text_alone(workshop, whole):
+    audio = sorted((workshop.folder / "corpus" / "audio" / "test").glob("*.flac"))[:2]
+    words = ["infer", "--run", str(whole), "--prompt", "Transcribe the speech:", "--max_tokens", "4"]
+    done = workshop.slm([*words, "--audio", *map(str, audio)])
+    assert done.status == 0, done.err
+    assert done.out.count("\n") == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("nothing.wav", "missing_file"),
+        ("text.wav", "unreadable_audio"),
+        ("empty.wav", "empty_audio"),
+        ("long.wav", "speech_too_long"),
+    ],
+)
+def test_infer_names_audio_that_it_cannot_use(workshop, whole, tmp_path, name, told):
+    (tmp_path / "text.wav").write_text("this is no audio")
+    soundfile.write(tmp_path / "empty.wav", [], 16_000)
+    soundfile.write(tmp_path / "long.wav", [0.0] * 16_000 * 10, 16_000)
+    done = workshop.slm(["infer", "--run", str(whole), "--audio", str(tmp_path / name), "--prompt", "x"])
+    assert done.status == 2, done
+    assert done.out == ""
+    (line,) = [line for line in done.err.splitlines() if line.startswith("slm: error: ")]
+    assert name in line and told in line
+    assert "Traceback" not in done.err
+
+
+@pytest.mark.parametrize(
+    ("more", "told"),
+    [
+        (["MIXTURE_OR_TASK_NAME='demo_asrr'"], "did you mean 'demo_asr'"),
+        (["TASK_FEATURE_LENGTHS={'speach': 3, 'inputs': 4, 'targets': 4}"], "did you mean 'speech'"),
+        (["LLM_CHECKPOINT='nowhere'"], "nowhere"),
+        (["CORPUS_DIR='nowhere'"], "nowhere"),
+        (["BATCH_SIZE=7", "run.MeshConfig.data=2"], "devices"),
+        (["t5.preset.emb_dim=64"], "emb_dim"),
+        (["SPEECH_ENCODER_CHECKPOINT=%LLM_CHECKPOINT"], "kind"),
+        (["optimizers.ScheduleConfig.decay='cosin'"], "did you mean 'cosine'"),
+    ],
+)
+def test_a_mistake_in_a_run_is_one_sentence(workshop, tmp_path, more, told):
+    done = workshop.slm(workshop.train_words(tmp_path / "run", 2, more))
+    assert done.status == 2, done
+    (line,) = [line for line in done.err.splitlines() if line.startswith("slm: error: ")]
+    assert told in line
+    assert "Traceback" not in done.err
+
+
+@pytest.mark.parametrize(
+    ("more", "told"),
+    [
+        (["adapters.AdapterConfig.layers=2"], "another model"),
+        (["SEED=1"], "plan"),
+        (["run.Run.frozen_dtype=None", "LLM_CHECKPOINT=%SPEECH_ENCODER_CHECKPOINT"], "kind"),
+    ],
+)
+def test_a_run_is_not_gone_on_with_as_another(workshop, whole, more, told):
+    before = {path: path.read_bytes() for path in whole.rglob("*") if path.is_file()}
+    done = workshop.slm(workshop.train_words(whole, STEPS + 1, (*SAVING, *more)))
+    assert done.status == 2, done
+    assert told in done.err
+    kept = {path: path.read_bytes() for path in before if path.exists()}
+    assert {p for p in before if kept.get(p) != before[p]} == set()
+
+
+def test_a_folder_of_something_else_is_not_taken(workshop, tmp_path):
+    (tmp_path / "thesis.txt").write_text("years of work")
+    done = workshop.slm(workshop.train_words(tmp_path, 2))
+    assert done.status == 2
+    assert "thesis" in " ".join(path.name for path in tmp_path.iterdir())
+    assert len(list(tmp_path.iterdir())) == 1
