@@ -73,7 +73,7 @@ def text_batch(rng, rows=4, inputs=7, targets=5, vocab=32):
 
 
 def initialise(objective, batch, seed=0):
-    return jax.jit(lambda key: nn.unbox(objective.init(key, batch)))(jax.random.key(seed))
+    return jax.jit(lambda key, batch: nn.unbox(objective.init(key, batch)))(jax.random.key(seed), batch)
 
 
 def sums_of(objective, variables, batch, seed=0):
@@ -83,8 +83,11 @@ def sums_of(objective, variables, batch, seed=0):
 
 
 def gradients_of(objective, variables, batch, seed=0):
-    loss = lambda params: objective.loss(params, {}, batch, jax.random.key(seed))[0]  # noqa: E731
-    return jax.jit(jax.grad(loss))(variables["params"])
+    def loss(params, batch):
+        return objective.loss(params, {}, batch, jax.random.key(seed))[0]
+
+    # The batch is an argument: as a constant, fresh in every run, it would defeat the compilation cache.
+    return jax.jit(jax.grad(loss))(variables["params"], batch)
 
 
 # Tokens
@@ -230,11 +233,11 @@ def test_best_rq_learns_its_codes(rng):
     assert sorted(variables["params"]) == ["encoder", "heads"]
     assert sorted(variables["frozen"]) == ["codebook", "projection"]
     step = jax.jit(
-        jax.value_and_grad(lambda p, key: _mean(objective.loss(p, variables["frozen"], batch, key)))
+        jax.value_and_grad(lambda p, frozen, batch, key: _mean(objective.loss(p, frozen, batch, key)))
     )
     params, losses = variables["params"], []
     for number in range(30):
-        loss, grads = step(params, jax.random.key(number))
+        loss, grads = step(params, variables["frozen"], batch, jax.random.key(number))
         losses.append(float(loss))
         params = jax.tree.map(lambda p, g: p - 0.3 * g, params, grads)
     assert abs(losses[0] - np.log(RQ.codes)) < 1.5
