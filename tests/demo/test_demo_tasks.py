@@ -1,0 +1,120 @@
+"""The demonstration's SeqIO tasks on a tiny corpus."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import seqio
+
+from slm_jax.data.index import IndexTable, build_index
+from slm_jax.data.references import SPEECH
+from slm_jax.demo import vocabulary
+from slm_jax.errors import UserError
+from slm_jax.tasks import demo
+
+TEXT_TASKS = [*demo.TEXT_TASKS, *(f"{name}_noisy" for name in demo.TEXT_TASKS)]
+
+
+@pytest.fixture(scope="module")
+def corpus(tiny_corpus: Path) -> Iterator[Path]:
+    registries = (seqio.TaskRegistry, seqio.MixtureRegistry)
+    before = [set(registry.names()) for registry in registries]
+    vocabulary.build_vocabularies(tiny_corpus)
+    assert demo.register(tiny_corpus) == "demo_speech"
+    yield tiny_corpus
+    # Other tests register other corpora under the same names.
+    for registry, names in zip(registries, before, strict=True):
+        for name in set(registry.names()) - names:
+            registry.remove(name)
+
+
+def index(name: str, split: str, folder: Path) -> IndexTable:
+    return build_index(name, split, {"speech": 92_160, "inputs": 64, "targets": 64}, folder)
+
+
+def decode(name: str, tokens: np.ndarray, feature: str = "targets") -> str:
+    pieces = seqio.TaskRegistry.get(name).output_features[feature].vocabulary
+    return pieces.decode([int(token) for token in tokens if token not in (SPEECH, pieces.eos_id)])
+
+
+def records(corpus: Path, name: str) -> dict[str, dict]:
+    lines = (corpus / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
+    return {record["id"]: record for record in map(json.loads, lines)}
+
+
+@pytest.mark.parametrize("split", ["train", "validation", "test"])
+@pytest.mark.parametrize("name", [*demo.SPEECH_TASKS, "demo_ctc"])
+def test_spoken_tasks_ask_for_what_the_manifest_holds(corpus: Path, tmp_path: Path, name: str, split: str):
+    known = records(corpus, {"validation": "dev"}.get(split, split))
+    references = list(index(name, split, tmp_path).references())
+    assert {reference.id for reference in references} == known.keys()
+    for reference in references:
+        record = known[reference.id]
+        expected = {
+            "demo_ast_de": record["translations"]["de"],
+            "demo_ast_es": record["translations"]["es"],
+            "demo_slots": record["answer"],
+        }.get(name, record["text"])
+        assert decode(name, reference.targets) == expected
+        assert reference.inputs.tolist().count(SPEECH) == 1
+        assert reference.samples == round(record["duration"] * 16_000)
+        prompt = decode(name, reference.inputs, "inputs")
+        if name == "demo_slots":
+            assert record["question"].lower().rstrip("?") in prompt
+        if name.startswith("demo_ast"):
+            assert {"de": "german", "es": "spanish"}[name[-2:]] in prompt
+
+
+@pytest.mark.parametrize("name", TEXT_TASKS)
+def test_text_tasks_hold_the_transcript_in_the_place_of_the_speech(corpus: Path, tmp_path: Path, name: str):
+    known = records(corpus, "text_train")
+    references = list(index(name, "train", tmp_path).references())
+    assert len(references) == len(known)
+    heard = 0
+    for reference in references:
+        record = known[reference.id]
+        assert SPEECH not in reference.inputs and reference.samples == 0
+        heard += decode(name, reference.inputs, "inputs").endswith(record["text"])
+    if name.endswith("_noisy"):
+        assert heard < 0.5 * len(known)
+    else:
+        assert heard == len(known)
+
+
+def test_spoken_and_text_tasks_share_their_prompts(corpus: Path, tmp_path: Path):
+    for spoken, text in zip(demo.SPEECH_TASKS, demo.TEXT_TASKS, strict=True):
+        prompts = {
+            decode(spoken, reference.inputs, "inputs").strip()
+            for reference in index(spoken, "train", tmp_path).references()
+        }
+        asked = [decode(text, r.inputs, "inputs") for r in index(text, "train", tmp_path).references()]
+        if spoken == "demo_slots":
+            prompts = {prompt.removeprefix("answer the question ") for prompt in prompts}
+        assert all(any(prompt in one for one in asked) for prompt in prompts)
+
+
+def test_spans_are_named_by_sentinels(corpus: Path, tmp_path: Path):
+    pieces = seqio.TaskRegistry.get(demo.SPANS_TASK).output_features["inputs"].vocabulary
+    sentinels = set(pieces.encode("".join(vocabulary.SENTINELS)))
+    references = list(index(demo.SPANS_TASK, "train", tmp_path).references())
+    assert len(references) == len(records(corpus, "text_train"))
+    assert all(sentinels & set(reference.inputs.tolist()) for reference in references)
+
+
+def test_mixtures_hold_their_tasks(corpus: Path):
+    names = {name: {task.name for task in seqio.get_mixture_or_task(name).tasks} for name in
+             ("demo_speech", "demo_adapter", "demo_text")}  # fmt: skip
+    assert names["demo_speech"] == set(demo.SPEECH_TASKS)
+    assert names["demo_adapter"] == set(demo.ADAPTER_TASKS)
+    assert names["demo_text"] == {*TEXT_TASKS, demo.SPANS_TASK}
+
+
+def test_registering_again_changes_nothing_and_another_corpus_is_refused(corpus: Path, tmp_path: Path):
+    assert demo.register(corpus) == "demo_speech"
+    with pytest.raises(UserError, match=r"slm demo --to"):
+        demo.register(tmp_path)
+    (tmp_path / "copy").symlink_to(corpus)
+    with pytest.raises(UserError, match="is taken by another"):
+        demo.register(tmp_path / "copy")
