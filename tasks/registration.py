@@ -229,19 +229,17 @@ def _definition_of(step: Callable[..., Any]) -> object:
 
 
 def _metric(metric: MetricFn | str, language: str) -> MetricFn:
-    """Returns a metric function; one that is given by name is imported when it is first called."""
-    if not isinstance(metric, str):
-        return metric
-    module_name, _, function_name = metric.rpartition(":")
-
-    def measure(targets: Sequence[str], predictions: Sequence[str]) -> Mapping[str, float]:
-        module = importlib.import_module(module_name or "slm_jax.evaluation.metrics")
+    """Returns the metric function that is meant; one that is given by name has `language` bound to it."""
+    if isinstance(metric, str):
+        module_name, _, function_name = metric.rpartition(":")
+        try:
+            module = importlib.import_module(module_name or "slm_jax.evaluation.metrics")
+        except ImportError as error:
+            raise UserError(f"there is no metric {metric!r}: {error}") from None
         function = getattr(module, function_name, None)
         if function is None:
             choices = [key for key, value in vars(module).items() if inspect.isfunction(value)]
             raise UserError(f"there is no metric {metric!r}{nearest(function_name, choices)}")
         takes_language = "language" in inspect.signature(function).parameters
-        return function(targets, predictions, **({"language": language} if takes_language else {}))
-
-    measure.__name__ = measure.__qualname__ = function_name
-    return measure
+        metric = functools.partial(function, language=language) if takes_language else function
+    return metric

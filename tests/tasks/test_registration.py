@@ -10,6 +10,7 @@ import seqio
 
 from slm_jax.data.references import SPEECH
 from slm_jax.errors import UserError
+from slm_jax.evaluation.metrics import declaration
 from slm_jax.tasks.asr import register_asr
 from slm_jax.tasks.ast import register_ast
 from slm_jax.tasks.instruction import register_instruction, register_span_corruption
@@ -128,13 +129,22 @@ def test_metrics_are_found_by_name(manifest, task_vocabulary):
         manifests={"train": manifest},
         vocabulary=task_vocabulary,
         languages=["en"],
-        metric_fns=["wer", "cer", length, "tests_no_such_module:f", "werr"],
+        metric_fns=["wer", "cer", length],
     )
-    wer, cer, own, absent, unknown = seqio.TaskRegistry.get("a").metric_fns
+    wer, cer, own = seqio.TaskRegistry.get("a").metric_fns
     assert wer(["the quick fox"], ["the quick dog"])["wer"] == pytest.approx(100 / 3)
     assert cer(["fox"], ["fix"])["cer"] == pytest.approx(100 / 3)
     assert own is length
-    with pytest.raises(ModuleNotFoundError):
-        absent(["a"], ["a"])
-    with pytest.raises(UserError, match=r"there is no metric 'werr'; did you mean 'wer'\?"):
-        unknown(["a"], ["a"])
+    assert declaration(wer).endswith("language en")
+
+
+@pytest.mark.parametrize(
+    ("metric", "told"),
+    [
+        ("werr", r"there is no metric 'werr'; did you mean 'wer'\?"),
+        ("tests_no_such_module:f", "there is no metric 'tests_no_such_module:f': No module named"),
+    ],
+)
+def test_an_unknown_metric_is_refused_when_registered(manifest, task_vocabulary, metric, told):
+    with pytest.raises(UserError, match=told):
+        register_asr("b", manifests={"train": manifest}, vocabulary=task_vocabulary, metric_fns=[metric])
