@@ -244,7 +244,7 @@ def test_no_backward_pass_is_built_through_a_frozen_encoder(rng):
 
 
 def test_gradients_are_of_the_adapter_only_and_reach_all_of_it(rng):
-    batch = collate([[draw_example(rng, "sts"), draw_example(rng, "ts")], [draw_example(rng, "st")]])
+    batch = collate([[draw_example(rng, kinds) for kinds in ("sts", "ts", "t")]])
     variables = random_variables(SMALL, batch, rng)
     _, gradients = _loss_and_gradient(SMALL)(variables["params"], variables["frozen"], batch)
     assert set(gradients) == {"adapter"}
