@@ -45,7 +45,6 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command; returns its exit status: 0, or 2 for a user's mistake."""
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     try:
         args = parse_arguments(sys.argv[1:] if argv is None else argv)
         return importlib.import_module(f"slm_jax.cli.{args.command}").main(args)
