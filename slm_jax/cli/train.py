@@ -3,7 +3,6 @@
 import argparse
 
 import jax
-from clu import metric_writers
 
 from slm_jax.checkpoints.foundation import RECORD_FILE, read_foundation, save_foundation
 from slm_jax.checkpoints.manager import claim_run_directory
@@ -53,6 +52,9 @@ def train(run: Run, wired: Wiring | None = None) -> TrainResult:
     source = wired.train_batches()
     writer = None
     if jax.process_index() == 0:
+        # After the tasks, which import TensorFlow in the one way that hides accelerators from it.
+        from clu import metric_writers
+
         save_config(model_dir)
         writer = metric_writers.SummaryWriter(str(model_dir / "tensorboard"))
     result = train_loop(
