@@ -33,13 +33,13 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 with _quiet():
     import tensorflow
 
+    # Where TensorFlow took an accelerator first, JAX would find no memory left on it.
+    tensorflow.config.set_visible_devices([], "GPU")
+    tensorflow.config.set_visible_devices([], "TPU")
+
 # TensorFlow's annotations refuse most of what it accepts, such as operators on tensors.
 tf: Any = tensorflow
 Tensor = Any
 Dataset = Any
-
-# Where TensorFlow took an accelerator first, JAX would find no memory left on it.
-tf.config.set_visible_devices([], "GPU")
-tf.config.set_visible_devices([], "TPU")
 
 __all__ = ["Dataset", "Tensor", "tf"]
