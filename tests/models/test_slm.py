@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from typing import Any
 
 import jax
@@ -26,7 +27,7 @@ SMALL = SLMConfig(
     llm=T5Config(
         vocab_size=71, emb_dim=16, num_heads=3, head_dim=10, mlp_dim=24, encoder_layers=2, decoder_layers=2
     ),
-    adapter=AdapterConfig(layers=1, dim=20, heads=2, head_dim=14, mlp_dim=28),
+    adapter=AdapterConfig(layers=1, dim=20, heads=2, head_dim=14, mlp_dim=26),
     reducer=DropReducer(2),
 )
 STEP = SLM(SMALL).samples_per_position
@@ -184,12 +185,18 @@ def weight_gradients(config: SLMConfig, batch) -> dict[str, set[tuple[int, ...]]
 
     step = jax.make_jaxpr(jax.value_and_grad(loss))(variables["params"], variables.get("frozen", {}))
     products = ("dot_general", "scatter-add", "scatter_add")
-    found = {tuple(sorted(shape)) for name, shape in computed(step.jaxpr) if name in products}
+    # An attention kernel's gradient may be computed in its own shape or as a matrix.
+    found = {
+        tuple(sorted((math.prod(shape[:at]), math.prod(shape[at:]))))
+        for name, shape in computed(step.jaxpr)
+        if name in products
+        for at in range(1, len(shape))
+    }
     return {part: sizes & found for part, sizes in kernel_sizes(variables).items()}
 
 
 def kernel_sizes(variables) -> dict[str, set[tuple[int, ...]]]:
-    """Per part, the sizes of one layer's kernels and of the tables, in ascending order."""
+    """Per part, the sizes of one layer's kernels, as matrices, and of the tables; in ascending order."""
     sizes = {}
     for part, tree in {**variables["params"], **variables.get("frozen", {})}.items():
         leaves = jax.tree_util.tree_leaves_with_path(tree)
@@ -200,7 +207,8 @@ def kernel_sizes(variables) -> dict[str, set[tuple[int, ...]]]:
             stacked |= "['layers']" in name
             shape = leaf.shape[1:] if stacked else leaf.shape
             if len(shape) > 1 and "conv" not in name and "rel_embedding" not in name:
-                sizes[part].add(tuple(sorted(shape)))
+                inputs = len(shape) - 1 if "['out']" in name else 1
+                sizes[part].add(tuple(sorted((math.prod(shape[:inputs]), math.prod(shape[inputs:])))))
     return sizes
 
 
