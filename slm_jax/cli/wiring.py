@@ -19,10 +19,9 @@ from slm_jax.evaluation.evaluator import Evaluator, TaskResult
 from slm_jax.evaluation.predictor import Prediction, Predictor
 from slm_jax.partitioning.mesh import make_mesh
 from slm_jax.partitioning.sharding import batch_sharding, batch_shards, plan_text
-from slm_jax.training.initialisation import RunShapes, make_variables, run_shapes
+from slm_jax.training.initialisation import RunShapes, make_variables, optimizer_of, run_shapes
 from slm_jax.training.loop import Evaluate
 from slm_jax.training.objectives.base import Part
-from slm_jax.training.optimizers import make_optimizer
 from slm_jax.training.state import TrainState
 
 if TYPE_CHECKING:
@@ -192,13 +191,9 @@ class Wiring:
     @functools.cached_property
     def shapes(self) -> RunShapes:
         """Shapes with shardings of all variables."""
-        batch = {
-            name: jax.ShapeDtypeStruct(size, dtype)
-            for name, (size, dtype) in self.shape(self.run.data.batch_size).arrays().items()
-        }
-        return run_shapes(
-            self.run.objective, make_optimizer(self.run.optimizer), batch, self.mesh, self.run.mesh.rules
-        )
+        run, batch = self.run, self._batch_shapes()
+        optimizer = optimizer_of(run.optimizer, run.objective, batch)
+        return run_shapes(run.objective, optimizer, batch, self.mesh, run.mesh.rules)
 
     def plan_text(self) -> str:
         """The sharding plan of the variables."""

@@ -34,6 +34,8 @@ class ConformerConfig:
       attention: `full` sees the whole segment; `local` sees `left_context` frames back and `right_context`
         ahead; `chunk` sees its own chunk of `chunk_frames`, counted from the segment's start, and
         `left_chunks` chunks before it.
+      norm: `block` ends each layer in a norm, as published; `final` has one after the last layer instead,
+        with which a small encoder learns faster.
       logit_cap: scores s become cap * tanh(s / cap); None leaves them.
       subsampling_channels: output channels of the two stride-2 convolutions.
       log_mel: the front end's features.
@@ -53,6 +55,7 @@ class ConformerConfig:
     right_context: int = 128
     chunk_frames: int = 200
     left_chunks: int = 0
+    norm: Literal["block", "final"] = "block"
     logit_cap: float | None = None
     subsampling_channels: tuple[int, int] = (128, 32)
     log_mel: LogMelConfig = dataclasses.field(default_factory=LogMelConfig)
@@ -70,7 +73,11 @@ class ConformerConfig:
             raise UserError(f"ConformerConfig.dim is {self.dim}; sinusoidal positions need an even one")
         if self.conv_kernel % 2 == 0:
             raise UserError(f"ConformerConfig.conv_kernel is {self.conv_kernel}; expected an odd number")
-        for name, choices in (("attention", ("full", "local", "chunk")), ("remat", ("none", "full"))):
+        for name, choices in (
+            ("attention", ("full", "local", "chunk")),
+            ("norm", ("block", "final")),
+            ("remat", ("none", "full")),
+        ):
             if (found := getattr(self, name)) not in choices:
                 raise UserError(f"ConformerConfig.{name} is {found!r}{nearest(found, choices)}")
 
@@ -80,6 +87,8 @@ _PRESETS = {
         layers=4,
         dim=128,
         heads=4,
+        conv_kernel=15,
+        norm="final",
         subsampling_channels=(16, 16),
         # Measured on the embedded corpus, all bins together.
         log_mel=LogMelConfig(mean=-2.2, stddev=1.7),
@@ -179,6 +188,8 @@ class ConformerEncoder(nn.Module):
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
         x_BFD, _ = stack(config, deterministic, name="layers")(x_BFD, _surroundings(ids_BF, config))
+        if config.norm == "final":
+            x_BFD = RMSNorm(dtype=config.dtype, name="norm")(x_BFD)
         x_BFD = jnp.where((ids_BF > 0)[..., None], x_BFD, 0)
         return x_BFD.reshape(*slots, *x_BFD.shape[1:]), ids_BF.reshape(*slots, -1)
 
@@ -258,7 +269,8 @@ class ConformerLayer(nn.Module):
         y_BFD = RMSNorm(dtype=dtype, name="conv_norm")(x_BFD)
         x_BFD = x_BFD + drop(ConvModule(config, name="conv")(y_BFD, around.near_BFW))
         x_BFD = x_BFD + half_step("ffn_end")
-        x_BFD = RMSNorm(dtype=dtype, name="norm")(x_BFD)
+        if config.norm == "block":
+            x_BFD = RMSNorm(dtype=dtype, name="norm")(x_BFD)
         return with_logical_constraint(x_BFD, ACTIVATION_AXES), None
 
 

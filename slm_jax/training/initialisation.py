@@ -13,6 +13,7 @@ from slm_jax.errors import UserError
 from slm_jax.partitioning.rules import LogicalRules
 from slm_jax.partitioning.sharding import like_params, named_shardings, partitioned, path_text, replicated
 from slm_jax.training.objectives.base import Objective
+from slm_jax.training.optimizers import OptimizerConfig, make_optimizer
 from slm_jax.training.state import TrainState
 
 # Gets shapes with shardings by collection; returns arrays for the parts of that tree that it knows.
@@ -31,6 +32,19 @@ class RunShapes(NamedTuple):
     boxed: dict[str, Any]
     state: TrainState
     frozen: Any
+
+
+def optimizer_of(
+    config: OptimizerConfig, objective: Objective, batch_shapes: dict[str, jax.ShapeDtypeStruct]
+) -> optax.GradientTransformation:
+    """Makes a run's optimizer, which may look at the logical axes of the parameters."""
+    boxed = jax.eval_shape(objective.init, jax.random.key(0), batch_shapes)["params"]
+    axes = jax.tree.map(
+        lambda leaf: tuple(leaf.names) if isinstance(leaf, nn.Partitioned) else (),
+        boxed,
+        is_leaf=lambda leaf: isinstance(leaf, nn.Partitioned),
+    )
+    return make_optimizer(config, axes)
 
 
 def run_shapes(

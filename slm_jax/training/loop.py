@@ -26,11 +26,12 @@ from slm_jax.training.initialisation import (
     RunShapes,
     make_state,
     make_variables,
+    optimizer_of,
     run_shapes,
     shardings_of,
 )
 from slm_jax.training.objectives.base import Objective
-from slm_jax.training.optimizers import OptimizerConfig, make_optimizer, make_schedule
+from slm_jax.training.optimizers import OptimizerConfig, make_schedule
 from slm_jax.training.preemption import stop_requests
 from slm_jax.training.progress import Reporter, StepRecord, Throughput, Writer, log_line, summarise
 from slm_jax.training.state import DataCursor, TrainState
@@ -143,7 +144,7 @@ def train(
     model_dir = claim_run_directory(model_dir)
     reporter = Reporter(config.train_steps)
     check_batch_rows(source.rows_per_step, mesh, rules)
-    transformation = make_optimizer(optimizer)
+    transformation = optimizer_of(optimizer, objective, source.shapes)
     shapes = run_shapes(objective, transformation, source.shapes, mesh, rules)
     _say_start(reporter, shapes, mesh, rules, model_dir)
 

@@ -1,6 +1,7 @@
 """Optimizers and learning-rate schedules as configuration; Optax underneath."""
 
 import enum
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import jax
@@ -78,7 +79,25 @@ class AdafactorConfig:
     clip_norm: float | None = None
 
 
-OptimizerConfig = AdamWConfig | AdafactorConfig
+@dataclass(frozen=True)
+class MuonConfig:
+    """Muon (Jordan et al. 2024, optax.contrib) for matrices, Adam for all else: fewer, longer steps.
+
+    Stacked layers are matrices apart. Embedding tables, heads over a vocabulary, convolutions and vectors are
+    Adam's.
+
+    Attributes:
+      schedule: the learning rate of Adam.
+      matrix_scale: the learning rate of matrices, as a multiple of Adam's.
+      clip_norm: bound on the global norm of the gradient; None clips nothing.
+    """
+
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    matrix_scale: float = 10.0
+    clip_norm: float | None = None
+
+
+OptimizerConfig = AdamWConfig | AdafactorConfig | MuonConfig
 
 
 def make_schedule(config: ScheduleConfig) -> optax.Schedule:
@@ -114,11 +133,15 @@ def make_schedule(config: ScheduleConfig) -> optax.Schedule:
     return schedule
 
 
-def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
+def make_optimizer(config: OptimizerConfig, axes: optax.Params | None = None) -> optax.GradientTransformation:
     """The Optax transformation: clipping, then the optimizer; updates that are not finite are left out.
 
     A left-out update changes neither parameters nor optimizer state but the counters
     `notfinite_count` (in a row) and `total_notfinite`.
+
+    Args:
+      config: which one.
+      axes: tree of the parameters with the tuple of logical axis names at each leaf; Muon needs it.
     """
     schedule = make_schedule(config.schedule)
     if isinstance(config, AdamWConfig):
@@ -129,6 +152,14 @@ def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
             eps=config.eps,
             weight_decay=config.weight_decay,
             mask=_is_matrix,
+        )
+    elif isinstance(config, MuonConfig):
+        if axes is None:
+            raise ValueError("Muon needs the logical axes of the parameters")
+        inner = optax.contrib.muon(
+            lambda count: config.matrix_scale * schedule(count),
+            adam_learning_rate=schedule,
+            muon_weight_dimension_numbers=jax.tree.map(matrix_dims, axes, is_leaf=is_names),
         )
     else:
         inner = optax.adafactor(
@@ -144,6 +175,33 @@ def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
         inner = optax.chain(optax.clip_by_global_norm(config.clip_norm), inner)
     # Past its bound apply_if_finite would apply the poisoned update; the loop stops long before this one.
     return optax.apply_if_finite(inner, max_consecutive_errors=np.iinfo(np.int32).max)
+
+
+# Axes that belong together: a head and what is in it.
+_JOINED = {"kv": "heads"}
+# Axes of parameters that are no matrix, or whose rows are tokens.
+_NOT_OF_MATRICES = {"vocab", "conv_kernel", "conv_in", "relpos_buckets", "norm", "codebooks", "positions"}
+
+
+def matrix_dims(names: Sequence[str | None]) -> optax.contrib.MuonDimensionNumbers | None:
+    """Returns which dims of a parameter are contracted and which come out; None where it is no matrix.
+
+    The last axis, with the axes that belong to it, comes out; all before it but `layers` is contracted.
+    """
+    stacked = int(bool(names) and names[0] == "layers")
+    first_out = len(names) - 1
+    while first_out > stacked and _JOINED.get(names[first_out] or "", "") == names[first_out - 1]:
+        first_out -= 1
+    if first_out <= stacked or _NOT_OF_MATRICES.intersection(names):
+        return None
+    return optax.contrib.MuonDimensionNumbers(
+        tuple(range(stacked, first_out)), tuple(range(first_out, len(names)))
+    )
+
+
+def is_names(leaf: object) -> bool:
+    """Whether a node of a tree is a tuple of logical axis names."""
+    return isinstance(leaf, tuple) and all(name is None or isinstance(name, str) for name in leaf)
 
 
 def _is_matrix(params: optax.Params) -> optax.Params:

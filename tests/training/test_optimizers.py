@@ -13,9 +13,11 @@ from slm_jax.errors import UserError
 from slm_jax.training.optimizers import (
     AdafactorConfig,
     AdamWConfig,
+    MuonConfig,
     ScheduleConfig,
     make_optimizer,
     make_schedule,
+    matrix_dims,
 )
 
 
@@ -109,3 +111,50 @@ def test_nonfinite_updates_are_never_applied_however_many(rng):
     _, state = update(tree(rng), state, params)
     assert int(optax.tree.get(state, "notfinite_count")) == 0
     assert int(optax.tree.get(state, "total_notfinite")) == 29
+
+
+@pytest.mark.parametrize(
+    ("names", "contracted", "out"),
+    [
+        (("embed", "mlp"), (0,), (1,)),
+        (("layers", "embed", "mlp"), (1,), (2,)),
+        (("layers", "embed", "heads", "kv"), (1,), (2, 3)),
+        (("layers", "heads", "kv", "embed"), (1, 2), (3,)),
+        (("mel", "conv_out", "embed"), (0, 1), (2,)),
+    ],
+)
+def test_muon_knows_what_a_matrix_contracts(names, contracted, out):
+    dims = matrix_dims(names)
+    assert dims is not None
+    assert (dims.reduction_axis, dims.output_axis) == (contracted, out)
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        (),
+        ("norm",),
+        ("layers", "norm"),
+        ("layers", "heads", "kv"),
+        ("vocab", "embed"),
+        ("embed", "vocab"),
+        ("conv_kernel", "mel", "conv_in", "conv_out"),
+        ("layers", "conv_kernel", "mlp"),
+        ("heads", "relpos_buckets"),
+    ],
+)
+def test_muon_leaves_what_is_no_matrix_to_adam(names):
+    assert matrix_dims(names) is None
+
+
+def test_muon_makes_the_singular_values_of_every_stacked_matrix_alike(rng):
+    params = {"kernel": jnp.asarray(rng.normal(size=(3, 8, 2, 6)), jnp.float32), "scale": jnp.ones(8)}
+    grads = jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape), jnp.float32), params)
+    config = MuonConfig(schedule=ScheduleConfig(0.1, 0), matrix_scale=5.0)
+    optimizer = make_optimizer(config, {"kernel": ("layers", "embed", "heads", "kv"), "scale": ("norm",)})
+    updates: Any = optimizer.update(grads, optimizer.init(params), params)[0]
+    # Five steps of Newton-Schulz bring singular values near 1; the rest is the shape's scale.
+    for matrix in np.asarray(updates["kernel"]).reshape(3, 8, 12):
+        values = np.linalg.svd(matrix, compute_uv=False) / (0.5 * math.sqrt(12 / 8))
+        assert values.min() > 0.5 and values.max() < 1.4
+    np.testing.assert_array_equal(np.sign(updates["scale"]), -np.sign(grads["scale"]))
