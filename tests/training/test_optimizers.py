@@ -151,7 +151,8 @@ def test_muon_makes_the_singular_values_of_every_stacked_matrix_alike(rng):
     params = {"kernel": jnp.asarray(rng.normal(size=(3, 8, 2, 6)), jnp.float32), "scale": jnp.ones(8)}
     grads = jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape), jnp.float32), params)
     config = MuonConfig(schedule=ScheduleConfig(0.1, 0), matrix_scale=5.0)
-    optimizer = make_optimizer(config, {"kernel": ("layers", "embed", "heads", "kv"), "scale": ("norm",)})
+    axes: Any = {"kernel": ("layers", "embed", "heads", "kv"), "scale": ("norm",)}
+    optimizer = make_optimizer(config, axes)
     updates: Any = optimizer.update(grads, optimizer.init(params), params)[0]
     # Five steps of Newton-Schulz bring singular values near 1; the rest is the shape's scale.
     for matrix in np.asarray(updates["kernel"]).reshape(3, 8, 12):
