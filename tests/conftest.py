@@ -7,6 +7,8 @@ from pathlib import Path
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
+# XLA's CPU pool is as large as the machine; 8 devices that wait for one another need more threads.
+os.environ.setdefault("NPROC", "16")
 os.environ.setdefault(
     "JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parent.parent / ".cache" / "jax-compilation")
 )

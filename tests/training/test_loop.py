@@ -19,7 +19,7 @@ from slm_jax.checkpoints.manager import RunCheckpoints
 from slm_jax.errors import UserError
 from slm_jax.partitioning.mesh import make_mesh
 from slm_jax.training.loop import LoopConfig, train
-from slm_jax.training.optimizers import AdafactorConfig, AdamWConfig, ScheduleConfig
+from slm_jax.training.optimizers import AdafactorConfig, AdamWConfig, MuonConfig, ScheduleConfig
 
 
 def steps_of(model_dir: Path) -> list[dict]:
@@ -94,16 +94,17 @@ def test_sigterm_saves_and_exits_0(tmp_path, rng):
         ((1, 8, 1), "adamw"),
         ((1, 2, 4), "adamw"),
         ((1, 4, 2), "adafactor"),
+        ((2, 2, 2), "muon"),
     ],
 )
 def test_any_mesh_gives_the_losses_of_one_device(tmp_path, rng, shape, kind):
     seed = int(rng.integers(2**31))
     schedule = ScheduleConfig(peak=0.01, warmup_steps=2, decay="rsqrt")
-    optimizer = (
-        AdamWConfig(schedule=schedule)
-        if kind == "adamw"
-        else AdafactorConfig(schedule=schedule, min_dim_size_to_factor=8)
-    )
+    optimizer = {
+        "adamw": AdamWConfig(schedule=schedule),
+        "adafactor": AdafactorConfig(schedule=schedule, min_dim_size_to_factor=8),
+        "muon": MuonConfig(schedule=schedule),
+    }[kind]
     for name, mesh in {"one": make_mesh(devices=jax.devices()[:1]), "many": make_mesh(*shape)}.items():
         result = toy_train(tmp_path / name, 12, mesh=mesh, optimizer=optimizer, seed=seed)
     expected = jax.tree.map(lambda x: x.sharding.spec, result.state.params)
