@@ -185,7 +185,8 @@ def _sentence(error: Exception, place: str) -> str | None:
 
 def _parameters(selector: str) -> list[str]:
     with contextlib.suppress(Exception):
-        return list(inspect.signature(gin_internals._REGISTRY.get_match(selector).wrapped).parameters)
+        found = gin_internals._REGISTRY.get_match(selector)
+        return list(inspect.signature(found.wrapped).parameters) if found else []
     return []
 
 

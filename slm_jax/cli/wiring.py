@@ -180,9 +180,9 @@ class Wiring:
         self.task_or_mixture(name)
 
         def to_reference(example: Mapping[str, Any], task: str) -> "Reference":
-            source = seqio.TaskRegistry.get(task).source
-            root = source.audio_root(split) if hasattr(source, "audio_root") else ""
-            return reference_of(example, task, root)
+            # Audio paths of a manifest are relative to it; other sources give whole ones.
+            audio_root = getattr(seqio.TaskRegistry.get(task).source, "audio_root", lambda split: "")
+            return reference_of(example, task, audio_root(split))
 
         return Evaluator(name, split, to_reference, num_examples)
 

@@ -5,6 +5,7 @@ import signal
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import soundfile
 
@@ -110,8 +111,8 @@ def test_infer_prints_the_text_alone(workshop, whole):
 )
 def test_infer_names_audio_that_it_cannot_use(workshop, whole, tmp_path, name, told):
     (tmp_path / "text.wav").write_text("this is no audio")
-    soundfile.write(tmp_path / "empty.wav", [], 16_000)
-    soundfile.write(tmp_path / "long.wav", [0.0] * 16_000 * 10, 16_000)
+    soundfile.write(tmp_path / "empty.wav", np.zeros(0), 16_000)
+    soundfile.write(tmp_path / "long.wav", np.zeros(160_000), 16_000)
     done = workshop.slm(["infer", "--run", str(whole), "--audio", str(tmp_path / name), "--prompt", "x"])
     assert done.status == 2, done
     assert done.out == ""

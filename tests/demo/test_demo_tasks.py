@@ -104,8 +104,10 @@ def test_spans_are_named_by_sentinels(corpus: Path, tmp_path: Path):
 
 
 def test_mixtures_hold_their_tasks(corpus: Path):
-    names = {name: {task.name for task in seqio.get_mixture_or_task(name).tasks} for name in
-             ("demo_speech", "demo_adapter", "demo_text")}  # fmt: skip
+    names = {
+        name: {task.name for task in seqio.MixtureRegistry.get(name).tasks}
+        for name in ("demo_speech", "demo_adapter", "demo_text")
+    }
     assert names["demo_speech"] == set(demo.SPEECH_TASKS)
     assert names["demo_adapter"] == set(demo.ADAPTER_TASKS)
     assert names["demo_text"] == {*TEXT_TASKS, demo.SPANS_TASK}
