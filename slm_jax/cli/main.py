@@ -5,6 +5,7 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import slm_jax
 from slm_jax.errors import UserError, nearest
@@ -45,6 +46,8 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command; returns its exit status: 0, or 2 for a user's mistake."""
+    # Programs take longer to compile than to run; JAX reads this when it is imported.
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(default_cache_dir() / "compiled"))
     try:
         args = parse_arguments(sys.argv[1:] if argv is None else argv)
         return importlib.import_module(f"slm_jax.cli.{args.command}").main(args)
@@ -55,6 +58,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The reader of our output (such as `head`) has gone; point stdout at nothing so that exit is quiet.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+
+
+def default_cache_dir() -> Path:
+    """Where index tables and compiled programs are kept: `SLM_CACHE_DIR`, or the user's cache folder."""
+    if folder := os.environ.get("SLM_CACHE_DIR"):
+        return Path(folder)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "slm_jax"
 
 
 def add_gin_arguments(parser: argparse.ArgumentParser, required: bool = True) -> None:

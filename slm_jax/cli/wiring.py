@@ -3,9 +3,7 @@
 import dataclasses
 import functools
 import hashlib
-import os
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -13,6 +11,7 @@ import jax
 from slm_jax.checkpoints.foundation import load_foundation, read_foundation
 from slm_jax.checkpoints.manager import RunCheckpoints
 from slm_jax.checkpoints.provenance import Provenance, make_provenance
+from slm_jax.cli.main import default_cache_dir
 from slm_jax.cli.run import Run
 from slm_jax.errors import UserError, nearest
 from slm_jax.evaluation.evaluator import Evaluator, TaskResult
@@ -297,13 +296,6 @@ def architecture(config: Any) -> dict[str, Any]:
 _RUN_TIME_FIELDS = {
     "dropout", "dtype", "remat", "scan", "scan_unroll", "loss_chunk", "relative_bias_init_std",
 }  # fmt: skip
-
-
-def default_cache_dir() -> Path:
-    """Where index tables are kept: `SLM_CACHE_DIR`, or the user's cache folder."""
-    if folder := os.environ.get("SLM_CACHE_DIR"):
-        return Path(folder)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "slm_jax"
 
 
 def _register(run: Run) -> None:
