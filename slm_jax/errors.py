@@ -33,3 +33,9 @@ def nearest(found: object, choices: Iterable[object]) -> str:
     if close:
         return f"; did you mean {close[0]!r}?"
     return f"; choose from {', '.join(sorted(names))}" if names else ""
+
+
+def check_whole(name: str, value: object, least: int = 1) -> None:
+    """Raises UserError unless a field's value is a whole number of at least `least`."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise UserError(f"{name} is {value!r}, expected a whole number of at least {least}")

@@ -47,7 +47,7 @@ def register(
     Raises:
       UserError: there is no corpus or no vocabulary, or another corpus is registered already.
     """
-    corpus = Path(corpus_dir)
+    corpus = Path(corpus_dir).absolute()
     paths = vocabularies(corpus)
     for path in (corpus / "train.jsonl", paths.text, paths.ctc):
         if not path.is_file():

@@ -122,6 +122,9 @@ def add_task(
       fields: fields of the manifest that the preprocessors read.
       steps: SeqIO preprocessors that end with int32 `inputs` and `targets`.
     """
+    manifests = {split: Path(path).absolute() for split, path in manifests.items()}
+    if not isinstance(vocabulary, seqio.Vocabulary) and "://" not in str(vocabulary):
+        vocabulary = Path(vocabulary).absolute()
     needed = tuple(dict.fromkeys(field for field in fields if field not in _KNOWN_FIELDS))
     definition = (
         "task",

@@ -3,7 +3,7 @@
 import enum
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -93,6 +93,7 @@ class RunCheckpoints:
       keep_best: how many of the best by `best_metric` are kept besides.
       best_metric: name among the metrics handed to `save`; needed where `keep_best` is above 0.
       best_mode: `min` for error rates and losses, `max` for scores.
+      read_only: only reads, and leaves alone what a run at work may be writing.
 
     Raises:
       UserError: the directory is no run's, cannot be written, or the options do not fit together.
@@ -105,6 +106,7 @@ class RunCheckpoints:
         keep_best: int = 0,
         best_metric: str | None = None,
         best_mode: str = BestMode.MIN,
+        read_only: bool = False,
     ):
         if keep_last < 1 or keep_best < 0:
             raise UserError(f"keep_last={keep_last} must be 1 or more and keep_best={keep_best} 0 or more")
@@ -112,14 +114,19 @@ class RunCheckpoints:
             raise UserError(f"keep_best={keep_best} needs best_metric, the name of a metric")
         if best_mode not in tuple(BestMode):
             raise UserError(f"best_mode {best_mode!r} is unknown{nearest(best_mode, tuple(BestMode))}")
-        self._directory = claim_run_directory(directory)
+        self._directory = Path(directory).absolute()
+        if not read_only:
+            claim_run_directory(directory)
+        elif not (self._directory / MARKER_FILE).is_file():
+            raise UserError(f"{self._directory} holds no checkpoints of a run")
         self._policy = KeepLastAndBest(keep_last, keep_best, best_metric, best_mode)
         options = ocp.CheckpointManagerOptions(
             # Orbax keeps metrics only where it is told how to rank by them; the policy does the ranking.
             best_fn=self._policy.score if keep_best else None,
             preservation_policy=self._policy,
-            cleanup_tmp_directories=True,
+            cleanup_tmp_directories=not read_only,
             create=False,
+            read_only=read_only,
         )
         self._manager = ocp.CheckpointManager(
             self._directory, options=options, item_names=("state", "record")
@@ -253,18 +260,29 @@ class RunCheckpoints:
         notes = check_provenance(saved, provenance, where)
         return Restored(step, self._restore_state(step, abstract_state), record["cursor"], saved, notes)
 
-    def restore_params(self, abstract_params: Any, step: int | None = None) -> Any:
+    def restore_params(
+        self, abstract_params: Any, provenance: Provenance | None = None, step: int | None = None
+    ) -> Any:
         """Restores the trained parameters alone, without optimizer state, as inference needs them.
 
+        Args:
+          abstract_params: tree of ShapeDtypeStruct with shardings.
+          provenance: the record of what is at hand; all of it but the plan must be as it was saved.
+          step: which one; the newest by default.
+
         Raises:
-          UserError: nothing is saved, another model, or damaged data.
+          UserError: nothing is saved, another model, frozen checkpoint or tokenizer, or damaged data.
         """
+        steps = self.all_steps()
         step = self.latest_step() if step is None else step
-        if step is None or step not in self.all_steps():
-            raise UserError(
-                f"{self._directory} holds no checkpoint" + (f" of step {step}" if step is not None else "")
-            )
+        if step is None:
+            raise UserError(f"{self._directory} holds no checkpoint")
+        if step not in steps:
+            raise UserError(f"{self._directory} holds no checkpoint of step {step}{nearest(step, steps)}")
         record = self.read_record(step)
+        if provenance is not None:
+            before = read_provenance(record["provenance"], self._where(step))
+            check_provenance(_without_plan(before), _without_plan(provenance), self._where(step))
         saved = {
             path.removeprefix("params/"): entry
             for path, entry in table_from_json(record["parameters"]).items()
@@ -326,6 +344,11 @@ class KeepLastAndBest:
         ranked = sorted((item for item in scored if item[0] > float("-inf")), reverse=True)
         best = {step for _, step in ranked[: self.best]}
         return [info.step in newest or info.step in best for info in checkpoints]
+
+
+def _without_plan(provenance: Provenance) -> Provenance:
+    kept = {name: value for name, value in provenance.fingerprints.items() if name != "plan"}
+    return replace(provenance, fingerprints=kept)
 
 
 def _first_line(error: BaseException) -> str:

@@ -23,8 +23,11 @@ def main(args: argparse.Namespace) -> int:
     run = load_run(args.run, args.gin_bindings)
     wired = Wiring(run)
     split = args.split or run.evaluated().split
-    results = wired.evaluate(wired.trained_variables(args.step), args.mixture, split)
-    directory = Path(args.output) if args.output else run.path(run.model_dir) / "evaluation" / split
+    evaluate = wired.evaluation(args.mixture, split)
+    results = evaluate(wired.trained_variables(args.step))
+    # What is scored is in the folder's name, so that no scores take the place of others.
+    name = "-".join(filter(None, [split, args.mixture, args.step and f"step{args.step}"]))
+    directory = Path(args.output) if args.output else run.path(run.model_dir) / "evaluation" / name
     write_results(results, directory)
     for task, result in results.items():
         for metric, value in result.metrics.items():

@@ -2,11 +2,12 @@
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from slm_jax.errors import BadExample, UserError
+from slm_jax.errors import BadExample, UserError, check_whole
 
 if TYPE_CHECKING:
     from slm_jax.data.references import Reference
@@ -33,6 +34,10 @@ def main(args: argparse.Namespace) -> int:
     """Runs the command: one text for each file alone on standard output, or JSON lines in a file."""
     if args.manifest and not args.output:
         raise UserError("slm infer: --manifest needs --output, the file that the answers go to")
+    if args.output and not os.access(Path(args.output).absolute().parent, os.W_OK):
+        raise UserError(f"--output {args.output}: its folder does not exist or cannot be written")
+    if args.max_tokens is not None:
+        check_whole("--max_tokens", args.max_tokens)
     # JAX and TensorFlow load here, after the flags were found right.
     from slm_jax.cli.run import load_run
     from slm_jax.cli.wiring import Wiring
@@ -50,10 +55,14 @@ def main(args: argparse.Namespace) -> int:
     if args.output:
         _write(Path(args.output), references, predictions, texts)
         return 0
+    rejected = []
     for reference, prediction, text in zip(references, predictions, texts, strict=True):
         if prediction.rejected:
-            raise UserError(f"--audio {reference.audio}: {_why(prediction)}")
-        print(text)
+            rejected.append(f"{reference.audio}: {_why(prediction)}")
+        else:
+            print(text)
+    if rejected:
+        raise UserError("--audio " + "; ".join(rejected))
     return 0
 
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import slm_jax
 from slm_jax.errors import UserError, nearest
 
-# Name -> module with `HELP`, `add_arguments(parser)` and `main(args) -> int`; imported only when asked for,
-# as TensorFlow and JAX take seconds to load.
+# Name -> help; the module of that name has `add_arguments(parser)` and `main(args) -> int`, and is imported
+# only when asked for, as TensorFlow and JAX take seconds to load.
 _COMMANDS = {
     "train": "Train what the gin files say; run again to resume.",
     "evaluate": "Score a run's model on a split of its mixture.",

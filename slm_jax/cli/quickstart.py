@@ -6,11 +6,14 @@ does the same by hand.
 
 import argparse
 import shlex
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from slm_jax.errors import check_whole
 
 ENCODER_RECIPE = "recipes/demo_encoder.gin"
 LLM_RECIPE = "recipes/demo_t5.gin"
@@ -35,6 +38,8 @@ def main(args: argparse.Namespace) -> int:
     """Runs the command."""
     from slm_jax.cli import demo
 
+    for name, number in zip(("ENCODER", "T5", "ADAPTER"), args.steps or (), strict=False):
+        check_whole(f"--steps {name}", number)
     stages = _Stages()
     demo_dir, run_dir = Path(args.demo_dir).absolute(), Path(args.run_dir).absolute()
     corpus = demo_dir / "corpus"
@@ -64,11 +69,12 @@ def main(args: argparse.Namespace) -> int:
 
     wired = Wiring(run)
     with stages("evaluation before", None):
-        before = wired.evaluate(wired.fresh_variables(), split="test")
+        score = wired.evaluation(None, "test")
+        before = score(wired.fresh_variables())
     with stages("adapter", _command(ADAPTER_RECIPE, adapter, steps.get("adapter"))):
         train(run, wired)
     with stages("evaluation after", f"slm evaluate --run {shlex.quote(str(run_dir))} --split test"):
-        after = wired.evaluate(wired.trained_variables(), split="test")
+        after = score(wired.trained_variables())
     write_results(before, run_dir / "evaluation" / "before")
     write_results(after, run_dir / "evaluation" / "test")
     scores_before, scores_after = (
@@ -79,7 +85,7 @@ def main(args: argparse.Namespace) -> int:
     example = next(iter(after.values())).hypotheses[0]
     print(
         "\nTry it on a recording of your own:\n"
-        f"  slm infer --run {shlex.quote(args.run_dir)} --audio {example.audio} "
+        f"  {sys.argv[0]} infer --run {shlex.quote(args.run_dir)} --audio {shlex.quote(example.audio or '')} "
         f"--prompt {shlex.quote(example.prompt)}"
     )
     return 0
@@ -119,7 +125,7 @@ def _parse(recipe: str, macros: dict[str, Path], steps: int | None):
 
 def _bindings(macros: dict[str, Path], steps: int | None) -> list[str]:
     bindings = [f"{name}={str(path)!r}" for name, path in macros.items()]
-    if steps:
+    if steps is not None:
         # A warm-up longer than the training is no schedule.
         bindings += [f"TRAIN_STEPS={steps}", f"WARMUP_STEPS={max(1, steps // 10)}"]
     return bindings

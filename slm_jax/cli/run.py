@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from slm_jax.cli import gin_config
-from slm_jax.errors import UserError, nearest
+from slm_jax.errors import UserError, check_whole, nearest
 from slm_jax.partitioning.rules import DEFAULT_RULES, LogicalRules
 from slm_jax.training.loop import LoopConfig
 from slm_jax.training.objectives.base import Objective
@@ -13,6 +13,7 @@ from slm_jax.training.optimizers import OptimizerConfig
 
 # The resolved configuration in a run's directory: what commands read that take `--run`.
 CONFIG_FILE = "config.gin"
+FROZEN_DTYPES = ("bfloat16", "float16", "float32")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +42,10 @@ class DataConfig:
     max_bad_share: float = 0.05
     reader_threads: int = 4
 
+    def __post_init__(self):
+        check_whole("BATCH_SIZE", self.batch_size)
+        check_whole("DataConfig.reader_threads", self.reader_threads)
+
 
 @dataclasses.dataclass(frozen=True)
 class EvaluationConfig:
@@ -59,6 +64,12 @@ class EvaluationConfig:
     batch_size: int = 16
     max_tokens: int = 128
     num_examples: int | None = None
+
+    def __post_init__(self):
+        check_whole("EvaluationConfig.batch_size", self.batch_size)
+        check_whole("EvaluationConfig.max_tokens", self.max_tokens)
+        if self.num_examples is not None:
+            check_whole("EvaluationConfig.num_examples", self.num_examples)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,6 +118,15 @@ class Run:
     save_foundations: Mapping[str, str] = dataclasses.field(default_factory=dict)
     working_dir: str | None = None
 
+    def __post_init__(self):
+        if not isinstance(self.optimizer, OptimizerConfig):
+            names = "@optimizers.AdamWConfig(), @optimizers.AdafactorConfig() or @optimizers.MuonConfig()"
+            raise UserError(f"OPTIMIZER is {self.optimizer!r}, expected {names}")
+        if self.frozen_dtype is not None and self.frozen_dtype not in FROZEN_DTYPES:
+            raise UserError(
+                f"Run.frozen_dtype is {self.frozen_dtype!r}{nearest(self.frozen_dtype, FROZEN_DTYPES)}"
+            )
+
     def path(self, path: str | Path) -> Path:
         """Returns a path of the configuration as an absolute one."""
         return (Path(self.working_dir or ".") / path).absolute()
@@ -138,13 +158,18 @@ def load_run(directory: str | Path, bindings: Sequence[str] = ()) -> Run:
     return dataclasses.replace(gin_config.build(Run), model_dir=str(directory))
 
 
-def save_config(directory: Path) -> None:
+def save_config(directory: Path, working_dir: str | None = None) -> None:
     """Writes the resolved configuration into a run's directory, whole or not at all.
+
+    Args:
+      directory: of the run.
+      working_dir: what relative paths are relative to; by default the current folder.
 
     Raises:
       UserError: it cannot be written.
     """
-    text = f"{gin_config.resolved_config()}\nrun.Run.working_dir = {str(Path.cwd())!r}\n"
+    folder = str(Path(working_dir or ".").absolute())
+    text = f"{gin_config.resolved_config()}\nrun.Run.working_dir = {folder!r}\n"
     unfinished = directory / f".{CONFIG_FILE}.unfinished"
     try:
         unfinished.write_text(text, encoding="utf-8")

@@ -1,9 +1,13 @@
 """`slm train`: trains what the gin files say; the same command goes on with a run that was stopped."""
 
 import argparse
+import sys
+from pathlib import Path
+from typing import Any
 
 import jax
 
+from slm_jax.checkpoints.fingerprints import fingerprint
 from slm_jax.checkpoints.foundation import RECORD_FILE, read_foundation, save_foundation
 from slm_jax.checkpoints.manager import claim_run_directory
 from slm_jax.cli import gin_config
@@ -48,15 +52,11 @@ def train(run: Run, wired: Wiring | None = None) -> TrainResult:
       UserError: whatever a user can mend.
     """
     wired = wired or Wiring(run)
-    model_dir = claim_run_directory(run.path(run.model_dir))
+    _check_outputs(run, wired)
+    evaluate = wired.evaluation_in_training() if run.evaluation else None
     source = wired.train_batches()
-    writer = None
-    if jax.process_index() == 0:
-        # After the tasks, which import TensorFlow in the one way that hides accelerators from it.
-        from clu import metric_writers
-
-        save_config(model_dir)
-        writer = metric_writers.SummaryWriter(str(model_dir / "tensorboard"))
+    model_dir = claim_run_directory(run.path(run.model_dir))
+    first_process = jax.process_index() == 0
     result = train_loop(
         run.objective,
         source,
@@ -67,29 +67,57 @@ def train(run: Run, wired: Wiring | None = None) -> TrainResult:
         rules=run.mesh.rules,
         load_variables=wired.load_foundations,
         provenance=wired.provenance(gin_config.operative_config()),
-        evaluate=wired.evaluation_in_training() if run.evaluation else None,
-        writer=writer,
+        evaluate=evaluate,
+        writer=_TensorBoard(model_dir / "tensorboard") if first_process else None,
+        on_start=lambda: save_config(model_dir, run.working_dir) if first_process else None,
     )
     if result.finished:
         _save_foundations(run, result)
     return result
 
 
-def _save_foundations(run: Run, result: TrainResult) -> None:
-    for part, name in run.save_foundations.items():
-        directory = run.path(name)
-        parts = run.objective.parts
+class _TensorBoard:
+    """CLU's writer, made when something is written: a run that is refused leaves no file behind."""
+
+    def __init__(self, directory: Path):
+        self._directory = directory
+        self._writer: Any = None
+
+    def write_scalars(self, step: int, scalars: dict[str, float]) -> None:
+        """Writes scalars of a step."""
+        if self._writer is None:
+            # After the tasks, which import TensorFlow in the one way that hides accelerators from it.
+            from clu import metric_writers
+
+            self._writer = metric_writers.SummaryWriter(str(self._directory))
+        self._writer.write_scalars(step, scalars)
+
+    def flush(self) -> None:
+        """Brings everything to the disk."""
+        if self._writer is not None:
+            self._writer.flush()
+
+
+def _check_outputs(run: Run, wired: Wiring) -> None:
+    """Refuses, before the first step, what could not be saved after the last."""
+    parts = run.objective.parts
+    for part in run.save_foundations:
         if part not in parts:
             raise UserError(f"run.Run.save_foundations has part {part!r}{nearest(part, parts)}")
-        if (directory / RECORD_FILE).is_file():
-            # The run was finished before; a foundation is never overwritten.
-            record = read_foundation(directory)
-        else:
-            place = parts[part]
-            record = save_foundation(
-                directory,
-                subtree(result.state.params, place.path),
-                kind=place.kind,
-                config=architecture(place.config),
+        if subtree(wired.shapes.state.params, parts[part].path) is None:
+            raise UserError(f"run.Run.save_foundations has part {part!r}, which is frozen in this run")
+
+
+def _save_foundations(run: Run, result: TrainResult) -> None:
+    for part, name in run.save_foundations.items():
+        directory, place = run.path(name), run.objective.parts[part]
+        params = subtree(result.state.params, place.path)
+        if not (directory / RECORD_FILE).is_file():
+            save_foundation(directory, params, kind=place.kind, config=architecture(place.config))
+        record = read_foundation(directory)
+        if record.fingerprint != fingerprint(params):
+            raise UserError(
+                f"{directory} holds another {part} than this run has trained, and a foundation model is "
+                "never overwritten; name another directory"
             )
-        print(f"{part} is saved in {directory} (fingerprint {record.fingerprint[:12]})")
+        print(f"{part} is saved in {directory} (fingerprint {record.fingerprint[:12]})", file=sys.stderr)

@@ -1,5 +1,6 @@
 """Joins the rooms for one run: tasks, batches, mesh, foundation models, decoding, evaluation."""
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -13,9 +14,10 @@ from slm_jax.checkpoints.manager import RunCheckpoints
 from slm_jax.checkpoints.provenance import Provenance, make_provenance
 from slm_jax.cli.main import default_cache_dir
 from slm_jax.cli.run import Run
-from slm_jax.errors import UserError, nearest
+from slm_jax.errors import UserError, check_whole, nearest
 from slm_jax.evaluation.evaluator import Evaluator, TaskResult
 from slm_jax.evaluation.predictor import Prediction, Predictor
+from slm_jax.models.slm import SLM
 from slm_jax.partitioning.mesh import make_mesh
 from slm_jax.partitioning.sharding import batch_sharding, batch_shards, plan_text
 from slm_jax.training.initialisation import RunShapes, make_variables, optimizer_of, run_shapes
@@ -117,11 +119,19 @@ class Wiring:
         Args:
           variables: `params` and `frozen`.
           rows: references decoded at once, rounded up to what the mesh divides.
-          max_tokens: most tokens of an answer; the evaluation's by default.
+          max_tokens: most tokens of an answer; by default the evaluation's, else what targets may have.
         """
+        if not isinstance(self.run.objective.model, SLM):
+            name = type(self.run.objective.model).__name__
+            raise UserError(
+                f"a run of {name} pretrains one part and answers nothing; expected a run of an SLM"
+            )
         shards = batch_shards(self.mesh, self.run.mesh.rules)
         rows = -(-rows // shards) * shards
-        max_tokens = max_tokens or self.run.evaluated().max_tokens
+        if max_tokens is None:
+            evaluation = self.run.evaluation
+            max_tokens = evaluation.max_tokens if evaluation else self.run.data.feature_lengths["targets"]
+        check_whole("max_tokens", max_tokens)
         if (rows, max_tokens) not in self._predictors:
             self._predictors[rows, max_tokens] = self._predictor(variables, rows, max_tokens)
         return functools.partial(self._predictors[rows, max_tokens], variables=variables)
@@ -146,13 +156,13 @@ class Wiring:
             eos_id=self.vocabulary("targets").eos_id,
         )
 
-    def evaluate(
-        self, variables: Mapping[str, Any], mixture_or_task: str | None = None, split: str | None = None
-    ) -> dict[str, TaskResult]:
-        """Scores variables on all examples of a split; results by task."""
-        evaluated = self.run.evaluated()
-        evaluator = self._evaluator(mixture_or_task, split or evaluated.split, None)
-        return evaluator(self.predict(variables, rows=evaluated.batch_size))
+    def evaluation(
+        self, mixture_or_task: str | None, split: str
+    ) -> Callable[[Mapping[str, Any]], dict[str, TaskResult]]:
+        """Returns a function that scores variables on all examples of a split; results by task."""
+        rows = self.run.evaluated().batch_size
+        evaluator = self._evaluator(mixture_or_task, split, None)
+        return lambda variables: evaluator(self.predict(variables, rows=rows))
 
     def evaluation_in_training(self) -> Evaluate:
         """Returns the loop's evaluation: scores of the state at hand, named `task/metric`."""
@@ -232,12 +242,11 @@ class Wiring:
                 fingerprints[f"tokenizer/{feature}"] = hashlib.sha256(model).hexdigest()
         return make_provenance(config, fingerprints)
 
-    def trained_variables(self, step: int | None = None, best: bool = False) -> dict[str, Any]:
+    def trained_variables(self, step: int | None = None) -> dict[str, Any]:
         """Returns `params` from a checkpoint of the run and `frozen` from the foundations.
 
         Args:
           step: of the checkpoint; the newest by default.
-          best: take the best checkpoint by the run's metric, where it keeps one.
 
         Raises:
           UserError: nothing is saved, or what is saved does not fit.
@@ -245,11 +254,10 @@ class Wiring:
         loop = self.run.loop
         checkpoints = RunCheckpoints(
             self.run.path(self.run.model_dir) / "checkpoints",
-            loop.keep_last, loop.keep_best, loop.best_metric, loop.best_mode,
+            loop.keep_last, loop.keep_best, loop.best_metric, loop.best_mode, read_only=True,
         )  # fmt: skip
         try:
-            step = checkpoints.best_step() if best and step is None else step
-            params = checkpoints.restore_params(self.shapes.state.params, step)
+            params = checkpoints.restore_params(self.shapes.state.params, self.provenance(""), step)
         finally:
             checkpoints.close()
         return {"params": params, "frozen": self._frozen()}
@@ -299,8 +307,10 @@ _RUN_TIME_FIELDS = {
 
 
 def _register(run: Run) -> None:
-    for register in run.data.register:
-        register()
+    # Registrations make the paths that they are given absolute.
+    with contextlib.chdir(run.working_dir or "."):
+        for register in run.data.register:
+            register()
 
 
 def subtree(tree: Any, path: tuple[str, ...]) -> Any:

@@ -43,7 +43,7 @@ class ManifestSource(seqio.DataSource):
     """
 
     def __init__(self, manifests: Mapping[str, str | Path], fields: Sequence[str] = ()):
-        self._manifests = {split: Path(path) for split, path in manifests.items()}
+        self._manifests = {split: Path(path).absolute() for split, path in manifests.items()}
         self._fields = tuple(fields)
         self._counts: dict[str, int] = {}
         super().__init__(splits=tuple(self._manifests), caching_permitted=False)

@@ -25,6 +25,7 @@ STAMP = "corpus.json"
 # Raised whenever the same parameters give other files.
 _FORMAT = 1
 _REPORT_SECONDS = 2.0
+_MOST_WARP_OCTAVES = 0.25
 
 # Espeak's voice variants by split, so that dev and test are spoken by voices never heard in training.
 # Robots, whispers and variants that clip are left out.
@@ -78,6 +79,7 @@ class Utterance:
       path: the file to write.
       text: what is said.
       voice: by whom.
+      warp: factor on all frequencies, so formants too: a longer or shorter throat. The tempo is kept.
       level_db: root mean square of the speech, in dB of full scale.
       snr_db: speech over noise, in dB.
       tilt: of the noise spectrum, 0 (white) to 1 (falling 6 dB per octave).
@@ -88,6 +90,7 @@ class Utterance:
     path: str
     text: str
     voice: espeak.Voice
+    warp: float
     level_db: float
     snr_db: float
     tilt: float
@@ -217,9 +220,13 @@ def _speak(building: Path, config: CorpusConfig, processes: int, report: Callabl
 def plan_utterance(path: str | os.PathLike, split: str, text: str, key: str) -> Utterance:
     """Draws voice, level and noise for a sentence; the same `key` draws the same."""
     rng = random.Random(f"utterance/{key}")
+    # Espeak's variants share most of their formants: warped, a few dozen of them become as many voices as
+    # there are utterances, and the encoder learns to hear one that it never heard.
+    warp = 2 ** rng.uniform(-_MOST_WARP_OCTAVES, _MOST_WARP_OCTAVES) if split == "train" else 1.0
     voice = espeak.Voice(
         name=f"en+{rng.choice(VOICES[split])}",
-        speed=rng.randint(145, 195),
+        # Warped speech is sped up or slowed down by as much.
+        speed=round(rng.randint(145, 195) / warp),
         pitch=rng.randint(25, 75),
         range=rng.randint(30, 70),
         volume=80,
@@ -228,6 +235,7 @@ def plan_utterance(path: str | os.PathLike, split: str, text: str, key: str) -> 
         path=os.fspath(path),
         text=text,
         voice=voice,
+        warp=warp,
         level_db=rng.uniform(-32, -18),
         snr_db=rng.uniform(15, 40),
         tilt=rng.uniform(0, 1),
@@ -255,7 +263,7 @@ def render_file(utterance: Utterance) -> int:
 def render(utterance: Utterance) -> np.ndarray:
     """Returns int16 [samples] at 16 kHz: speech at its level, silence around it, noise over all."""
     rng = np.random.Generator(np.random.PCG64(utterance.seed))
-    speech = espeak.synthesize(utterance.text, utterance.voice).astype(np.float64) / 32768
+    speech = espeak.synthesize(utterance.text, utterance.voice, utterance.warp).astype(np.float64) / 32768
     before, after = (round(seconds * espeak.SAMPLE_RATE) for seconds in utterance.silence)
     gain = 10 ** (utterance.level_db / 20) / max(float(np.sqrt(np.mean(speech**2))), 1e-6)
     # Loud peaks are scaled with the whole, not clipped.

@@ -56,8 +56,13 @@ class Voice:
     volume: int = 80
 
 
-def synthesize(text: str, voice: Voice = Voice()) -> np.ndarray:
+def synthesize(text: str, voice: Voice = Voice(), warp: float = 1.0) -> np.ndarray:
     """Returns `text` spoken by `voice`: int16 [samples] at 16 kHz, always the same for the same arguments.
+
+    Args:
+      text: what is said.
+      voice: by whom.
+      warp: factor on all frequencies, and on the tempo.
 
     Raises:
       UserError: the `demo` extra is missing, or espeak has no such voice or variant, or refuses the text.
@@ -66,7 +71,7 @@ def synthesize(text: str, voice: Voice = Voice()) -> np.ndarray:
     import soxr
 
     samples, rate = synthesize_native(text, voice)
-    resampled = soxr.resample(samples.astype(np.float32), rate, SAMPLE_RATE)
+    resampled = soxr.resample(samples.astype(np.float32), rate * warp, SAMPLE_RATE)
     return np.clip(np.round(resampled), -32768, 32767).astype(np.int16)
 
 

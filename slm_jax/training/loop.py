@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from slm_jax.checkpoints.manager import BestMode, RunCheckpoints, claim_run_directory
 from slm_jax.checkpoints.provenance import Provenance, make_provenance
-from slm_jax.errors import UserError
+from slm_jax.errors import UserError, check_whole
 from slm_jax.partitioning.rules import DEFAULT_RULES, LogicalRules
 from slm_jax.partitioning.sharding import (
     batch_sharding,
@@ -78,17 +78,13 @@ class LoopConfig:
     log_ids: bool = False
 
     def __post_init__(self):
-        for name in (
-            "train_steps",
-            "microbatches",
-            "log_period",
-            "checkpoint_period",
-            "max_nonfinite_in_a_row",
-        ):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}, expected 1 or more")
-        if self.eval_period is not None and self.eval_period < 1:
-            raise UserError(f"eval_period is {self.eval_period}, expected 1 or more, or None")
+        positive = ("train_steps", "microbatches", "log_period", "checkpoint_period", "keep_last")
+        for name in (*positive, "max_nonfinite_in_a_row"):
+            check_whole(name, getattr(self, name))
+        if self.eval_period is not None:
+            check_whole("eval_period", self.eval_period)
+        if self.keep_best and not self.best_metric:
+            raise UserError(f"keep_best={self.keep_best} needs best_metric, a metric of the evaluation")
 
 
 class TrainResult(NamedTuple):
@@ -121,6 +117,7 @@ def train(
     provenance: Provenance | None = None,
     evaluate: Evaluate | None = None,
     writer: Writer | None = None,
+    on_start: Callable[[], None] | None = None,
 ) -> TrainResult:
     """Trains, or goes on with the run in `model_dir` from its newest checkpoint.
 
@@ -136,6 +133,7 @@ def train(
       provenance: operative configuration and fingerprints; the plan's fingerprint is added here.
       evaluate: called every `eval_period` steps and after the last one.
       writer: where metrics go besides the log.
+      on_start: called once it is sure that `model_dir` is this run's: before that, nothing in it is changed.
 
     Raises:
       UserError: what is asked for does not fit together, does not fit the run in `model_dir`, cannot be
@@ -146,7 +144,7 @@ def train(
     check_batch_rows(source.rows_per_step, mesh, rules)
     transformation = optimizer_of(optimizer, objective, source.shapes)
     shapes = run_shapes(objective, transformation, source.shapes, mesh, rules)
-    _say_start(reporter, shapes, mesh, rules, model_dir)
+    _say_start(reporter, shapes, mesh)
 
     given = provenance or make_provenance("", {})
     run_provenance = Provenance(
@@ -167,6 +165,10 @@ def train(
     else:
         first_step, rows_consumed = 0, 0
         state = make_state(variables["params"], transformation, shapes.state)
+    if jax.process_index() == 0:
+        (model_dir / "sharding_plan.txt").write_text(plan_text(shapes.boxed, mesh, rules), encoding="utf-8")
+    if on_start:
+        on_start()
 
     train_step = jit_train_step(
         make_train_step(
@@ -270,15 +272,18 @@ class _Run:
             stopping = stop_after(step)
             if last or stopping or step % config.log_period == 0:
                 self._log(step)
+            cursor = DataCursor(rows_consumed, self._source.fingerprint)
+            due = last or stopping or step % config.checkpoint_period == 0
+            if due and not config.keep_best:
+                # Before the evaluation: whatever goes wrong there, the step is not lost.
+                self._save(step, state, cursor, None)
             scores = None
-            if self._evaluate and (last or (config.eval_period and step % config.eval_period == 0)):
+            eval_due = bool(config.eval_period) and step % (config.eval_period or 1) == 0
+            # Asked to stop there is time to save, not to decode.
+            if self._evaluate and (last or (eval_due and not stopping)):
                 scores = self._run_evaluation(step, state, frozen)
-            best_candidate = scores is not None and config.keep_best > 0
-            if last or stopping or best_candidate or step % config.checkpoint_period == 0:
-                # Lines of all steps are written first: the checkpoint must never be ahead of them.
-                self._log(step)
-                cursor = DataCursor(rows_consumed, self._source.fingerprint)
-                self._checkpoints.save(step, state, cursor, self._provenance, scores)
+            if config.keep_best and (due or scores is not None):
+                self._save(step, state, cursor, scores)
         self._checkpoints.wait()
         if stopping and step < config.train_steps:
             self._reporter.say(f"asked to stop: saved step {step}; the same command goes on from there")
@@ -291,6 +296,13 @@ class _Run:
         self._checkpoints.close()
         if self._writer:
             self._writer.flush()
+
+    def _save(
+        self, step: int, state: TrainState, cursor: DataCursor, scores: dict[str, float] | None
+    ) -> None:
+        # Lines of all steps are written first: the checkpoint must never be ahead of them.
+        self._log(step)
+        self._checkpoints.save(step, state, cursor, self._provenance, scores)
 
     def _next(self, batches: Iterator[PlacedBatch]) -> PlacedBatch:
         began = time.monotonic()
@@ -361,9 +373,7 @@ def _take(
         return train_step(state, frozen, arrays)
 
 
-def _say_start(
-    reporter: Reporter, shapes: RunShapes, mesh: Mesh, rules: LogicalRules, model_dir: Path
-) -> None:
+def _say_start(reporter: Reporter, shapes: RunShapes, mesh: Mesh) -> None:
     local = jax.local_devices()
     reporter.say(
         f"process {jax.process_index()} of {jax.process_count()}: "
@@ -375,8 +385,6 @@ def _say_start(
     for name, tree in trees.items():
         count, per_device = _sizes(tree)
         reporter.say(f"{name}: {count:,} numbers, {per_device:,} bytes per device")
-    if jax.process_index() == 0:
-        (model_dir / "sharding_plan.txt").write_text(plan_text(shapes.boxed, mesh, rules), encoding="utf-8")
 
 
 def _sizes(tree: Any) -> tuple[int, int]:

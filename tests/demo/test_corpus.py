@@ -146,3 +146,13 @@ def test_progress_tells_the_rate(tmp_path: Path):
     config = corpus.CorpusConfig(train=1, dev=1, test=1, text=1)
     corpus.build_corpus(tmp_path / "corpus", config, processes=1, report=lines.append)
     assert "3/3 utterances" in lines[-1] and "x real time" in lines[-1]
+
+
+def test_only_training_is_warped_and_keeps_the_tempo(rng: np.random.Generator):
+    keys = [str(rng.integers(2**31)) for _ in range(100)]
+    assert {
+        corpus.plan_utterance("x", split, "x", key).warp for split in ("dev", "test") for key in keys
+    } == {1}
+    planned = [corpus.plan_utterance("x", "train", "x", key) for key in keys]
+    assert min(u.warp for u in planned) < 0.9 and max(u.warp for u in planned) > 1.1
+    assert all(144 < u.warp * u.voice.speed < 196 for u in planned)

@@ -78,3 +78,16 @@ def test_all_voices_of_the_corpus_exist():
     names = [name for split in corpus.VOICES.values() for name in split]
     assert set(names) <= set(espeak.variants())
     assert len(set(names)) == len(names)
+
+
+def test_warping_moves_frequencies_and_tempo():
+    text = "the suitcase belongs to my uncle from vienna"
+    plain, warped = espeak.synthesize(text), espeak.synthesize(text, warp=1.25)
+    assert abs(len(plain) / len(warped) - 1.25) < 0.01
+
+    def centroid(samples: np.ndarray) -> float:
+        power = np.abs(np.fft.rfft(samples.astype(float))) ** 2
+        frequencies = np.fft.rfftfreq(len(samples), 1 / espeak.SAMPLE_RATE)
+        return float((power * frequencies).sum() / power.sum())
+
+    assert 1.15 < centroid(warped) / centroid(plain) < 1.35
