@@ -23,7 +23,7 @@ from slm_jax.errors import UserError, nearest
 
 STAMP = "corpus.json"
 # Raised whenever the same parameters give other files.
-_FORMAT = 1
+_FORMAT = 2
 _REPORT_SECONDS = 2.0
 _MOST_WARP_OCTAVES = 0.25
 
