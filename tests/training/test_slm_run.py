@@ -140,6 +140,43 @@ def test_nothing_but_the_adapter_trains_and_is_saved(one_device):
     jax.tree.map(np.testing.assert_array_equal, result.frozen, variables["frozen"])
 
 
+def test_training_leaves_every_bit_of_the_t5_answers_to_text(one_device):
+    seed, _, result = one_device
+    text_row = 3
+    source = SpeechSource(make_mesh(), seed)
+    rows = [source.row(number) for number in range(ROWS)]
+    text = rows[text_row]["layout"]
+    text = text[text >= POSITIONS]
+    rows[text_row]["layout"] = np.pad(text, (0, POSITIONS + INPUTS - len(text)), constant_values=-1)
+    rows[text_row]["layout_segment_ids"] = (rows[text_row]["layout"] >= 0).astype(np.int32)
+    rows[text_row]["speech_segments"] = np.zeros_like(rows[text_row]["speech_segments"])
+    with_speech = {name: np.stack([row[name] for row in rows]) for name in source.shapes}
+    # That row and no other in a batch without speech, where `inputs` alone are the sources.
+    alone = {
+        name: array[[text_row] * ROWS] for name, array in with_speech.items() if not name.startswith("speech")
+    }
+    alone["layout"] = np.where(alone["layout"] < 0, -1, alone["layout"] - POSITIONS)
+
+    @jax.jit
+    def answers(variables, batch):
+        def logits(model: SLM):
+            targets = batch["targets"], batch["target_segment_ids"], batch["target_positions"]
+            return model.llm.logits(model.llm.decode(*model.encode(batch), *targets))
+
+        return SLM(CONFIG).apply(variables, method=logits)
+
+    fresh = jax.jit(lambda: nn.unbox(SLM(CONFIG).init(jax.random.key(0), zeros())))()
+    trained = {"params": result.state.params, "frozen": result.frozen}
+    before, after = (np.asarray(answers(variables, with_speech)) for variables in (fresh, trained))
+    np.testing.assert_array_equal(after[text_row], before[text_row])
+    np.testing.assert_array_equal(answers(trained, alone), answers(fresh, alone))
+    inside = rows[text_row]["target_segment_ids"] > 0
+    np.testing.assert_array_equal(answers(trained, alone)[text_row][inside], before[text_row][inside])
+    # The control: what the adapter says has changed.
+    for row in set(range(ROWS)) - {text_row}:
+        assert np.any(after[row] != before[row])
+
+
 def zeros():
     shapes = SpeechSource(make_mesh(), 0).shapes
     return {name: jnp.zeros(shape.shape, shape.dtype) for name, shape in shapes.items()}
