@@ -240,6 +240,7 @@ class Wiring:
             model = getattr(self.vocabulary(feature), "sp_model", None)
             if model is not None:
                 fingerprints[f"tokenizer/{feature}"] = hashlib.sha256(model).hexdigest()
+        fingerprints |= _template_fingerprints(self.mixture)
         return make_provenance(config, fingerprints)
 
     def trained_variables(self, step: int | None = None) -> dict[str, Any]:
@@ -311,6 +312,19 @@ def _register(run: Run) -> None:
     with contextlib.chdir(run.working_dir or "."):
         for register in run.data.register:
             register()
+
+
+def _template_fingerprints(mixture_or_task: Any) -> dict[str, str]:
+    """Fingerprints of the prompt templates of those tasks that have any, named `templates/<task>`."""
+    from slm_jax.data.preprocessors import templates_fingerprint
+
+    tasks = getattr(mixture_or_task, "tasks", [mixture_or_task])
+    return {
+        f"templates/{task.name}": templates_fingerprint(step.keywords["templates"])
+        for task in tasks
+        for step in task.preprocessors
+        if isinstance(step, functools.partial) and "templates" in step.keywords
+    }
 
 
 def subtree(tree: Any, path: tuple[str, ...]) -> Any:

@@ -6,7 +6,9 @@ Rules, each counted by the iterator:
 - values outside [-1, 1] (float files, overshoot of resampling) are clipped to full scale, and the
   count of clipped samples is returned;
 - audio that is at most one hop (10 ms) longer than its reference says is trimmed to the reference,
-  as written durations are rounded; anything longer is a bad example.
+  as written durations are rounded; anything longer is a bad example;
+- audio more than 100 ms shorter than its reference is a bad example too: WAV, Ogg and MP3 files that break
+  off decode without an error, and a lossy codec's padding is shorter than that.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from slm_jax.data.references import SAMPLE_RATE, Reference
 from slm_jax.errors import BadExample
 
 HOP = SAMPLE_RATE // 100
+MOST_MISSING = SAMPLE_RATE // 10
 LOWEST_RATE, HIGHEST_RATE = 1_000, 768_000
 
 REASONS = (
@@ -32,6 +35,7 @@ REASONS = (
     "non_finite_audio",
     "bad_sample_rate",
     "longer_than_reference",
+    "shorter_than_reference",
     "too_long",
 )
 
@@ -83,7 +87,7 @@ def decode(path: str | Path, max_samples: int | None = None) -> Audio:
 
 
 def load_utterance(reference: Reference) -> Audio:
-    """Returns the audio of a reference, never more samples than the reference says.
+    """Returns the audio of a reference, never more samples than the reference says, nor many fewer.
 
     Raises:
       BadExample: with one of `REASONS`.
@@ -98,6 +102,12 @@ def load_utterance(reference: Reference) -> Audio:
                 f"{reference.audio} is longer than its reference, {reference.samples / SAMPLE_RATE:g} s",
             ) from None
         raise
+    if len(audio.samples) < reference.samples - MOST_MISSING:
+        found, expected = (count / SAMPLE_RATE for count in (len(audio.samples), reference.samples))
+        raise BadExample(
+            "shorter_than_reference",
+            f"{reference.audio} has {found:g} s of its reference's {expected:g} s; it may break off",
+        )
     surplus = max(0, len(audio.samples) - reference.samples)
     return audio._replace(samples=audio.samples[: reference.samples], trimmed=surplus)
 

@@ -51,7 +51,7 @@ class CorpusConfig:
       seed: of sentences, voices and noise.
     """
 
-    train: int = 3600
+    train: int = 7200
     dev: int = 200
     test: int = 300
     text: int = 24_000

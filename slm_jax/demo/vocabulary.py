@@ -19,7 +19,7 @@ from slm_jax.errors import UserError
 
 PAD_ID, EOS_ID, UNK_ID = 0, 1, 2
 SENTINELS = tuple(f"<extra_id_{number}>" for number in range(16))
-TEXT_PIECES = 512
+TEXT_PIECES = 1024
 CTC_PIECES = 128
 
 # Pieces of one letter that every word of the three languages can be spelled with.

@@ -76,7 +76,7 @@ class T5Config:
 
 _PRESETS: dict[str, dict[str, Any]] = {
     "tiny": {
-        "vocab_size": 512,
+        "vocab_size": 1024,
         "emb_dim": 128,
         "num_heads": 4,
         "head_dim": 32,

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from slm_jax.data.audio_files import HOP, count_samples, decode, load_audio, load_utterance
+from slm_jax.data.audio_files import HOP, MOST_MISSING, count_samples, decode, load_audio, load_utterance
 from slm_jax.data.references import SPEECH, Reference
 from slm_jax.errors import BadExample
 
@@ -123,6 +123,20 @@ def test_flac_that_breaks_off_is_unreadable(tmp_path: Path, rng: np.random.Gener
     assert reason(error) == "unreadable_audio"
 
 
+@pytest.mark.parametrize("suffix", ["wav", "ogg", "mp3"])
+def test_a_file_that_was_cut_off_is_shorter_than_its_reference(tmp_path: Path, suffix: str, rng):
+    path = tmp_path / f"a.{suffix}"
+    # Noise: a tone is a page of Ogg, and cut off it is nothing.
+    soundfile.write(path, 0.1 * rng.standard_normal(48_000), 16_000)
+    whole = path.read_bytes()
+    assert abs(len(load_utterance(reference(path, 48_000)).samples) - 48_000) < MOST_MISSING
+    path.write_bytes(whole[: round(len(whole) * rng.uniform(0.3, 0.9))])
+    with pytest.raises(BadExample) as error:
+        load_utterance(reference(path, 48_000))
+    assert reason(error) == "shorter_than_reference"
+    assert "break off" in error.value.detail
+
+
 def test_longer_than_its_reference(tmp_path: Path, rng: np.random.Generator):
     wave = rng.integers(-20_000, 20_000, 4_000).astype(np.int16)
     path = tmp_path / "a.wav"
@@ -131,7 +145,7 @@ def test_longer_than_its_reference(tmp_path: Path, rng: np.random.Generator):
     np.testing.assert_array_equal(within.samples, wave[: 4_000 - HOP])
     assert within.trimmed == HOP
     assert load_utterance(reference(path, 4_000)).trimmed == 0
-    assert len(load_utterance(reference(path, 9_000)).samples) == 4_000
+    assert len(load_utterance(reference(path, 4_000 + MOST_MISSING)).samples) == 4_000
     with pytest.raises(BadExample) as error:
         load_utterance(reference(path, 4_000 - HOP - 1))
     assert reason(error) == "longer_than_reference"

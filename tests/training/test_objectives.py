@@ -19,7 +19,7 @@ from slm_jax.training.objectives import best_rq
 from slm_jax.training.objectives.best_rq import BestRQConfig, BestRQObjective
 from slm_jax.training.objectives.ctc import CTCObjective, frames_needed, greedy_labels
 from slm_jax.training.objectives.slm import weighted_token_sums
-from slm_jax.training.objectives.text import TextObjective, noisy
+from slm_jax.training.objectives.text import TextObjective, blurred, noisy
 
 SAMPLES = 640 * 12
 ENCODER = ConformerConfig(
@@ -130,25 +130,58 @@ def test_text_objective_is_plain_t5(rng):
     assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(grads))
 
 
-def test_embedding_noise_is_relative_to_each_embedding(rng):
-    embeddings = rng.normal(size=(2, 5, 4096)) * np.array([0.01, 1.0, 3.0, 50.0, 0.0])[:, None]
-    added = np.asarray(
-        noisy(jnp.asarray(embeddings, jnp.float32), 0.5, jax.random.key(int(rng.integers(2**31))))
+def test_embedding_noise_is_relative_to_each_embedding_and_each_row_has_its_level(rng):
+    embeddings = rng.normal(size=(40, 5, 4096)) * np.array([0.01, 1.0, 3.0, 50.0, 0.0])[:, None]
+    spoilt = np.asarray(
+        noisy(jnp.asarray(embeddings, jnp.float32), 1.5, jax.random.key(int(rng.integers(2**31))))
     )
-    added = added - embeddings.astype(np.float32)
     rms = np.sqrt(np.mean(np.square(embeddings), axis=-1))
-    np.testing.assert_allclose(added.std(axis=-1), 0.5 * rms, rtol=0.1)
+    np.testing.assert_allclose(np.sqrt(np.mean(np.square(spoilt), axis=-1)), rms, rtol=0.1)
+    # What is left of the embedding tells the level: 1 / sqrt(1 + level ** 2).
+    kept = np.mean(spoilt * embeddings, axis=-1)[:, :4] / np.square(rms[:, :4])
+    levels = np.sqrt(np.maximum(kept**-2 - 1, 0))
+    assert np.ptp(levels, axis=1).max() < 0.25
+    assert levels.min() < 0.4 and 1.1 < levels.max() < 1.6
 
 
-def test_embedding_noise_depends_on_the_step_key_alone(rng):
+def gaussian_mean(row, ids, width):
+    """A row's embeddings averaged over their segment in float64, each with the norm that it had."""
+    distance = np.arange(len(ids))[:, None] - np.arange(len(ids))
+    weights = np.exp(-0.5 * (distance / width) ** 2) * (ids[:, None] == ids)
+    mixed = weights @ row.astype(np.float64)
+    norms = np.linalg.norm(row, axis=-1) / np.linalg.norm(mixed, axis=-1)
+    return np.where(ids[:, None] > 0, mixed * norms[:, None], row)
+
+
+def test_blur_is_a_gaussian_mean_inside_the_segment_in_half_of_the_rows(rng):
+    rows, length, dim, most = 64, 12, 16, 2.0
+    segment_ids = np.sort(rng.integers(0, 4, (rows, length)))
+    values = rng.normal(size=(rows, length, dim)).astype(np.float32) * rng.uniform(0.1, 9, (rows, length, 1))
+    found = np.asarray(blurred(jnp.asarray(values), jnp.asarray(segment_ids), most, jax.random.key(0)))
+    widths = []
+    for row, ids, got in zip(values, segment_ids, found, strict=True):
+        # The width is not told: the one that fits best has to fit exactly.
+        grid = np.linspace(0.1, most, 400)
+        errors = [np.abs(gaussian_mean(row, ids, width) - got).max() for width in grid]
+        best = int(np.argmin(errors))
+        fine = np.linspace(grid[max(best - 1, 0)], grid[min(best + 1, 399)], 400)
+        error = min(np.abs(gaussian_mean(row, ids, width) - got).max() for width in fine)
+        assert error < 1e-3 * np.abs(row).max()
+        widths.append(grid[best])
+    blurry = np.array(widths) > 0.25
+    assert 0.2 < blurry.mean() < 0.8 and np.ptp(np.array(widths)[blurry]) > 0.5
+
+
+@pytest.mark.parametrize("name", ["embedding_noise", "embedding_blur"])
+def test_spoilt_embeddings_depend_on_the_step_key_alone(rng, name):
     batch = text_batch(rng)
-    quiet, loud = TextObjective(t5.T5(TEXT)), TextObjective(t5.T5(TEXT), embedding_noise=0.3)
+    quiet, loud = TextObjective(t5.T5(TEXT)), TextObjective(t5.T5(TEXT), **{name: 0.9})
     variables = initialise(quiet, batch)
     first, again, other = (float(sums_of(loud, variables, batch, seed)[0]) for seed in (1, 1, 2))
     assert first == again != other
     assert float(sums_of(quiet, variables, batch, 1)[0]) != first
-    with pytest.raises(UserError, match=r"embedding_noise is -0.1"):
-        TextObjective(t5.T5(TEXT), embedding_noise=-0.1)
+    with pytest.raises(UserError, match=rf"{name} is -0.1"):
+        TextObjective(t5.T5(TEXT), **{name: -0.1})
 
 
 # CTC

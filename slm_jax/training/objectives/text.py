@@ -1,11 +1,16 @@
-"""Next-token loss of a T5 on text alone, all of its parameters trained."""
+"""Next-token loss of a T5 on text alone, all of its parameters trained.
 
+Shape suffixes: B rows, N text tokens, L and M positions of the encoder, T decoder tokens, D features.
+"""
+
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from slm_jax.errors import UserError
+from slm_jax.models.layers import segment_mask
 from slm_jax.models.slm import lay_out
 from slm_jax.models.t5 import T5
 from slm_jax.training.objectives.base import Batch, Metrics, Part, Variables
@@ -17,18 +22,37 @@ class TextObjective:
 
     Args:
       model: the T5; its dropout is active.
-      embedding_noise: standard deviation of Gaussian noise on the encoder's input embeddings, relative to
-        the RMS of each embedding. An LLM that learned with it tolerates the output of a speech adapter.
+      embedding_noise: Gaussian noise on the encoder's input embeddings, by its standard deviation relative to
+        the RMS of each embedding; each row draws its own between 0 and this. An LLM that learned with it
+        tolerates the output of a speech adapter, and tells a young adapter far more.
+      embedding_blur: half of the rows have their embeddings averaged with those of neighbouring positions,
+        by a Gaussian whose standard deviation in positions each row draws between 0 and this. A young
+        adapter knows what was said before it knows where: an LLM that reads blurred text tells it.
 
     Raises:
-      UserError: the noise is negative.
+      UserError: the noise or the blur is negative.
     """
 
-    def __init__(self, model: T5, embedding_noise: float = 0.0):
-        if embedding_noise < 0:
-            raise UserError(f"embedding_noise is {embedding_noise}, expected 0 or more")
+    def __init__(self, model: T5, embedding_noise: float = 0.0, embedding_blur: float = 0.0):
+        for name, value in (("embedding_noise", embedding_noise), ("embedding_blur", embedding_blur)):
+            if value < 0:
+                raise UserError(f"{name} is {value}, expected 0 or more")
         self.model = model
         self.embedding_noise = embedding_noise
+        self.embedding_blur = embedding_blur
+
+    def _spoilt(self, rng: jax.Array) -> Callable[[jax.Array, jax.Array], jax.Array]:
+        """Returns what blurs and adds noise to embeddings [B, L, D], given their segment ids [B, L]."""
+        blur_rng, noise_rng = jax.random.split(rng)
+
+        def spoil(embeddings_BLD: jax.Array, segment_ids_BL: jax.Array) -> jax.Array:
+            if self.embedding_blur:
+                embeddings_BLD = blurred(embeddings_BLD, segment_ids_BL, self.embedding_blur, blur_rng)
+            if self.embedding_noise:
+                embeddings_BLD = noisy(embeddings_BLD, self.embedding_noise, noise_rng)
+            return embeddings_BLD
+
+        return spoil
 
     @property
     def parts(self) -> dict[str, Part]:
@@ -48,12 +72,11 @@ class TextObjective:
         self, params: Any, frozen: Any, batch: Batch, rng: jax.Array
     ) -> tuple[jax.Array, jax.Array, Metrics]:
         """Sums over the batch: weighted token losses, weights, and token accuracy."""
-        dropout_rng, noise_rng = jax.random.split(rng)
+        dropout_rng, spoil_rng = jax.random.split(rng)
         scores: Any = self.model.apply(
             {"params": params},
             batch,
-            self.embedding_noise,
-            noise_rng,
+            self._spoilt(spoil_rng),
             deterministic=False,
             rngs={"dropout": dropout_rng},
             method=_score,
@@ -65,16 +88,14 @@ class TextObjective:
 def _score(
     model: T5,
     batch: Batch,
-    embedding_noise: float = 0.0,
-    noise_rng: jax.Array | None = None,
+    spoil: Callable[[jax.Array, jax.Array], jax.Array] = lambda embeddings_BLD, segment_ids_BL: (
+        embeddings_BLD
+    ),
     deterministic: bool = True,
 ) -> tuple[jax.Array, jax.Array]:
-    embeddings_BND = model.embed(batch["inputs"])
-    if embedding_noise:
-        assert noise_rng is not None
-        embeddings_BND = noisy(embeddings_BND, embedding_noise, noise_rng)
     segment_ids_BL = batch["layout_segment_ids"]
-    encoded_BLD = model.encode(lay_out(embeddings_BND, batch["layout"]), segment_ids_BL, deterministic)
+    embeddings_BLD = spoil(lay_out(model.embed(batch["inputs"]), batch["layout"]), segment_ids_BL)
+    encoded_BLD = model.encode(embeddings_BLD, segment_ids_BL, deterministic)
     hidden_BTD = model.decode(
         encoded_BLD,
         segment_ids_BL,
@@ -86,9 +107,47 @@ def _score(
     return model.score_tokens(hidden_BTD, batch["targets"])
 
 
-def noisy(embeddings_BND: jax.Array, relative_std: float, rng: jax.Array) -> jax.Array:
-    """Adds Gaussian noise whose deviation is `relative_std` times the RMS of each embedding."""
-    values = embeddings_BND.astype(jnp.float32)
-    rms = jax.lax.stop_gradient(jnp.sqrt(jnp.mean(jnp.square(values), axis=-1, keepdims=True)))
-    noise = jax.random.normal(rng, values.shape) * (relative_std * rms)
-    return (values + noise).astype(embeddings_BND.dtype)
+def noisy(embeddings_BLD: jax.Array, most: float, rng: jax.Array) -> jax.Array:
+    """Adds Gaussian noise to embeddings; each keeps its RMS.
+
+    Args:
+      embeddings_BLD: what to spoil.
+      most: largest standard deviation of the noise, relative to the RMS of each embedding; rows draw theirs.
+      rng: of the draws.
+    """
+    level_rng, noise_rng = jax.random.split(rng)
+    values = embeddings_BLD.astype(jnp.float32)
+    level_B11 = most * jax.random.uniform(level_rng, (values.shape[0], 1, 1))
+    noise = jax.random.normal(noise_rng, values.shape) * (level_B11 * _rms(values))
+    return ((values + noise) / jnp.sqrt(1 + jnp.square(level_B11))).astype(embeddings_BLD.dtype)
+
+
+def blurred(embeddings_BLD: jax.Array, segment_ids_BL: jax.Array, most: float, rng: jax.Array) -> jax.Array:
+    """Averages embeddings over neighbours in their segment; each keeps its RMS.
+
+    Args:
+      embeddings_BLD: what to blur.
+      segment_ids_BL: int32, 0 outside segments, where nothing changes.
+      most: largest standard deviation of the Gaussian weights, in positions; half of the rows draw 0.
+      rng: of the draws.
+    """
+    rows, length = segment_ids_BL.shape
+    width_rng, share_rng = jax.random.split(rng)
+    width_B11 = (
+        most
+        * jax.random.uniform(width_rng, (rows, 1, 1))
+        * jax.random.bernoulli(share_rng, 0.5, (rows, 1, 1))
+    )
+    distance_LM = jnp.arange(length)[:, None] - jnp.arange(length)
+    # Narrower than this, a neighbour's weight is below 1e-20.
+    weight_BLM = jnp.exp(-0.5 * jnp.square(distance_LM / jnp.maximum(width_B11, 0.1)))
+    weight_BLM *= segment_mask(segment_ids_BL, segment_ids_BL)[:, 0]
+    values = embeddings_BLD.astype(jnp.float32)
+    # The norm makes up for the sum of the weights.
+    mixed = jnp.einsum("blm,bmd->bld", weight_BLM, values)
+    mixed *= _rms(values) / jnp.maximum(_rms(mixed), 1e-6)
+    return jnp.where((segment_ids_BL > 0)[..., None], mixed, values).astype(embeddings_BLD.dtype)
+
+
+def _rms(values: jax.Array) -> jax.Array:
+    return jax.lax.stop_gradient(jnp.sqrt(jnp.mean(jnp.square(values), axis=-1, keepdims=True)))
