@@ -16,7 +16,8 @@ DECLARED := setup.py pyproject.toml requirements.lock
 # What XLA compiled once is read back by every later run of the same program.
 export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax-compilation
 
-# XLA takes its buffers from the allocator anew in every step: in huge pages, a third of a CPU's step is saved.
+# XLA takes its buffers from the allocator anew in every step, which on a CPU costs less in huge pages. This is
+# for glibc; elsewhere it means nothing.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
 .DELETE_ON_ERROR:

@@ -267,7 +267,7 @@ class RunCheckpoints:
 
         Args:
           abstract_params: tree of ShapeDtypeStruct with shardings.
-          provenance: the record of what is at hand; all of it but the plan must be as it was saved.
+          provenance: the record of what is at hand; all of it but plan and templates must be as it was saved.
           step: which one; the newest by default.
 
         Raises:
@@ -282,7 +282,7 @@ class RunCheckpoints:
         record = self.read_record(step)
         if provenance is not None:
             before = read_provenance(record["provenance"], self._where(step))
-            check_provenance(_without_plan(before), _without_plan(provenance), self._where(step))
+            check_provenance(_of_model(before), _of_model(provenance), self._where(step))
         saved = {
             path.removeprefix("params/"): entry
             for path, entry in table_from_json(record["parameters"]).items()
@@ -346,8 +346,13 @@ class KeepLastAndBest:
         return [info.step in newest or info.step in best for info in checkpoints]
 
 
-def _without_plan(provenance: Provenance) -> Provenance:
-    kept = {name: value for name, value in provenance.fingerprints.items() if name != "plan"}
+def _of_model(provenance: Provenance) -> Provenance:
+    """The record without what describes the training data: a trained model answers any prompt."""
+    kept = {
+        name: value
+        for name, value in provenance.fingerprints.items()
+        if name != "plan" and not name.startswith("templates/")
+    }
     return replace(provenance, fingerprints=kept)
 
 

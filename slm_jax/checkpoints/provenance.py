@@ -22,8 +22,8 @@ class Provenance:
       format_version: of the checkpoint.
       packages: package name -> version.
       config: the operative configuration as text.
-      fingerprints: what must be the same to go on: `plan`, `tokenizer`, `templates`, one entry for each
-        frozen checkpoint (`foundation/llm`), and whatever else a run depends on.
+      fingerprints: what must be the same to go on: `plan`, `tokenizer/<feature>`, `templates/<task>`,
+        one entry for each frozen checkpoint (`foundation/llm`), and whatever else a run depends on.
     """
 
     format_version: int = FORMAT_VERSION
@@ -88,7 +88,9 @@ def check_provenance(saved: Provenance, current: Provenance, where: str) -> list
     Raises:
       UserError: a fingerprint differs, is missing, or is new; the first one is named.
     """
-    for name in sorted(saved.fingerprints.keys() | current.fingerprints.keys()):
+    # The plan last: it differs whenever the data does, and another name says why.
+    names = saved.fingerprints.keys() | current.fingerprints.keys()
+    for name in sorted(names, key=lambda name: (name == "plan", name)):
         before, now = saved.fingerprints.get(name), current.fingerprints.get(name)
         if before != now:
             raise UserError(

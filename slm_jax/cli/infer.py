@@ -46,7 +46,10 @@ def main(args: argparse.Namespace) -> int:
     wired = Wiring(load_run(args.run, args.gin_bindings))
     vocabulary = wired.vocabulary("targets")
     prompt = prompt_tokens(wired.vocabulary("inputs"), args.prompt)
-    references = _of_files(args.audio, prompt) if args.audio else _of_manifest(args.manifest, prompt)
+    room = wired.run.data.feature_lengths.get("speech")
+    if room is None:
+        raise UserError(f"{args.run} is a run without speech: its TASK_FEATURE_LENGTHS lacks 'speech'")
+    references = _of_files(args.audio, prompt, room) if args.audio else _of_manifest(args.manifest, prompt)
     answer = wired.predict(
         wired.trained_variables(args.step), rows=min(len(references), 16), max_tokens=args.max_tokens
     )
@@ -59,22 +62,28 @@ def main(args: argparse.Namespace) -> int:
     for reference, prediction, text in zip(references, predictions, texts, strict=True):
         if prediction.rejected:
             rejected.append(f"{reference.audio}: {_why(prediction)}")
-        else:
-            print(text)
+        # A file without an answer has an empty line, so that line n belongs to file n.
+        print("" if prediction.rejected else text)
     if rejected:
         raise UserError("--audio " + "; ".join(rejected))
     return 0
 
 
-def _of_files(paths: list[str], prompt) -> "list[Reference]":
-    from slm_jax.data.audio_files import count_samples
-    from slm_jax.data.references import Reference
+def _of_files(paths: list[str], prompt, room: int) -> "list[Reference]":
+    from slm_jax.data.audio_files import load_audio
+    from slm_jax.data.references import SAMPLE_RATE, Reference
 
     references = []
     for path in paths:
         try:
-            samples = count_samples(path)
+            # Decoded, not read from the header, which a pipe leaves empty and a cut file has of the whole.
+            samples = len(load_audio(path, room))
         except BadExample as bad:
+            if bad.reason == "too_long":
+                bad = BadExample(
+                    "speech_too_long",
+                    f"longer than {room / SAMPLE_RATE:g} s, the run's TASK_FEATURE_LENGTHS['speech']",
+                )
             raise UserError(f"--audio {path}: {bad.reason} ({bad.detail})") from None
         references.append(Reference(path, path, samples, prompt, prompt[:0], "infer", ""))
     return references

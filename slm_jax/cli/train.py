@@ -106,6 +106,17 @@ def _check_outputs(run: Run, wired: Wiring) -> None:
             raise UserError(f"run.Run.save_foundations has part {part!r}{nearest(part, parts)}")
         if subtree(wired.shapes.state.params, parts[part].path) is None:
             raise UserError(f"run.Run.save_foundations has part {part!r}, which is frozen in this run")
+        directory = run.path(run.save_foundations[part])
+        if (directory / RECORD_FILE).is_file() and _newest_step(run) < run.loop.train_steps:
+            raise UserError(
+                f"{directory} holds a {part} already, and a foundation model is never overwritten; remove it "
+                "or name another directory"
+            )
+
+
+def _newest_step(run: Run) -> int:
+    folder = run.path(run.model_dir) / "checkpoints"
+    return max((int(path.name) for path in folder.glob("*") if path.name.isdigit()), default=0)
 
 
 def _save_foundations(run: Run, result: TrainResult) -> None:

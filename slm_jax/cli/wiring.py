@@ -316,14 +316,16 @@ def _register(run: Run) -> None:
 
 def _template_fingerprints(mixture_or_task: Any) -> dict[str, str]:
     """Fingerprints of the prompt templates of those tasks that have any, named `templates/<task>`."""
-    from slm_jax.data.preprocessors import templates_fingerprint
+    from slm_jax.data.preprocessors import render_prompts, templates_fingerprint
 
     tasks = getattr(mixture_or_task, "tasks", [mixture_or_task])
     return {
-        f"templates/{task.name}": templates_fingerprint(step.keywords["templates"])
+        f"templates/{task.name}": templates_fingerprint(
+            [*step.keywords["templates"], step.keywords["target"]]
+        )
         for task in tasks
         for step in task.preprocessors
-        if isinstance(step, functools.partial) and "templates" in step.keywords
+        if isinstance(step, functools.partial) and step.func is render_prompts
     }
 
 

@@ -7,8 +7,8 @@ Rules, each counted by the iterator:
   count of clipped samples is returned;
 - audio that is at most one hop (10 ms) longer than its reference says is trimmed to the reference,
   as written durations are rounded; anything longer is a bad example;
-- audio more than 100 ms shorter than its reference is a bad example too: WAV, Ogg and MP3 files that break
-  off decode without an error, and a lossy codec's padding is shorter than that.
+- audio more than 250 ms shorter than its reference is a bad example too: WAV, Ogg and MP3 files that break
+  off decode without an error. Durations that count an MP3's frames are longer by up to 200 ms (at 8 kHz).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from slm_jax.data.references import SAMPLE_RATE, Reference
 from slm_jax.errors import BadExample
 
 HOP = SAMPLE_RATE // 100
-MOST_MISSING = SAMPLE_RATE // 10
+MOST_MISSING = SAMPLE_RATE // 4
 LOWEST_RATE, HIGHEST_RATE = 1_000, 768_000
 
 REASONS = (

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from slm_jax.data.references import SPEECH, Reference
+from slm_jax.data.references import SAMPLE_RATE, SPEECH, Reference
 from slm_jax.errors import BadExample, UserError, nearest
 
 FEATURES = ("speech", "inputs", "targets", "layout")
@@ -145,8 +145,10 @@ class BatchShape:
         """Returns why a reference does not fit into a row of its own, or None where it fits."""
         tokens = reference.input_tokens
         positions = self.speech_positions(reference.samples)
+        if reference.samples > self.samples:
+            seconds, room = (samples / SAMPLE_RATE for samples in (reference.samples, self.samples))
+            return BadExample("speech_too_long", f"{seconds:g} s, the row holds {room:g} s of speech")
         for reason, size, room, unit in (
-            ("speech_too_long", reference.samples, self.samples, "samples"),
             ("inputs_too_long", tokens, self.inputs, "tokens"),
             ("targets_too_long", len(reference.targets), self.targets, "tokens"),
             ("layout_too_long", positions + tokens, self.layout, "positions"),

@@ -17,7 +17,10 @@ from slm_jax.errors import UserError
 from slm_jax.partitioning.mesh import make_mesh
 from slm_jax.training.state import DataCursor, TrainState
 
-PROVENANCE = make_provenance("lr = 1", {"plan": "p1", "foundation/llm": "f1", "tokenizer": "t1"})
+PROVENANCE = make_provenance(
+    "lr = 1",
+    {"plan": "p1", "foundation/llm": "f1", "tokenizer/targets": "t1", "templates/asr": "a1"},
+)
 
 
 def make_state(rng: np.random.Generator, sharding=None, width: int = 8) -> TrainState:
@@ -102,7 +105,7 @@ def test_restores_params_alone(tmp_path, rng):
         checkpoints.restore_params(abstract(make_state(rng, width=4)).params)
 
 
-@pytest.mark.parametrize("name", ["plan", "foundation/llm", "tokenizer"])
+@pytest.mark.parametrize("name", ["plan", "foundation/llm", "tokenizer/targets", "templates/asr"])
 def test_another_fingerprint_is_refused_by_name(tmp_path, rng, name):
     state = make_state(rng)
     checkpoints = RunCheckpoints(tmp_path)
@@ -110,6 +113,26 @@ def test_another_fingerprint_is_refused_by_name(tmp_path, rng, name):
     other = dataclasses.replace(PROVENANCE, fingerprints={**PROVENANCE.fingerprints, name: "other"})
     with pytest.raises(UserError, match=f"made with another {name}"):
         checkpoints.restore(abstract(state), other)
+    # The plan differs with whatever its rows are made of, which is what should be named.
+    other.fingerprints["plan"] = "other"
+    with pytest.raises(UserError, match=f"made with another {name}"):
+        checkpoints.restore(abstract(state), other)
+
+
+@pytest.mark.parametrize(
+    ("name", "needed"), [("plan", False), ("templates/asr", False), ("foundation/llm", True)]
+)
+def test_a_trained_model_is_used_with_other_data_and_prompts(tmp_path, rng, name, needed):
+    state = make_state(rng)
+    checkpoints = RunCheckpoints(tmp_path)
+    save_all(checkpoints, state, {1: None})
+    other = dataclasses.replace(PROVENANCE, fingerprints={**PROVENANCE.fingerprints, name: "other"})
+    if needed:
+        with pytest.raises(UserError, match=f"made with another {name}"):
+            checkpoints.restore_params(abstract(state).params, other)
+    else:
+        params = checkpoints.restore_params(abstract(state).params, other)
+        jax.tree.map(np.testing.assert_array_equal, params, state.params)
 
 
 def test_other_versions_and_configuration_are_notes(tmp_path, rng):

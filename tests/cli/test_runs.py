@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import soundfile
 
-STEPS = 9
+STEPS = 12
 # Often enough that a kill at a random step loses some steps and keeps some.
 SAVING = ("CHECKPOINT_PERIOD=3", "loop.LoopConfig.log_ids=True")
 
@@ -33,7 +33,8 @@ def whole(workshop, tmp_path_factory) -> Path:
 def test_a_killed_run_goes_on_bit_for_bit(workshop, whole, tmp_path, rng):
     run = tmp_path / "run"
     words = workshop.train_words(run, STEPS, SAVING)
-    kill_at = int(rng.integers(4, STEPS))
+    # A step past the second save, which waits for the first one to be complete.
+    kill_at = int(rng.integers(7, STEPS - 1))
     process = workshop.start(words)
     try:
         steps, deadline = run / "steps.jsonl", time.monotonic() + 300
@@ -92,12 +93,35 @@ def test_the_checkpoint_holds_the_adapter_alone(whole):
     assert bytes_saved < 1_000_000
 
 
+def test_the_checkpoint_records_what_the_run_depends_on(whole):
+    record = json.loads((whole / "checkpoints" / str(STEPS) / "record" / "metadata").read_text())
+    expected = {
+        "plan",
+        "foundation/llm",
+        "foundation/speech_encoder",
+        "tokenizer/inputs",
+        "tokenizer/targets",
+    }
+    expected |= {"templates/demo_asr", "templates/demo_ast_de"}
+    assert set(record["provenance"]["fingerprints"]) == expected
+
+
 def test_infer_prints_the_text_alone(workshop, whole):
     audio = sorted((workshop.folder / "corpus" / "audio" / "test").glob("*.flac"))[:2]
     words = ["infer", "--run", str(whole), "--prompt", "Transcribe the speech:", "--max_tokens", "4"]
     done = workshop.slm([*words, "--audio", *map(str, audio)])
     assert done.status == 0, done.err
     assert done.out.count("\n") == 2
+
+
+def test_infer_answers_what_a_cut_file_still_holds(workshop, whole, tmp_path, rng):
+    soundfile.write(tmp_path / "a.mp3", 0.1 * rng.standard_normal(48_000), 16_000)
+    sound = (tmp_path / "a.mp3").read_bytes()
+    (tmp_path / "a.mp3").write_bytes(sound[: len(sound) // 2])
+    words = ["infer", "--run", str(whole), "--prompt", "Transcribe the speech:", "--max_tokens", "4"]
+    done = workshop.slm([*words, "--audio", str(tmp_path / "a.mp3")])
+    assert done.status == 0, done.err
+    assert done.out.count("\n") == 1
 
 
 @pytest.mark.parametrize(
@@ -157,6 +181,23 @@ def test_a_run_is_not_gone_on_with_as_another(workshop, whole, more, told):
     assert told in done.err
     kept = {path: path.read_bytes() for path in before if path.exists()}
     assert {p for p in before if kept.get(p) != before[p]} == set()
+
+
+def test_a_foundation_is_not_overwritten_and_that_is_said_before_training(workshop, tmp_path):
+    taken = workshop.folder / "speech_encoder"
+    before = {path: path.read_bytes() for path in taken.rglob("*") if path.is_file()}
+    places = {"CORPUS_DIR": workshop.folder / "corpus", "MODEL_DIR": tmp_path / "run"}
+    places["SPEECH_ENCODER_OUTPUT"] = taken
+    bindings = [
+        "TRAIN_STEPS=3",
+        "WARMUP_STEPS=1",
+        *(f"{name}={str(path)!r}" for name, path in places.items()),
+    ]
+    flags = [f"--gin.{binding}" for binding in bindings]
+    done = workshop.slm(["train", "--gin_file", "recipes/demo_encoder.gin", *flags])
+    assert done.status == 2, done.err
+    assert "never overwritten" in done.err and not (tmp_path / "run").exists()
+    assert {path: path.read_bytes() for path in taken.rglob("*") if path.is_file()} == before
 
 
 def test_a_folder_of_something_else_is_not_taken(workshop, tmp_path):

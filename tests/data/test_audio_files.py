@@ -126,13 +126,13 @@ def test_flac_that_breaks_off_is_unreadable(tmp_path: Path, rng: np.random.Gener
 @pytest.mark.parametrize("suffix", ["wav", "ogg", "mp3"])
 def test_a_file_that_was_cut_off_is_shorter_than_its_reference(tmp_path: Path, suffix: str, rng):
     path = tmp_path / f"a.{suffix}"
-    # Noise: a tone is a page of Ogg, and cut off it is nothing.
-    soundfile.write(path, 0.1 * rng.standard_normal(48_000), 16_000)
+    # Noise, as a tone is one page of Ogg; the first page lasts about a second.
+    soundfile.write(path, 0.1 * rng.standard_normal(160_000), 16_000)
     whole = path.read_bytes()
-    assert abs(len(load_utterance(reference(path, 48_000)).samples) - 48_000) < MOST_MISSING
-    path.write_bytes(whole[: round(len(whole) * rng.uniform(0.3, 0.9))])
+    assert abs(len(load_utterance(reference(path, 160_000)).samples) - 160_000) < MOST_MISSING
+    path.write_bytes(whole[: round(len(whole) * rng.uniform(0.5, 0.9))])
     with pytest.raises(BadExample) as error:
-        load_utterance(reference(path, 48_000))
+        load_utterance(reference(path, 160_000))
     assert reason(error) == "shorter_than_reference"
     assert "break off" in error.value.detail
 

@@ -27,7 +27,8 @@ class TextObjective:
         tolerates the output of a speech adapter, and tells a young adapter far more.
       embedding_blur: half of the rows have their embeddings averaged with those of neighbouring positions,
         by a Gaussian whose standard deviation in positions each row draws between 0 and this. A young
-        adapter knows what was said before it knows where: an LLM that reads blurred text tells it.
+        adapter knows what was said before it knows where: an LLM that reads blurred text tells it. Noise
+        and blur cover the whole input, the prompt too.
 
     Raises:
       UserError: the noise or the blur is negative.
@@ -40,19 +41,6 @@ class TextObjective:
         self.model = model
         self.embedding_noise = embedding_noise
         self.embedding_blur = embedding_blur
-
-    def _spoilt(self, rng: jax.Array) -> Callable[[jax.Array, jax.Array], jax.Array]:
-        """Returns what blurs and adds noise to embeddings [B, L, D], given their segment ids [B, L]."""
-        blur_rng, noise_rng = jax.random.split(rng)
-
-        def spoil(embeddings_BLD: jax.Array, segment_ids_BL: jax.Array) -> jax.Array:
-            if self.embedding_blur:
-                embeddings_BLD = blurred(embeddings_BLD, segment_ids_BL, self.embedding_blur, blur_rng)
-            if self.embedding_noise:
-                embeddings_BLD = noisy(embeddings_BLD, self.embedding_noise, noise_rng)
-            return embeddings_BLD
-
-        return spoil
 
     @property
     def parts(self) -> dict[str, Part]:
@@ -76,13 +64,26 @@ class TextObjective:
         scores: Any = self.model.apply(
             {"params": params},
             batch,
-            self._spoilt(spoil_rng),
+            self._spoiler(spoil_rng),
             deterministic=False,
             rngs={"dropout": dropout_rng},
             method=_score,
         )
         losses_BT, correct_BT = scores
         return weighted_token_sums(losses_BT, correct_BT, batch["loss_weights"])
+
+    def _spoiler(self, rng: jax.Array) -> Callable[[jax.Array, jax.Array], jax.Array]:
+        """Returns what blurs and adds noise to embeddings [B, L, D], given their segment ids [B, L]."""
+        blur_rng, noise_rng = jax.random.split(rng)
+
+        def spoil(embeddings_BLD: jax.Array, segment_ids_BL: jax.Array) -> jax.Array:
+            if self.embedding_blur:
+                embeddings_BLD = blurred(embeddings_BLD, segment_ids_BL, self.embedding_blur, blur_rng)
+            if self.embedding_noise:
+                embeddings_BLD = noisy(embeddings_BLD, self.embedding_noise, noise_rng)
+            return embeddings_BLD
+
+        return spoil
 
 
 def _score(
@@ -94,7 +95,9 @@ def _score(
     deterministic: bool = True,
 ) -> tuple[jax.Array, jax.Array]:
     segment_ids_BL = batch["layout_segment_ids"]
-    embeddings_BLD = spoil(lay_out(model.embed(batch["inputs"]), batch["layout"]), segment_ids_BL)
+    embeddings_BLD = lay_out(model.embed(batch["inputs"]), batch["layout"])
+    if spoil is not None:
+        embeddings_BLD = spoil(embeddings_BLD, segment_ids_BL)
     encoded_BLD = model.encode(embeddings_BLD, segment_ids_BL, deterministic)
     hidden_BTD = model.decode(
         encoded_BLD,
@@ -108,7 +111,7 @@ def _score(
 
 
 def noisy(embeddings_BLD: jax.Array, most: float, rng: jax.Array) -> jax.Array:
-    """Adds Gaussian noise to embeddings; each keeps its RMS.
+    """Adds Gaussian noise to embeddings; on average each keeps its RMS.
 
     Args:
       embeddings_BLD: what to spoil.
