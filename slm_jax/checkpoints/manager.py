@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import absl.logging
 import jax
 import orbax.checkpoint as ocp
 
@@ -120,17 +121,24 @@ class RunCheckpoints:
         elif not (self._directory / MARKER_FILE).is_file():
             raise UserError(f"{self._directory} holds no checkpoints of a run")
         self._policy = KeepLastAndBest(keep_last, keep_best, best_metric, best_mode)
-        options = ocp.CheckpointManagerOptions(
-            # Orbax keeps metrics only where it is told how to rank by them; the policy does the ranking.
-            best_fn=self._policy.score if keep_best else None,
-            preservation_policy=self._policy,
-            cleanup_tmp_directories=not read_only,
-            create=False,
-            read_only=read_only,
-        )
-        self._manager = ocp.CheckpointManager(
-            self._directory, options=options, item_names=("state", "record")
-        )
+        # Orbax warns that what is opened to be read is read-only.
+        level = absl.logging.get_verbosity()
+        if read_only:
+            absl.logging.set_verbosity(absl.logging.ERROR)
+        try:
+            options = ocp.CheckpointManagerOptions(
+                # Orbax keeps metrics only where it is told how to rank by them; the policy does the ranking.
+                best_fn=self._policy.score if keep_best else None,
+                preservation_policy=self._policy,
+                cleanup_tmp_directories=not read_only,
+                create=False,
+                read_only=read_only,
+            )
+            self._manager = ocp.CheckpointManager(
+                self._directory, options=options, item_names=("state", "record")
+            )
+        finally:
+            absl.logging.set_verbosity(level)
 
     @property
     def directory(self) -> Path:

@@ -41,10 +41,12 @@ def main(args: argparse.Namespace) -> int:
     # JAX and TensorFlow load here, after the flags were found right.
     from slm_jax.cli.run import load_run
     from slm_jax.cli.wiring import Wiring
-    from slm_jax.data.preprocessors import prompt_tokens
 
     wired = Wiring(load_run(args.run, args.gin_bindings))
     vocabulary = wired.vocabulary("targets")
+    # After the tasks, which bring TensorFlow in quietly.
+    from slm_jax.data.preprocessors import prompt_tokens
+
     prompt = prompt_tokens(wired.vocabulary("inputs"), args.prompt)
     room = wired.run.data.feature_lengths.get("speech")
     if room is None:

@@ -112,6 +112,7 @@ def test_infer_prints_the_text_alone(workshop, whole):
     done = workshop.slm([*words, "--audio", *map(str, audio)])
     assert done.status == 0, done.err
     assert done.out.count("\n") == 2
+    assert done.err == ""
 
 
 def test_infer_answers_what_a_cut_file_still_holds(workshop, whole, tmp_path, rng):

@@ -102,7 +102,7 @@ def test_bad_examples_are_rejected_with_their_reason_and_harm_no_other(predictor
     answers = predictor(asked)
     assert answers[1] == Prediction([], Rejected("unreadable_audio", "3.wav: not a sound"))
     assert answers[4].rejected == Rejected("inputs_too_long", "10 tokens, the row holds 9")
-    assert answers[6].rejected == Rejected("speech_too_long", "0.400063 s, the row holds 0.4 s of speech")
+    assert answers[6].rejected == Rejected("speech_too_long", "0.400062 s, the row holds 0.4 s of speech")
     for n in (0, 2, 3, 5):
         assert answers[n] == Prediction(repeated(asked[n]))
 
