@@ -1,4 +1,5 @@
 # make quickstart   train the main job on the embedded default, from nothing, in minutes
+# make foundation   train the shipped encoder and T5 again, in half an hour, and score them as quickstart does
 # make test         lint and the whole suite
 # make lint         ruff and pyright alone
 # PYTHON=...        a Python 3.11 or 3.12 to build .venv from; only its standard library is needed
@@ -9,6 +10,7 @@ PYTHON ?= $(shell for python in python3 python3.11 python3.12; do \
 	$$python -c '$(USABLE)' 2>/dev/null && { echo $$python; break; }; done)
 VENV := .venv
 RUN_DIR ?= runs/quickstart
+FOUNDATION_DIR ?= runs/foundation
 WORKERS ?= 2
 INSTALL := $(VENV)/bin/python -m pip --disable-pip-version-check install --quiet --constraint requirements.lock
 DECLARED := setup.py pyproject.toml requirements.lock
@@ -21,10 +23,20 @@ export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax-compilation
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
 .DELETE_ON_ERROR:
-.PHONY: quickstart test lint
+.PHONY: quickstart foundation test lint
 
 quickstart: $(VENV)/installed-demo
 	$(VENV)/bin/slm quickstart --run_dir $(RUN_DIR)
+
+foundation: $(VENV)/installed-demo
+	$(VENV)/bin/slm demo --to $(FOUNDATION_DIR)/corpus
+	$(VENV)/bin/slm train --gin_file recipes/demo_t5.gin --gin.CORPUS_DIR="'$(FOUNDATION_DIR)/corpus'" \
+		--gin.MODEL_DIR="'$(FOUNDATION_DIR)/t5_run'" --gin.LLM_OUTPUT="'$(FOUNDATION_DIR)/llm'"
+	$(VENV)/bin/slm train --gin_file recipes/demo_encoder.gin --gin.CORPUS_DIR="'$(FOUNDATION_DIR)/corpus'" \
+		--gin.MODEL_DIR="'$(FOUNDATION_DIR)/encoder_run'" \
+		--gin.SPEECH_ENCODER_OUTPUT="'$(FOUNDATION_DIR)/speech_encoder'"
+	$(VENV)/bin/slm quickstart --foundation $(FOUNDATION_DIR) --demo_dir $(FOUNDATION_DIR) --preset default \
+		--run_dir $(FOUNDATION_DIR)/quickstart
 
 test: lint
 	$(VENV)/bin/python -m pytest -n $(WORKERS) --dist worksteal --timeout 900 --durations 15

@@ -42,7 +42,7 @@ RIVALS = ["torch==2.13.0", "transformers>=5.0"]
 EXTRAS = {
     "tpu": ["jax[tpu]"],
     "cuda": ["jax[cuda13]"],
-    "demo": ["espeakng-loader>=0.2.4"],
+    "demo": ["espeakng-loader>=0.2.4", "matplotlib>=3.9"],
     "test": [
         *RIVALS,
         "build>=1.2",
@@ -68,7 +68,7 @@ setup(
     # seqio's editdistance has no wheel for 3.13.
     python_requires=">=3.11,<3.13",
     packages=find_packages(include=["slm_jax", "slm_jax.*"]),
-    package_data={"slm_jax": ["gin/**/*.gin"]},
+    package_data={"slm_jax": ["gin/**/*.gin", "demo/models/**"]},
     install_requires=RUN_TIME,
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["slm = slm_jax.cli.main:main"]},

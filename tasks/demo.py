@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from slm_jax.demo import prompts
+from slm_jax.demo import prompts, sentences
 from slm_jax.demo.vocabulary import vocabularies
 from slm_jax.errors import UserError
+from slm_jax.evaluation import metrics
 from slm_jax.tasks.asr import register_asr
 from slm_jax.tasks.ast import register_ast
 from slm_jax.tasks.instruction import register_instruction, register_span_corruption
@@ -18,9 +19,12 @@ from slm_jax.tasks.registration import register_mixture, register_proportional_m
 # A T5 that has met this answers far better from an adapter's output.
 ADAPTER_LIKE_NOISE: Mapping[str, float] = {"drop": 0.03, "double": 0.15, "unknown": 0.04, "replace": 0.04}
 
-SPEECH_TASKS = ("demo_asr", "demo_ast_de", "demo_ast_es", "demo_slots")
+SPEECH_TASKS = ("demo_asr", "demo_ast_de", "demo_ast_es", "demo_slots", "demo_names", "demo_names_unlisted")
 ADAPTER_TASKS = ("demo_asr", "demo_ast_de")
-TEXT_TASKS = ("demo_text_repeat", "demo_text_translate_de", "demo_text_translate_es", "demo_text_slots")
+TEXT_TASKS = (
+    "demo_text_repeat", "demo_text_translate_de", "demo_text_translate_es", "demo_text_slots",
+    "demo_text_names",
+)  # fmt: skip
 SPANS_TASK = "demo_text_spans"
 
 
@@ -34,9 +38,11 @@ def register(
     """Registers all tasks and mixtures of a corpus; returns the name of the speech mixture.
 
     Spoken: `demo_ctc` (pieces of the encoder's CTC head), `demo_asr`, `demo_ast_de`, `demo_ast_es`,
-    `demo_slots`; the mixtures `demo_speech` of the last four and `demo_adapter` of the first two of them.
-    Text: `demo_text_repeat`, `demo_text_translate_de`, `demo_text_translate_es`, `demo_text_slots`, each also
-    as `..._noisy`, and `demo_text_spans`; the mixture `demo_text` of all.
+    `demo_slots`; for evaluation alone `demo_names` (recognition of sentences with an invented name, given a
+    list that holds it) and `demo_names_unlisted` (the same without the list); the mixtures `demo_speech` of
+    all but the first and `demo_adapter` of `demo_asr` and `demo_ast_de`.
+    Text: `demo_text_repeat`, `demo_text_translate_de`, `demo_text_translate_es`, `demo_text_slots`,
+    `demo_text_names`, each also as `..._noisy`, and `demo_text_spans`; the mixture `demo_text` of all.
 
     Args:
       corpus_dir: made by `slm_jax.demo.corpus.build_corpus`.
@@ -83,6 +89,20 @@ def _register_speech(corpus: Path, vocabulary: Path, ctc_vocabulary: Path) -> No
         templates=prompts.QUESTION,
         target="{answer}",
     )
+    named = {split: corpus / f"names_{name}.jsonl" for split, name in _SPLITS.items() if name != "train"}
+    for name, templates in (("demo_names", prompts.NAMES), ("demo_names_unlisted", prompts.ASR)):
+        register_asr(
+            name,
+            manifests=named,
+            vocabulary=vocabulary,
+            templates=templates,
+            metric_fns=(invented_word_recall, "wer"),
+        )
+
+
+def invented_word_recall(targets: Sequence[str], predictions: Sequence[str]) -> dict[str, float]:
+    """`rare_word_recall` of the words that the corpus's own sentences lack."""
+    return metrics.rare_word_recall(targets, predictions, common_words=sentences.words())
 
 
 def _register_text(corpus: Path, vocabulary: Path, noise: Mapping[str, float]) -> None:
@@ -99,6 +119,17 @@ def _register_text(corpus: Path, vocabulary: Path, noise: Mapping[str, float]) -
             )
         register_instruction(
             f"demo_text_slots{suffix}", templates=prompts.QUESTION, target="{answer}", **asked
+        )
+        # What is heard is not what was said: the list tells how it is written.
+        listed = {
+            split: corpus / f"text_names_{path.stem.removeprefix('text_')}.jsonl"
+            for split, path in manifests.items()
+        }
+        register_asr(
+            f"demo_text_names{suffix}",
+            templates=prompts.NAMES,
+            transcript="{heard}",
+            **{**asked, "manifests": listed},
         )
     register_span_corruption(SPANS_TASK, manifests=manifests, vocabulary=vocabulary)
 

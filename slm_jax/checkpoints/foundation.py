@@ -4,7 +4,7 @@ import json
 import shutil
 import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +22,13 @@ from slm_jax.checkpoints.parameters import (
     table_to_json,
 )
 from slm_jax.checkpoints.provenance import FORMAT_VERSION, check_format_version
+from slm_jax.checkpoints.safetensors import load_safetensors, save_safetensors
 from slm_jax.errors import UserError, nearest
 
 RECORD_FILE = "foundation.json"
 PARAMS_FOLDER = "params"
+PARAMS_FILE = "params.safetensors"
+FORMATS = ("orbax", "safetensors")
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,7 @@ class FoundationRecord:
       config: the model's configuration as plain values.
       fingerprint: of the parameters.
       parameters: shape and dtype of every parameter by path.
+      provenance: what it was made from and by (see `Provenance.to_json`); empty where that was not recorded.
     """
 
     directory: Path
@@ -45,6 +49,7 @@ class FoundationRecord:
     config: dict[str, Any]
     fingerprint: str
     parameters: ParameterTable
+    provenance: dict[str, Any] = field(default_factory=dict)
 
 
 def save_foundation(
@@ -54,6 +59,8 @@ def save_foundation(
     kind: str,
     config: Mapping[str, Any],
     files: Sequence[str | Path] = (),
+    provenance: Mapping[str, Any] | None = None,
+    format: str = "orbax",
 ) -> FoundationRecord:
     """Saves a model's parameters with its configuration; nothing that loads is left behind when killed.
 
@@ -63,19 +70,30 @@ def save_foundation(
       kind: the sort of model.
       config: its configuration as plain values (what JSON holds).
       files: files to copy next to the parameters, such as a tokenizer.
+      provenance: what the model was made from and by.
+      format: `orbax`, sharded and of any size, or `safetensors`, one file, for a model that one host holds.
 
     Raises:
-      UserError: the directory holds something, or cannot be written.
+      UserError: the directory holds something, or cannot be written, or the format is unknown.
     """
     directory = Path(directory).absolute()
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise UserError(
             f"{directory} exists and is not an empty directory; a foundation model is never overwritten"
         )
-    record = FoundationRecord(directory, kind, _plain(config), fingerprint(params), parameter_table(params))
+    if format not in FORMATS:
+        raise UserError(f"a foundation model has no format {format!r}{nearest(format, FORMATS)}")
+    record = FoundationRecord(
+        directory,
+        kind,
+        _plain(config),
+        fingerprint(params),
+        parameter_table(params),
+        _plain(provenance or {}),
+    )
     partial = directory.with_name(f".{directory.name}.partial-{_shared_suffix()}")
     try:
-        _write(partial, record, params, files)
+        _write(partial, record, params, files, format)
     except (OSError, ValueError) as error:
         if jax.process_index() == 0:
             shutil.rmtree(partial, ignore_errors=True)
@@ -105,6 +123,7 @@ def read_foundation(directory: str | Path) -> FoundationRecord:
             record["config"],
             record["fingerprint"],
             table_from_json(record["parameters"]),
+            record.get("provenance", {}),
         )
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is damaged: {_first_line(error)}") from error
@@ -136,6 +155,37 @@ def load_foundation(
     if config is not None:
         _check_config(record, _plain(config))
     check_parameters(record.parameters, parameter_table(abstract), str(record.directory), check_dtype=False)
+    params = _read(record, abstract)
+    found = fingerprint(params)
+    if found != record.fingerprint:
+        raise UserError(
+            f"{record.directory} is damaged: its parameters have fingerprint {found}, "
+            f"{RECORD_FILE} says {record.fingerprint}"
+        )
+    return params if dtype is None else _cast(params, dtype)
+
+
+def converted(params: Any, dtype: DTypeLike | None) -> Any:
+    """Returns parameters with floating ones in `dtype`; None keeps theirs."""
+
+    def convert(leaf: Any) -> Any:
+        floating = jax.numpy.issubdtype(leaf.dtype, jax.numpy.floating)
+        return leaf.astype(dtype) if floating else leaf
+
+    return params if dtype is None else jax.tree.map(convert, params)
+
+
+def _read(record: FoundationRecord, abstract: Any) -> Any:
+    """Returns the parameters as they are on disk, on the devices that `abstract` names."""
+    file = record.directory / PARAMS_FILE
+    if file.is_file():
+        # The table was found to be that of `abstract`, so the order of the leaves is the same.
+        leaves = jax.tree.leaves(load_safetensors(file))
+        treedef, places = jax.tree.structure(abstract), jax.tree.leaves(_with_shardings(abstract))
+        if len(leaves) != len(places):
+            raise UserError(f"{record.directory} is damaged: {PARAMS_FILE} has {len(leaves)} parameters")
+        placed = [jax.device_put(leaf, place.sharding) for leaf, place in zip(leaves, places, strict=True)]
+        return jax.tree.unflatten(treedef, placed)
     stored = jax.tree_util.tree_map_with_path(
         lambda path, leaf: jax.ShapeDtypeStruct(
             leaf.shape,
@@ -146,25 +196,25 @@ def load_foundation(
     )
     try:
         with ocp.StandardCheckpointer() as checkpointer:
-            params = checkpointer.restore(record.directory / PARAMS_FOLDER, _with_shardings(stored))
+            return checkpointer.restore(record.directory / PARAMS_FOLDER, _with_shardings(stored))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{record.directory} is damaged: {_first_line(error)}") from error
-    found = fingerprint(params)
-    if found != record.fingerprint:
-        raise UserError(
-            f"{record.directory} is damaged: its parameters have fingerprint {found}, "
-            f"{RECORD_FILE} says {record.fingerprint}"
-        )
-    return params if dtype is None else _cast(params, dtype)
 
 
-def _write(partial: Path, record: FoundationRecord, params: Any, files: Sequence[str | Path]) -> None:
+def _write(
+    partial: Path, record: FoundationRecord, params: Any, files: Sequence[str | Path], format: str
+) -> None:
     if jax.process_index() == 0:
         partial.mkdir(parents=True)
     _barrier("foundation folder")
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(partial / PARAMS_FOLDER, params)
-        checkpointer.wait_until_finished()
+    if format == "orbax":
+        with ocp.StandardCheckpointer() as checkpointer:
+            checkpointer.save(partial / PARAMS_FOLDER, params)
+            checkpointer.wait_until_finished()
+    elif jax.process_index() == 0:
+        save_safetensors(
+            partial / PARAMS_FILE, params, {"kind": record.kind, "fingerprint": record.fingerprint}
+        )
     _barrier("foundation parameters")
     if jax.process_index() == 0:
         for file in files:
@@ -176,6 +226,7 @@ def _write(partial: Path, record: FoundationRecord, params: Any, files: Sequence
                 "config": record.config,
                 "fingerprint": record.fingerprint,
                 "parameters": table_to_json(record.parameters),
+                "provenance": record.provenance,
             },
             indent=1,
         )

@@ -9,7 +9,7 @@ from slm_jax.errors import UserError
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of the command."""
     parser.add_argument("--to", required=True, metavar="DIR", help="folder of the corpus, made if need be")
-    parser.add_argument("--preset", default="default", metavar="NAME", help="size: default or tiny")
+    parser.add_argument("--preset", default="default", metavar="NAME", help="size: default, adapter or tiny")
 
 
 def main(args: argparse.Namespace) -> int:
@@ -21,7 +21,7 @@ def main(args: argparse.Namespace) -> int:
 
 
 def build(directory: str, preset: str) -> None:
-    """Builds corpus and vocabularies, or finds them built.
+    """Builds a corpus with the shipped vocabularies, or finds it built.
 
     Raises:
       UserError: unknown preset, the folder holds something else, or the extra `demo` is not installed.
@@ -29,4 +29,4 @@ def build(directory: str, preset: str) -> None:
     from slm_jax.demo import corpus, vocabulary
 
     corpus.build_corpus(directory, corpus.preset(preset), report=lambda line: print(line, file=sys.stderr))
-    vocabulary.build_vocabularies(directory)
+    vocabulary.place_vocabularies(directory)

@@ -11,6 +11,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--split", metavar="NAME", help="such as test; the run's own by default")
     parser.add_argument("--step", type=int, metavar="N", help="checkpoint to score; the newest by default")
     parser.add_argument("--output", metavar="DIR", help="for metrics and hypotheses; in the run by default")
+    parser.add_argument(
+        "--speech_as", metavar="WHAT", default="audio",
+        help="audio (the default); transcript: the LLM is given the true transcript in place of the speech, "
+        "the text topline; hypothesis: it is given what the model transcribes first, the cascade",
+    )  # fmt: skip
+    parser.add_argument(
+        "--transcribe_prompt", metavar="TEXT", default="Transcribe: {speech}",
+        help="what the cascade asks for its transcript",
+    )  # fmt: skip
     parser.epilog = "The run's configuration can be overridden by --gin.NAME=value."
 
 
@@ -24,9 +33,10 @@ def main(args: argparse.Namespace) -> int:
     wired = Wiring(run)
     split = args.split or run.evaluated().split
     evaluate = wired.evaluation(args.mixture, split)
-    results = evaluate(wired.trained_variables(args.step))
+    results = evaluate(wired.trained_variables(args.step), args.speech_as, args.transcribe_prompt)
     # What is scored is in the folder's name, so that no scores take the place of others.
-    name = "-".join(filter(None, [split, args.mixture, args.step and f"step{args.step}"]))
+    instead = args.speech_as if args.speech_as != "audio" else None
+    name = "-".join(filter(None, [split, args.mixture, args.step and f"step{args.step}", instead]))
     directory = Path(args.output) if args.output else run.path(run.model_dir) / "evaluation" / name
     write_results(results, directory)
     for task, result in results.items():

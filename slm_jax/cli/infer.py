@@ -48,10 +48,10 @@ def main(args: argparse.Namespace) -> int:
     from slm_jax.data.preprocessors import prompt_tokens
 
     prompt = prompt_tokens(wired.vocabulary("inputs"), args.prompt)
-    room = wired.run.data.feature_lengths.get("speech")
-    if room is None:
-        raise UserError(f"{args.run} is a run without speech: its TASK_FEATURE_LENGTHS lacks 'speech'")
-    references = _of_files(args.audio, prompt, room) if args.audio else _of_manifest(args.manifest, prompt)
+    room = wired.speech_room()
+    references = (
+        references_of_files(args.audio, prompt, room) if args.audio else _of_manifest(args.manifest, prompt)
+    )
     answer = wired.predict(
         wired.trained_variables(args.step), rows=min(len(references), 16), max_tokens=args.max_tokens
     )
@@ -71,7 +71,17 @@ def main(args: argparse.Namespace) -> int:
     return 0
 
 
-def _of_files(paths: list[str], prompt, room: int) -> "list[Reference]":
+def references_of_files(paths: list[str], prompt, room: int) -> "list[Reference]":
+    """Returns references that ask the same about each audio file.
+
+    Args:
+      paths: of the files.
+      prompt: int32 `inputs` of `preprocessors.prompt_tokens`.
+      room: most samples of one.
+
+    Raises:
+      UserError: a file that cannot be used; the reason is named.
+    """
     from slm_jax.data.audio_files import load_audio
     from slm_jax.data.references import SAMPLE_RATE, Reference
 

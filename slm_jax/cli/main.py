@@ -16,8 +16,9 @@ _COMMANDS = {
     "train": "Train what the gin files say; run again to resume.",
     "evaluate": "Score a run's model on a split of its mixture.",
     "infer": "Answer a prompt about audio files, or a manifest of them.",
+    "export": "Write a run's model as safetensors and StableHLO, checked against the live model.",
     "demo": "Make the embedded corpus and its vocabularies.",
-    "quickstart": "Corpus, foundation models, adapter, evaluation: the main job on the embedded default.",
+    "quickstart": "Corpus, adapter, evaluation: the main job on the embedded default.",
 }
 
 

@@ -8,16 +8,21 @@ import argparse
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from slm_jax.errors import check_whole
 
-ENCODER_RECIPE = "recipes/demo_encoder.gin"
-LLM_RECIPE = "recipes/demo_t5.gin"
-ADAPTER_RECIPE = "recipes/quickstart.gin"
+if TYPE_CHECKING:
+    from slm_jax.evaluation.report import TaskMetrics
+
+RECIPE = "recipes/quickstart.gin"
+# Where the hypotheses of each column of the table go; as `slm evaluate --split test` names them.
+_FOLDERS = {
+    "before": "before", "after": "test", "topline": "test-transcript", "cascade": "test-hypothesis",
+}  # fmt: skip
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,70 +30,114 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--run_dir", default="runs/quickstart", metavar="DIR", help="the run goes here")
     parser.add_argument(
         "--demo_dir", default="runs/demo", metavar="DIR",
-        help="corpus and foundation models go here, and are used again by the next run",
+        help="the corpus goes here, and is used again by the next run",
     )  # fmt: skip
-    parser.add_argument("--preset", default="default", metavar="NAME", help="corpus size: default or tiny")
     parser.add_argument(
-        "--steps", nargs=3, type=int, metavar=("ENCODER", "T5", "ADAPTER"),
-        help="training steps of the three models, in place of the recipes'",
+        "--foundation", metavar="DIR",
+        help="folder with the foundation models speech_encoder and llm; by default those of the package",
     )  # fmt: skip
+    parser.add_argument(
+        "--preset", default="adapter", metavar="NAME", help="corpus size: adapter, default or tiny"
+    )
+    parser.add_argument("--steps", type=int, metavar="N", help="training steps, in place of the recipe's")
+    parser.epilog = "The recipe can be overridden by --gin.NAME=value."
 
 
 def main(args: argparse.Namespace) -> int:
     """Runs the command."""
     from slm_jax.cli import demo
 
-    for name, number in zip(("ENCODER", "T5", "ADAPTER"), args.steps or (), strict=False):
-        check_whole(f"--steps {name}", number)
+    if args.steps is not None:
+        check_whole("--steps", args.steps)
     stages = _Stages()
     demo_dir, run_dir = Path(args.demo_dir).absolute(), Path(args.run_dir).absolute()
     corpus = demo_dir / "corpus"
     with stages("corpus", f"slm demo --to {shlex.quote(str(corpus))} --preset {args.preset}"):
         demo.build(str(corpus), args.preset)
 
-    steps = dict(zip(("encoder", "t5", "adapter"), args.steps or (), strict=False))
-    common = {"CORPUS_DIR": corpus}
-    encoder = common | {
-        "MODEL_DIR": demo_dir / "encoder_run",
-        "SPEECH_ENCODER_OUTPUT": demo_dir / "speech_encoder",
-    }
-    _train_stage(stages, "speech encoder", ENCODER_RECIPE, encoder, steps.get("encoder"))
-    llm = common | {"MODEL_DIR": demo_dir / "t5_run", "LLM_OUTPUT": demo_dir / "llm"}
-    _train_stage(stages, "T5", LLM_RECIPE, llm, steps.get("t5"))
+    bindings = [f"CORPUS_DIR={str(corpus)!r}", f"MODEL_DIR={str(run_dir)!r}"]
+    if args.foundation:
+        folder = Path(args.foundation).absolute()
+        bindings += [
+            f"SPEECH_ENCODER_CHECKPOINT={str(folder / 'speech_encoder')!r}",
+            f"LLM_CHECKPOINT={str(folder / 'llm')!r}",
+        ]
+    if args.steps is not None:
+        # A warm-up longer than the training is no schedule, and the last step is evaluated in any case.
+        bindings += [f"TRAIN_STEPS={args.steps}", f"WARMUP_STEPS={max(1, args.steps // 10)}"]
+    bindings += args.gin_bindings
 
-    adapter = common | {
-        "MODEL_DIR": run_dir,
-        "SPEECH_ENCODER_CHECKPOINT": demo_dir / "speech_encoder",
-        "LLM_CHECKPOINT": demo_dir / "llm",
-    }
-    run = _parse(ADAPTER_RECIPE, adapter, steps.get("adapter"))
+    from slm_jax.cli import gin_config
+    from slm_jax.cli.run import Run
     from slm_jax.cli.train import train
     from slm_jax.cli.wiring import Wiring
     from slm_jax.evaluation.evaluator import write_results
     from slm_jax.evaluation.report import print_report, write_summary
 
-    wired = Wiring(run)
-    with stages("evaluation before", None):
+    with stages("loading", None):
+        gin_config.parse([RECIPE], bindings)
+        run = gin_config.build(Run)
+        wired = Wiring(run)
         score = wired.evaluation(None, "test")
-        before = score(wired.fresh_variables())
-    with stages("adapter", _command(ADAPTER_RECIPE, adapter, steps.get("adapter"))):
+    evaluate = f"slm evaluate --run {shlex.quote(str(run_dir))} --split test"
+    results = {}
+    with stages("evaluation before", None):
+        results["before"] = score(wired.fresh_variables())
+    flags = " ".join(shlex.quote(f"--gin.{binding}") for binding in bindings)
+    with stages("adapter", f"slm train --gin_file {RECIPE} {flags}"):
         train(run, wired)
-    with stages("evaluation after", f"slm evaluate --run {shlex.quote(str(run_dir))} --split test"):
-        after = score(wired.trained_variables())
-    write_results(before, run_dir / "evaluation" / "before")
-    write_results(after, run_dir / "evaluation" / "test")
-    scores_before, scores_after = (
-        {name: result.metrics for name, result in results.items()} for results in (before, after)
-    )
-    write_summary(run_dir / "summary.json", scores_before, scores_after, stages.seconds)
-    print_report(scores_before, scores_after, after)
-    example = next(iter(after.values())).hypotheses[0]
+    variables = wired.trained_variables()
+    with stages("evaluation after", evaluate):
+        results["after"] = score(variables)
+    with stages("text topline", f"{evaluate} --speech_as transcript"):
+        results["topline"] = score(variables, "transcript")
+    with stages("cascade", f"{evaluate} --speech_as hypothesis"):
+        results["cascade"] = score(variables, "hypothesis")
+    picture = run_dir / "curves.png"
+    columns = {name: {task: r.metrics for task, r in scored.items()} for name, scored in results.items()}
+    with stages("picture", None):
+        draw_curves(run_dir, picture, columns["topline"])
+    for name, scored in results.items():
+        write_results(scored, run_dir / "evaluation" / _FOLDERS[name])
+    write_summary(run_dir / "summary.json", columns, stages.seconds)
+    print()
+    print_report(columns, results["after"])
+    example = next(iter(results["after"].values())).hypotheses[0]
     print(
-        "\nTry it on a recording of your own:\n"
+        f"\nThe curves are in {picture}, all hypotheses in {run_dir / 'evaluation'}.\n"
+        "Try it on a recording of your own:\n"
         f"  {sys.argv[0]} infer --run {shlex.quote(args.run_dir)} --audio {shlex.quote(example.audio or '')} "
         f"--prompt {shlex.quote(example.prompt)}"
     )
     return 0
+
+
+def draw_curves(run_dir: Path, picture: Path, topline: "TaskMetrics") -> None:
+    """Draws loss, error rate and what was never trained with speech over the steps of a quickstart."""
+    from slm_jax.evaluation.picture import Panel, draw, losses, scores
+
+    unseen = {
+        "en-es BLEU": ("demo_ast_es", "bleu"),
+        "slot questions, % right": ("demo_slots", "exact_match"),
+        "listed names, % right": ("demo_names", "rare_word_recall"),
+    }
+    trained = {"en-de BLEU": ("demo_ast_de", "bleu")}
+    panels = [
+        Panel("word error rate, %", {"demo_asr": "demo_asr/wer"}, ceiling=100),
+        *(
+            Panel(
+                title,
+                {legend: "/".join(name) for legend, name in shown.items()},
+                {legend: topline.get(task, {}).get(metric, 0) for legend, (task, metric) in shown.items()},
+                ceiling=105,
+            )
+            for title, shown in (
+                ("trained with speech (dotted: text topline)", trained),
+                ("never trained with speech (dotted: text topline)", unseen),
+            )
+        ),
+    ]
+    draw(picture, losses(run_dir), scores(run_dir), panels, "Training the adapter; scores on dev")
 
 
 class _Stages:
@@ -104,33 +153,3 @@ class _Stages:
         yield
         self.seconds[name] = round(time.monotonic() - began, 1)
         print(f"== {name}: {self.seconds[name]:.0f} s", flush=True)
-
-
-def _train_stage(
-    stages: Callable[..., Any], name: str, recipe: str, macros: dict[str, Path], steps: int | None
-) -> None:
-    from slm_jax.cli.train import train
-
-    with stages(name, _command(recipe, macros, steps)):
-        train(_parse(recipe, macros, steps))
-
-
-def _parse(recipe: str, macros: dict[str, Path], steps: int | None):
-    from slm_jax.cli import gin_config
-    from slm_jax.cli.run import Run
-
-    gin_config.parse([recipe], _bindings(macros, steps))
-    return gin_config.build(Run)
-
-
-def _bindings(macros: dict[str, Path], steps: int | None) -> list[str]:
-    bindings = [f"{name}={str(path)!r}" for name, path in macros.items()]
-    if steps is not None:
-        # A warm-up longer than the training is no schedule.
-        bindings += [f"TRAIN_STEPS={steps}", f"WARMUP_STEPS={max(1, steps // 10)}"]
-    return bindings
-
-
-def _command(recipe: str, macros: dict[str, Path], steps: int | None) -> str:
-    flags = " ".join(shlex.quote(f"--gin.{binding}") for binding in _bindings(macros, steps))
-    return f"slm train --gin_file {recipe} {flags}"

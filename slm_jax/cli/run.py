@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from slm_jax.checkpoints.foundation import FORMATS
 from slm_jax.cli import gin_config
 from slm_jax.errors import UserError, check_whole, nearest
 from slm_jax.partitioning.rules import DEFAULT_RULES, LogicalRules
@@ -13,7 +14,7 @@ from slm_jax.training.optimizers import OptimizerConfig
 
 # The resolved configuration in a run's directory: what commands read that take `--run`.
 CONFIG_FILE = "config.gin"
-FROZEN_DTYPES = ("bfloat16", "float16", "float32")
+DTYPES = ("bfloat16", "float16", "float32")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +58,7 @@ class EvaluationConfig:
       batch_size: rows decoded at once.
       max_tokens: most tokens of a hypothesis.
       num_examples: examples of each task during training; all by default. `slm evaluate` takes all.
+      feature_lengths: size of a row, as `DataConfig.feature_lengths`, which it is by default.
     """
 
     mixture_or_task: str | None = None
@@ -64,6 +66,7 @@ class EvaluationConfig:
     batch_size: int = 16
     max_tokens: int = 128
     num_examples: int | None = None
+    feature_lengths: Mapping[str, int] | None = None
 
     def __post_init__(self):
         check_whole("EvaluationConfig.batch_size", self.batch_size)
@@ -102,6 +105,8 @@ class Run:
       foundations: part of the model (`speech_encoder`, `llm`) -> directory of its foundation checkpoint.
       frozen_dtype: floating parameters of frozen parts are held in it; None keeps the dtype on disk.
       save_foundations: part of the model -> directory to which it is saved when the run is finished.
+      save_format: of those: `orbax`, or `safetensors` for a model that one host holds.
+      save_dtype: of their floating parameters; None keeps that of the training.
       working_dir: what relative paths are relative to; by default the current folder. A run's own copy of
         its configuration names it, so that the run can be used from any folder.
     """
@@ -116,20 +121,28 @@ class Run:
     foundations: Mapping[str, str] = dataclasses.field(default_factory=dict)
     frozen_dtype: str | None = "bfloat16"
     save_foundations: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    save_format: str = "orbax"
+    save_dtype: str | None = None
     working_dir: str | None = None
 
     def __post_init__(self):
         if not isinstance(self.optimizer, OptimizerConfig):
             names = "@optimizers.AdamWConfig(), @optimizers.AdafactorConfig() or @optimizers.MuonConfig()"
             raise UserError(f"OPTIMIZER is {self.optimizer!r}, expected {names}")
-        if self.frozen_dtype is not None and self.frozen_dtype not in FROZEN_DTYPES:
-            raise UserError(
-                f"Run.frozen_dtype is {self.frozen_dtype!r}{nearest(self.frozen_dtype, FROZEN_DTYPES)}"
-            )
+        for name, dtype in (("frozen_dtype", self.frozen_dtype), ("save_dtype", self.save_dtype)):
+            if dtype is not None and dtype not in DTYPES:
+                raise UserError(f"Run.{name} is {dtype!r}{nearest(dtype, DTYPES)}")
+        if self.save_format not in FORMATS:
+            raise UserError(f"Run.save_format is {self.save_format!r}{nearest(self.save_format, FORMATS)}")
 
     def path(self, path: str | Path) -> Path:
         """Returns a path of the configuration as an absolute one."""
         return (Path(self.working_dir or ".") / path).absolute()
+
+    @property
+    def answer_lengths(self) -> Mapping[str, int]:
+        """Feature lengths of a row when the model answers: the evaluation's, or those of training."""
+        return (self.evaluation and self.evaluation.feature_lengths) or self.data.feature_lengths
 
     def evaluated(self) -> EvaluationConfig:
         """Returns how to score; raises UserError where the run says nothing of it."""

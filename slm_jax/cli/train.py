@@ -8,8 +8,9 @@ from typing import Any
 import jax
 
 from slm_jax.checkpoints.fingerprints import fingerprint
-from slm_jax.checkpoints.foundation import RECORD_FILE, read_foundation, save_foundation
+from slm_jax.checkpoints.foundation import RECORD_FILE, converted, read_foundation, save_foundation
 from slm_jax.checkpoints.manager import claim_run_directory
+from slm_jax.checkpoints.provenance import Provenance
 from slm_jax.cli import gin_config
 from slm_jax.cli.main import add_gin_arguments, search_paths
 from slm_jax.cli.run import Run, save_config
@@ -71,8 +72,8 @@ def train(run: Run, wired: Wiring | None = None) -> TrainResult:
         writer=_TensorBoard(model_dir / "tensorboard") if first_process else None,
         on_start=lambda: save_config(model_dir, run.working_dir) if first_process else None,
     )
-    if result.finished:
-        _save_foundations(run, result)
+    if result.finished and run.save_foundations:
+        _save_foundations(run, result, wired.provenance(gin_config.operative_config()))
     return result
 
 
@@ -119,12 +120,19 @@ def _newest_step(run: Run) -> int:
     return max((int(path.name) for path in folder.glob("*") if path.name.isdigit()), default=0)
 
 
-def _save_foundations(run: Run, result: TrainResult) -> None:
+def _save_foundations(run: Run, result: TrainResult, provenance: Provenance) -> None:
     for part, name in run.save_foundations.items():
         directory, place = run.path(name), run.objective.parts[part]
-        params = subtree(result.state.params, place.path)
+        params = converted(subtree(result.state.params, place.path), run.save_dtype)
         if not (directory / RECORD_FILE).is_file():
-            save_foundation(directory, params, kind=place.kind, config=architecture(place.config))
+            save_foundation(
+                directory,
+                params,
+                kind=place.kind,
+                config=architecture(place.config),
+                provenance=provenance.to_json(),
+                format=run.save_format,
+            )
         record = read_foundation(directory)
         if record.fingerprint != fingerprint(params):
             raise UserError(

@@ -16,6 +16,7 @@ from slm_jax.cli.main import default_cache_dir
 from slm_jax.cli.run import Run
 from slm_jax.errors import UserError, check_whole, nearest
 from slm_jax.evaluation.evaluator import Evaluator, TaskResult
+from slm_jax.evaluation.from_text import Transcriber, from_text, true_transcripts
 from slm_jax.evaluation.predictor import Prediction, Predictor
 from slm_jax.models.slm import SLM
 from slm_jax.partitioning.mesh import make_mesh
@@ -41,7 +42,7 @@ class Wiring:
 
     def __init__(self, run: Run):
         self.run = run
-        self._predictors: dict[tuple[int, int], Predictor] = {}
+        self._predictors: dict[tuple[int, int, bool], Predictor] = {}
         self.mesh = make_mesh(run.mesh.data, run.mesh.fsdp, run.mesh.tensor)
 
     # ---- data
@@ -71,12 +72,12 @@ class Wiring:
         """Returns the SeqIO vocabulary of the feature `inputs` or `targets`."""
         return self.mixture.output_features[feature].vocabulary
 
-    def shape(self, rows: int) -> Any:
-        """Returns the `BatchShape` with that many rows."""
+    def shape(self, rows: int, feature_lengths: Mapping[str, int] | None = None) -> Any:
+        """Returns the `BatchShape` with that many rows, by default of the lengths that training has."""
         from slm_jax.data.batch import BatchShape
 
         return BatchShape.from_feature_lengths(
-            self.run.data.feature_lengths,
+            feature_lengths or self.run.data.feature_lengths,
             rows=rows,
             samples_per_position=self.run.objective.samples_per_position,
         )
@@ -112,7 +113,12 @@ class Wiring:
     # ---- evaluation
 
     def predict(
-        self, variables: Mapping[str, Any], *, rows: int, max_tokens: int | None = None
+        self,
+        variables: Mapping[str, Any],
+        *,
+        rows: int,
+        max_tokens: int | None = None,
+        text_only: bool = False,
     ) -> "Callable[[Sequence[Reference]], list[Prediction]]":
         """Returns a function that answers references greedily; what is compiled is used again.
 
@@ -120,6 +126,7 @@ class Wiring:
           variables: `params` and `frozen`.
           rows: references decoded at once, rounded up to what the mesh divides.
           max_tokens: most tokens of an answer; by default the evaluation's, else what targets may have.
+          text_only: the references have no speech; there is room for a transcript in its place.
         """
         if not isinstance(self.run.objective.model, SLM):
             name = type(self.run.objective.model).__name__
@@ -132,16 +139,23 @@ class Wiring:
             evaluation = self.run.evaluation
             max_tokens = evaluation.max_tokens if evaluation else self.run.data.feature_lengths["targets"]
         check_whole("max_tokens", max_tokens)
-        if (rows, max_tokens) not in self._predictors:
-            self._predictors[rows, max_tokens] = self._predictor(variables, rows, max_tokens)
-        return functools.partial(self._predictors[rows, max_tokens], variables=variables)
+        key = rows, max_tokens, text_only
+        if key not in self._predictors:
+            self._predictors[key] = self._predictor(variables, *key)
+        return functools.partial(self._predictors[key], variables=variables)
 
-    def _predictor(self, variables: Mapping[str, Any], rows: int, max_tokens: int) -> Predictor:
+    def _predictor(
+        self, variables: Mapping[str, Any], rows: int, max_tokens: int, text_only: bool
+    ) -> Predictor:
         from slm_jax.data.audio_files import load_utterance
         from slm_jax.evaluation.batches import ReferenceBatches
 
+        lengths = dict(self.run.answer_lengths)
+        if text_only:
+            lengths |= {"speech": 0, "inputs": lengths["inputs"] + max_tokens}
+            lengths.pop("layout", None)
         batches = ReferenceBatches(
-            self.shape(rows),
+            self.shape(rows, lengths),
             lambda reference: load_utterance(reference).samples,
             self.mesh,
             self.run.mesh.rules,
@@ -156,18 +170,47 @@ class Wiring:
             eos_id=self.vocabulary("targets").eos_id,
         )
 
-    def evaluation(
-        self, mixture_or_task: str | None, split: str
-    ) -> Callable[[Mapping[str, Any]], dict[str, TaskResult]]:
-        """Returns a function that scores variables on all examples of a split; results by task."""
+    def evaluation(self, mixture_or_task: str | None, split: str) -> "Evaluation":
+        """Returns what scores variables on all examples of a split."""
         rows = self.run.evaluated().batch_size
-        evaluator = self._evaluator(mixture_or_task, split, None)
-        return lambda variables: evaluator(self.predict(variables, rows=rows))
+        texts: dict[tuple[str, str], Sequence[int]] = {}
+        evaluator = self._evaluator(mixture_or_task, split, None, texts)
+        return Evaluation(self, evaluator, rows, texts)
+
+    def speech_room(self) -> int:
+        """Returns the most samples of an utterance that the model answers about.
+
+        Raises:
+          UserError: the run has no speech.
+        """
+        room = self.run.answer_lengths.get("speech")
+        if not room:
+            raise UserError(
+                f"{self.run.model_dir} is a run without speech: its TASK_FEATURE_LENGTHS lacks 'speech'"
+            )
+        return room
+
+    def example_references(self, count: int) -> "list[Reference]":
+        """Returns the first references of the evaluation that have speech and fit, one per audio file.
+
+        Raises:
+          UserError: there are none.
+        """
+        evaluated, room = self.run.evaluated(), self.speech_room()
+        found: dict[str, Reference] = {}
+        for reference in self._evaluator(None, evaluated.split, count, {}).references():
+            if reference.audio and reference.samples <= room and len(found) < count:
+                found.setdefault(reference.audio, reference)
+        if not found:
+            raise UserError(
+                "the run's evaluation has no example with speech that fits; name recordings instead"
+            )
+        return list(found.values())
 
     def evaluation_in_training(self) -> Evaluate:
         """Returns the loop's evaluation: scores of the state at hand, named `task/metric`."""
         evaluated = self.run.evaluated()
-        evaluator = self._evaluator(None, evaluated.split, evaluated.num_examples)
+        evaluator = self._evaluator(None, evaluated.split, evaluated.num_examples, {})
 
         def evaluate(step: int, state: TrainState, frozen: Any) -> dict[str, float]:
             variables = {"params": state.params, "frozen": frozen}
@@ -180,17 +223,26 @@ class Wiring:
 
         return evaluate
 
-    def _evaluator(self, mixture_or_task: str | None, split: str, num_examples: int | None) -> Evaluator:
+    def _evaluator(
+        self,
+        mixture_or_task: str | None,
+        split: str,
+        num_examples: int | None,
+        texts: dict[tuple[str, str], Sequence[int]],
+    ) -> Evaluator:
+        """Returns an evaluator that notes the tokens of each true transcript in `texts`, by task and id."""
         import seqio
 
         from slm_jax.data.references import reference_of
 
         name = mixture_or_task or self.run.evaluated().mixture_or_task or self.run.data.mixture_or_task
-        self.task_or_mixture(name)
+        inputs = self.task_or_mixture(name).output_features["inputs"].vocabulary
 
         def to_reference(example: Mapping[str, Any], task: str) -> "Reference":
             # Audio paths of a manifest are relative to it; other sources give whole ones.
             audio_root = getattr(seqio.TaskRegistry.get(task).source, "audio_root", lambda split: "")
+            if isinstance(said := example.get("text"), bytes):
+                texts[task, example["id"].decode()] = inputs.encode(said.decode())
             return reference_of(example, task, audio_root(split))
 
         return Evaluator(name, split, to_reference, num_examples)
@@ -295,6 +347,54 @@ class Wiring:
         if part not in parts:
             raise UserError(f"run.Run.{field} has part {part!r}, which the model lacks{nearest(part, parts)}")
         return parts[part]
+
+
+# What a model may be asked about in place of the speech (see `evaluation.from_text`).
+SPEECH_AS = ("audio", "transcript", "hypothesis")
+
+
+class Evaluation:
+    """Scores variables on the examples of a split, which are read once; made by `Wiring.evaluation`."""
+
+    def __init__(
+        self, wired: Wiring, evaluator: Evaluator, rows: int, texts: Mapping[tuple[str, str], Sequence[int]]
+    ):
+        self._wired, self._evaluator, self._rows, self._texts = wired, evaluator, rows, texts
+
+    def __call__(
+        self, variables: Mapping[str, Any], speech_as: str = "audio", prompt: str = "Transcribe: {speech}"
+    ) -> dict[str, TaskResult]:
+        """Returns results by task.
+
+        Args:
+          variables: `params` and `frozen`.
+          speech_as: `audio`; `transcript`, the text topline; or `hypothesis`, the cascade.
+          prompt: what the cascade asks for its transcript.
+
+        Raises:
+          UserError: an unknown `speech_as`.
+        """
+        if speech_as not in SPEECH_AS:
+            raise UserError(f"speech_as is {speech_as!r}{nearest(speech_as, SPEECH_AS)}")
+        answer = self._wired.predict(variables, rows=self._rows)
+        if speech_as == "audio":
+            return self._evaluator(answer)
+        if speech_as == "transcript":
+            transcribe = true_transcripts(self._texts)
+        else:
+            transcribe = self._transcriber(answer, prompt)
+        predict = self._wired.predict(variables, rows=self._rows, text_only=True)
+        return self._evaluator(functools.partial(from_text, predict=predict, transcribe=transcribe))
+
+    def _transcriber(self, answer: Any, prompt: str) -> Transcriber:
+        from slm_jax.data.preprocessors import prompt_tokens
+
+        inputs, targets = (self._wired.vocabulary(name) for name in ("inputs", "targets"))
+        return Transcriber(
+            answer,
+            prompt_tokens(inputs, prompt).tolist(),
+            lambda tokens: inputs.encode(targets.decode(tokens)),
+        )
 
 
 def architecture(config: Any) -> dict[str, Any]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -77,6 +78,21 @@ def reference_of(example: Mapping[str, Any], task: str, audio_root: str = "") ->
         task=task,
         language=_text(example.get("language")),
     )
+
+
+def in_text(reference: Reference, said: Sequence[int]) -> Reference:
+    """Returns the reference with the tokens of what is said in place of its speech; one without stays.
+
+    Args:
+      reference: what is asked.
+      said: tokens of the transcript, without EOS.
+    """
+    (places,) = np.nonzero(reference.inputs == SPEECH)
+    if not len(places):
+        return reference
+    before, after = reference.inputs[: places[0]], reference.inputs[places[0] + 1 :]
+    inputs = np.concatenate([before, np.asarray(said, np.int32), after])
+    return dataclasses.replace(reference, audio=None, samples=0, inputs=inputs)
 
 
 def _text(value: bytes | str | None) -> str:

@@ -2,9 +2,12 @@
 
 corpus.json                    the parameters, so that the same command reuses what is there
 {train,dev,test}.jsonl         id, audio (relative), duration, language, text, translations, question,
-                               answer, slots
-text_{train,dev}.jsonl         the same without audio: every spoken sentence, and more
-audio/<split>/<id>.flac        int16, 16 kHz
+                               answer, slots; some of train with invented names
+names_{dev,test}.jsonl         the same and `phrases`, `heard`: each sentence with an invented name that train
+                               lacks, a list of names with this one among them, and the sentence misheard
+text_{train,dev}.jsonl         as {train,dev}.jsonl without audio: every spoken sentence, and more
+text_names_{train,dev}.jsonl   as names_*.jsonl without audio
+audio/<set>/<id>.flac          int16, 16 kHz
 """
 
 import dataclasses
@@ -18,14 +21,21 @@ from pathlib import Path
 
 import numpy as np
 
-from slm_jax.demo import espeak, sentences
+from slm_jax.demo import espeak, names, sentences
+from slm_jax.demo.lexicon import LEXICON
 from slm_jax.errors import UserError, nearest
 
 STAMP = "corpus.json"
 # Raised whenever the same parameters give other files.
-_FORMAT = 2
+_FORMAT = 3
 _REPORT_SECONDS = 2.0
 _MOST_WARP_OCTAVES = 0.25
+# One sentence of so many in train has an invented name.
+_NAMED_EVERY = 7
+# Others that phrase lists are filled up with.
+_OTHERS = 500
+# Sentences of text with a phrase list, for one of text.
+_LISTED_TEXT = 4
 
 # Espeak's voice variants by split, so that dev and test are spoken by voices never heard in training.
 # Robots, whispers and variants that clip are left out.
@@ -47,6 +57,7 @@ class CorpusConfig:
 
     Attributes:
       train, dev, test: spoken utterances of each split.
+      names: spoken utterances with invented names and phrase lists, of dev and of test.
       text: sentences of the text manifest for training; at least the spoken ones.
       seed: of sentences, voices and noise.
     """
@@ -54,11 +65,12 @@ class CorpusConfig:
     train: int = 7200
     dev: int = 200
     test: int = 300
+    names: int = 100
     text: int = 24_000
     seed: int = 0
 
     def __post_init__(self):
-        for field in ("train", "dev", "test", "text"):
+        for field in ("train", "dev", "test", "names", "text"):
             if getattr(self, field) < 1:
                 raise UserError(f"corpus: {field} is {getattr(self, field)}, expected at least 1")
         if self.text < self.train:
@@ -67,7 +79,8 @@ class CorpusConfig:
 
 PRESETS = {
     "default": CorpusConfig(),
-    "tiny": CorpusConfig(train=24, dev=6, test=6, text=96),
+    "adapter": CorpusConfig(train=3600, text=3600),
+    "tiny": CorpusConfig(train=24, dev=6, test=6, names=4, text=96),
 }
 
 
@@ -144,8 +157,10 @@ def build_corpus(
     _write_atomically(building / STAMP, json.dumps(stamp, indent=1) + "\n")
     _speak(building, config, processes or os.cpu_count() or 1, report)
     for split, count in (("train", config.text), ("dev", config.dev)):
-        records = _text_records(sentences.draw(split, count, config.seed), config.seed)
+        records = _text_records(draw(split, count, config.seed), config.seed)
         _write_jsonl(building / f"text_{split}.jsonl", records)
+        listed = _text_records(draw_named(split, -(-count // _LISTED_TEXT), config.seed), config.seed, split)
+        _write_jsonl(building / f"text_names_{split}.jsonl", listed)
     building.replace(directory)
     return directory
 
@@ -180,31 +195,59 @@ def _read_stamp(directory: Path) -> dict | None:
         return None
 
 
+def draw(split: str, count: int, seed: int) -> list[sentences.Sentence]:
+    """Returns `count` sentences of `split`; in train, one of seven has an invented name as its person.
+
+    A longer draw of the same seed starts with the same sentences.
+    """
+    if split != "train":
+        return sentences.draw(split, count, seed)
+    named = -(-count // _NAMED_EVERY)
+    usual, invented = iter(sentences.draw(split, count, seed)), iter(draw_named(split, named, seed))
+    return [next(usual if number % _NAMED_EVERY else invented) for number in range(count)]
+
+
+def draw_named(split: str, count: int, seed: int) -> list[sentences.Sentence]:
+    """Returns `count` sentences of `split`, each about a person with an invented name of its own.
+
+    So a model can know none by heart and has to spell what it hears. No name is in two splits.
+    """
+    templates = [template for template in sentences.TEMPLATES if "person" in template.kinds]
+    drawn = sentences.draw(split, count, seed, templates)
+    named = zip(drawn, names.invented_names(split, count), strict=True)
+    return [sentences.renamed(sentence, invented) for sentence, invented in named]
+
+
 def _speak(building: Path, config: CorpusConfig, processes: int, report: Callable[[str], None]) -> None:
-    """Speaks the sentences of all splits and writes their manifests."""
+    """Speaks the sentences of all sets and writes their manifests."""
+    drawn = {split: (split, draw(split, getattr(config, split), config.seed)) for split in sentences.SPLITS}
+    for split in ("dev", "test"):
+        drawn[f"names_{split}"] = split, draw_named(split, config.names, config.seed)
     planned = []
-    for split in sentences.SPLITS:
-        (building / "audio" / split).mkdir(parents=True, exist_ok=True)
-        for number, sentence in enumerate(sentences.draw(split, getattr(config, split), config.seed)):
-            name = f"{split}-{number:05d}"
-            path = building / "audio" / split / f"{name}.flac"
-            planned.append(
-                (name, sentence, plan_utterance(path, split, sentence.text, f"{config.seed}/{name}"))
-            )
-    manifests = {split: [] for split in sentences.SPLITS}
+    for folder, (split, said) in drawn.items():
+        (building / "audio" / folder).mkdir(parents=True, exist_ok=True)
+        for number, sentence in enumerate(said):
+            name = f"{folder}-{number:05d}"
+            path = building / "audio" / folder / f"{name}.flac"
+            utterance = plan_utterance(path, split, sentence.text, f"{config.seed}/{name}")
+            planned.append((folder, name, sentence, utterance))
+    manifests = {folder: [] for folder in drawn}
     start = reported = time.monotonic()
     seconds = 0.0
-    lengths = espeak.parallel_map(render_file, [utterance for _, _, utterance in planned], processes)
-    for done, ((name, sentence, utterance), samples) in enumerate(zip(planned, lengths, strict=True), 1):
+    lengths = espeak.parallel_map(render_file, [utterance for *_, utterance in planned], processes)
+    for done, ((folder, name, sentence, utterance), samples) in enumerate(
+        zip(planned, lengths, strict=True), 1
+    ):
         duration = samples / espeak.SAMPLE_RATE
-        audio = Path(utterance.path).relative_to(building).as_posix()
-        record = {
+        key = f"{config.seed}/{name}"
+        split = drawn[folder][0]
+        manifests[folder].append({
             "id": name,
-            "audio": audio,
+            "audio": Path(utterance.path).relative_to(building).as_posix(),
             "duration": duration,
-            **_texts(sentence, f"{config.seed}/{name}"),
-        }
-        manifests[name.partition("-")[0]].append(record)
+            **_texts(sentence, key),
+            **(_phrase_list(sentence, split, key) if folder != split else {}),
+        })  # fmt: skip
         seconds += duration
         now = time.monotonic()
         if now - reported > _REPORT_SECONDS or done == len(planned):
@@ -213,8 +256,8 @@ def _speak(building: Path, config: CorpusConfig, processes: int, report: Callabl
                 f"corpus: {done}/{len(planned)} utterances, {seconds / 60:.1f} min of speech, "
                 f"{seconds / max(now - start, 1e-9):.0f}x real time"
             )
-    for split, records in manifests.items():
-        _write_jsonl(building / f"{split}.jsonl", records)
+    for folder, records in manifests.items():
+        _write_jsonl(building / f"{folder}.jsonl", records)
 
 
 def plan_utterance(path: str | os.PathLike, split: str, text: str, key: str) -> Utterance:
@@ -297,10 +340,24 @@ def _texts(sentence: sentences.Sentence, key: str) -> dict:
     }
 
 
-def _text_records(drawn: Iterable[sentences.Sentence], seed: int) -> Iterable[dict]:
+def _phrase_list(sentence: sentences.Sentence, split: str, key: str) -> dict:
+    """A list of names with the sentence's own among them, and the sentence with its name misheard."""
+    rng = random.Random(f"names/{key}")
+    said = sentence.slots["person"]
+    phrases = names.listed(said, names.invented_names(split, _OTHERS), rng)
+    words = [names.misheard(said, rng) if word == said else word for word in sentence.text.split()]
+    return {"phrases": phrases, "heard": " ".join(words)}
+
+
+def _text_records(
+    drawn: Iterable[sentences.Sentence], seed: int, listed_split: str | None = None
+) -> Iterable[dict]:
+    """Records of sentences without audio, with phrase lists where the split of their names is given."""
     for number, sentence in enumerate(drawn):
         name = f"text-{number:05d}"
-        yield {"id": name, **_texts(sentence, f"{seed}/{name}")}
+        key = f"{seed}/{name}"
+        more = _phrase_list(sentence, listed_split, key) if listed_split else {}
+        yield {"id": name, **_texts(sentence, key), **more}
 
 
 def _write_jsonl(path: Path, records: Iterable[dict]) -> None:

@@ -1,6 +1,6 @@
 """Prompt templates of the demonstration tasks; the same words ask for speech and for text in its place.
 
-`{speech}` is where the speech goes, `{question}` a field of the manifests.
+`{speech}` is where the speech goes, `{question}` and `{phrases}` are fields of the manifests.
 """
 
 ASR = (
@@ -16,3 +16,8 @@ AST = (
     "Say it in {target_language}: {speech}",
 )
 QUESTION = ("Answer the question: {question} {speech}", "{question} {speech}")
+# `{phrases}` are names that may be said.
+NAMES = (
+    "Names: {phrases}. Transcribe: {speech}",
+    "These names may occur: {phrases}. Write down what is said: {speech}",
+)

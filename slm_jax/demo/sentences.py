@@ -5,6 +5,7 @@ of its slot values alone, so no combination of values is shared between splits, 
 """
 
 import dataclasses
+import functools
 import hashlib
 import math
 import random
@@ -287,6 +288,28 @@ def fill(template: Template, values: Mapping[str, Value]) -> Sentence:
         for language in LANGUAGES
     )
     return Sentence(text, {"de": de, "es": es}, {kind: values[kind].en for kind in template.kinds})
+
+
+def renamed(sentence: Sentence, person: str) -> Sentence:
+    """Returns the sentence about another person, whose name is the same in all languages."""
+    old = sentence.slots["person"]
+
+    def rename(text: str) -> str:
+        return " ".join(person if word == old else word for word in text.split())
+
+    return Sentence(
+        rename(sentence.text),
+        {language: rename(text) for language, text in sentence.translations.items()},
+        {**sentence.slots, "person": person},
+    )
+
+
+@functools.cache
+def words() -> frozenset[str]:
+    """Returns every English word of the templates and the lexicon."""
+    texts = [_SLOT.sub(" ", template.en) for template in TEMPLATES]
+    texts += [value.en for values in LEXICON.values() for value in values]
+    return frozenset(word for text in texts for word in text.split())
 
 
 def split_of(slots: Mapping[str, str]) -> str:

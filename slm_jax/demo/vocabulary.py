@@ -8,10 +8,9 @@ import dataclasses
 import importlib
 import io
 import itertools
-import json
 import os
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from slm_jax.demo import prompts, sentences
@@ -45,33 +44,41 @@ class Vocabularies:
 
 
 def vocabularies(corpus_dir: str | os.PathLike) -> Vocabularies:
-    """Returns where the vocabularies of a corpus lie, built or not."""
-    folder = Path(corpus_dir) / "vocabularies"
-    return Vocabularies(text=folder / "text.model", ctc=folder / "ctc.model")
+    """Returns where the vocabularies of a corpus lie."""
+    return _in(Path(corpus_dir) / "vocabularies")
 
 
-def build_vocabularies(corpus_dir: str | os.PathLike) -> Vocabularies:
-    """Trains both vocabularies on the corpus's text for training; the same corpus gives the same bytes.
+def shipped() -> Vocabularies:
+    """Returns the vocabularies that come with the package, which its foundation models were trained with."""
+    return _in(Path(__file__).parent / "models")
 
-    Raises:
-      UserError: `corpus_dir` holds no corpus.
-    """
-    manifest = Path(corpus_dir) / "text_train.jsonl"
-    try:
-        records = [json.loads(line) for line in manifest.read_text(encoding="utf-8").splitlines()]
-    except OSError as error:
-        raise UserError(
-            f"vocabulary: {manifest} cannot be read ({error.strerror}); build the corpus first"
-        ) from error
+
+def place_vocabularies(corpus_dir: str | os.PathLike) -> Vocabularies:
+    """Copies the shipped vocabularies into a corpus; the same bytes for every corpus."""
     paths = vocabularies(corpus_dir)
-    english = [record["text"] for record in records]
-    translations = [text for record in records for text in record["translations"].values()]
+    for source, target in zip(dataclasses.astuple(shipped()), dataclasses.astuple(paths), strict=True):
+        _write(target, source.read_bytes())
+    return paths
+
+
+def build_vocabularies(folder: str | os.PathLike, said: Sequence[sentences.Sentence]) -> Vocabularies:
+    """Trains both vocabularies on sentences; the same ones give the same bytes.
+
+    The shipped ones were trained on the text of the default corpus, `corpus.draw("train", 24_000, 0)`.
+    """
+    paths = _in(Path(folder))
+    english = [sentence.text for sentence in said]
+    translations = [text for sentence in said for text in sentence.translations.values()]
     # Prompts are few and asked in every example: repeated, they become whole pieces.
-    asked = [*_prompt_texts()] * max(1, len(records) // 20)
+    asked = [*_prompt_texts()] * max(1, len(said) // 20)
     multilingual = [*english, *translations, *asked]
     _write(paths.text, train(multilingual, TEXT_PIECES, SENTINELS, _LETTERS + _MORE_LETTERS))
     _write(paths.ctc, train(english, CTC_PIECES, (), _LETTERS))
     return paths
+
+
+def _in(folder: Path) -> Vocabularies:
+    return Vocabularies(text=folder / "text.model", ctc=folder / "ctc.model")
 
 
 def train(texts: Iterable[str], pieces: int, symbols: Iterable[str] = (), letters: str = _LETTERS) -> bytes:
@@ -142,6 +149,7 @@ def _prompt_texts() -> list[str]:
     for template, field, values in (
         (prompts.AST, "{target_language}", ("German", "Spanish")),
         (prompts.QUESTION, "{question}", sentences.QUESTIONS.values()),
+        (prompts.NAMES, "{phrases}", ("",)),
     ):
         texts += [part.replace("{speech}", "").replace(field, value) for part in template for value in values]
     return texts

@@ -10,7 +10,7 @@ import functools
 import json
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, cast
 
@@ -144,6 +144,15 @@ class Evaluator:
             )
             for task in self._evaluator.eval_tasks
         }
+
+    def references(self) -> "Iterator[Reference]":
+        """Yields the references of all examples that are good, task by task, without asking any model."""
+        for task in self._evaluator.eval_tasks:
+            for example in self._evaluator.cached_task_datasets[task.name].as_numpy_iterator():
+                try:
+                    yield self._to_reference(example, task.name)
+                except BadExample:
+                    continue
 
     def _ask(self, examples: Sequence[Mapping[str, Any]], task: str, predict: "Predict") -> list[_Asked]:
         references: list[Reference | None] = []

@@ -5,9 +5,10 @@ Word and character error rates are of the corpus: all edits over all reference u
 A task declares its language with `functools.partial(wer, language="de")`.
 """
 
+import collections
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 from slm_jax.evaluation.normalizers import TextNormalizer
 from slm_jax.evaluation.normalizers import normalizer as get_normalizer
@@ -78,6 +79,37 @@ def exact_match(
     return {"exact_match": 100.0 * sum(target == found for target, found in pairs) / len(pairs)}
 
 
+def rare_word_recall(
+    targets: Sequence[str],
+    predictions: Sequence[str],
+    *,
+    common_words: Collection[str],
+    language: str = "",
+    normalizer: str = "basic",
+) -> dict[str, float]:
+    """Share of the rare words of the references that their hypotheses hold, as contextual biasing is scored.
+
+    Args:
+      targets: reference texts.
+      predictions: hypotheses, in the same order.
+      common_words: all words that do not count, normalised.
+      language: ISO 639 code that the normaliser goes by.
+      normalizer: name of a declared normaliser.
+
+    Raises:
+      ValueError: no example has a rare word, or there is not one hypothesis for each reference.
+    """
+    spoken = found = 0
+    for target, said in _normalized_pairs(targets, predictions, language, get_normalizer(normalizer)):
+        rare = [word for word in target.split() if word not in common_words]
+        heard = collections.Counter(said.split())
+        spoken += len(rare)
+        found += sum((collections.Counter(rare) & heard).values())
+    if not spoken:
+        raise ValueError("no reference has a rare word")
+    return {"rare_word_recall": 100.0 * found / spoken}
+
+
 def declaration(metric_fn: MetricFn) -> str:
     """Returns what a score depends on beside the texts: the normaliser, or sacrebleu's signature.
 
@@ -93,7 +125,7 @@ def declaration(metric_fn: MetricFn) -> str:
         scorer = _bleu(language) if metric_fn is bleu else _chrf()
         scorer.corpus_score(["a"], [["a"]])  # sacrebleu knows the number of references only from a call
         return str(scorer.get_signature())
-    if metric_fn in (wer, cer, exact_match):
+    if metric_fn in (wer, cer, exact_match, rare_word_recall):
         described = get_normalizer(options.get("normalizer", "basic")).describe()
         return f"{described}; language {language}" if language else described
     return f"{metric_fn.__module__}.{getattr(metric_fn, '__qualname__', repr(metric_fn))}"

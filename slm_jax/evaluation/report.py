@@ -16,12 +16,11 @@ from slm_jax.evaluation.evaluator import Hypothesis, TaskResult, replace_text
 TaskMetrics = Mapping[str, Mapping[str, float]]
 
 
-def summary(before: TaskMetrics, after: TaskMetrics, seconds: Mapping[str, float]) -> dict:
+def summary(columns: Mapping[str, TaskMetrics], seconds: Mapping[str, float]) -> dict:
     """Returns the content of `summary.json`.
 
     Args:
-      before: task -> metric -> value without the trained part.
-      after: the same with it.
+      columns: name, such as `before` and `after` the training -> task -> metric -> value.
       seconds: stage -> wall-clock seconds.
 
     Returns:
@@ -29,21 +28,20 @@ def summary(before: TaskMetrics, after: TaskMetrics, seconds: Mapping[str, float
       not measured, or is not finite, is null.
     """
     tasks: dict[str, dict[str, dict[str, float | None]]] = {}
-    for task, metric in _rows(before, after):
+    for task, metric in _rows(columns):
         tasks.setdefault(task, {})[metric] = {
-            "before": _finite(before.get(task, {}).get(metric)),
-            "after": _finite(after.get(task, {}).get(metric)),
+            name: _finite(scores.get(task, {}).get(metric)) for name, scores in columns.items()
         }
     return {"tasks": tasks, "seconds": {stage: round(spent, 3) for stage, spent in seconds.items()}}
 
 
-def write_summary(path: Path, before: TaskMetrics, after: TaskMetrics, seconds: Mapping[str, float]) -> None:
+def write_summary(path: Path, columns: Mapping[str, TaskMetrics], seconds: Mapping[str, float]) -> None:
     """Writes `summary(...)` as JSON, as a whole or not at all.
 
     Raises:
       UserError: the file cannot be written.
     """
-    text = json.dumps(summary(before, after, seconds), indent=2, ensure_ascii=False, allow_nan=False)
+    text = json.dumps(summary(columns, seconds), indent=2, ensure_ascii=False, allow_nan=False)
     try:
         replace_text(path, text + "\n")
     except OSError as error:
@@ -52,21 +50,17 @@ def write_summary(path: Path, before: TaskMetrics, after: TaskMetrics, seconds: 
         ) from error
 
 
-def table(before: TaskMetrics, after: TaskMetrics) -> Table:
-    """Returns the table task, metric, before, after."""
-    drawn = Table(title="Before and after training")
+def table(columns: Mapping[str, TaskMetrics], title: str = "Before and after training") -> Table:
+    """Returns the table task, metric, and a column of values for each name of `columns`."""
+    drawn = Table(title=title)
     for heading in ("task", "metric"):
         drawn.add_column(heading)
-    for heading in ("before", "after"):
+    for heading in columns:
         drawn.add_column(heading, justify="right")
     last = None
-    for task, metric in _rows(before, after):
-        drawn.add_row(
-            Text("" if task == last else task),
-            Text(metric),
-            _value(before.get(task, {}).get(metric)),
-            _value(after.get(task, {}).get(metric)),
-        )
+    for task, metric in _rows(columns):
+        values = [_value(scores.get(task, {}).get(metric)) for scores in columns.values()]
+        drawn.add_row(Text("" if task == last else task), Text(metric), *values)
         last = task
     return drawn
 
@@ -83,31 +77,33 @@ def sample_lines(results: Mapping[str, TaskResult], count: int = 5, seed: int = 
     for task, line in _draw(results, count, np.random.default_rng(seed)):
         said = line.prediction if line.reject_reason is None else f"(rejected: {line.reject_reason})"
         text = Text(f"{task}  {line.id}\n", style="bold")
+        audio = f"  audio     {line.audio}\n" if line.audio else ""
         text.append(
-            f"  prompt    {line.prompt}\n  expected  {line.target}\n  got       {said}", style="not bold"
+            f"{audio}  prompt    {line.prompt}\n  expected  {line.target}\n  got       {said}",
+            style="not bold",
         )
         drawn.append(text)
     return drawn
 
 
 def print_report(
-    before: TaskMetrics,
-    after: TaskMetrics,
+    columns: Mapping[str, TaskMetrics],
     results: Mapping[str, TaskResult],
     console: Console | None = None,
 ) -> None:
     """Prints the table and five sample transcripts."""
     console = console or Console()
-    console.print(table(before, after))
+    console.print(table(columns))
     for text in sample_lines(results):
         console.print(text, soft_wrap=True)
 
 
-def _rows(before: TaskMetrics, after: TaskMetrics) -> list[tuple[str, str]]:
+def _rows(columns: Mapping[str, TaskMetrics]) -> list[tuple[str, str]]:
+    tasks = dict.fromkeys(task for scores in columns.values() for task in scores)
     return [
         (task, metric)
-        for task in dict.fromkeys([*before, *after])
-        for metric in dict.fromkeys([*before.get(task, {}), *after.get(task, {})])
+        for task in tasks
+        for metric in dict.fromkeys(name for scores in columns.values() for name in scores.get(task, {}))
     ]
 
 

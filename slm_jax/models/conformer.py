@@ -211,7 +211,8 @@ def _surroundings(ids_BF: jax.Array, config: ConformerConfig) -> Surroundings:
     frames = ids_BF.shape[1]
     padded = jnp.pad(ids_BF, ((0, 0), (half, half)))
     near = [(padded[:, w : w + frames] == ids_BF) & (ids_BF > 0) for w in range(config.conv_kernel)]
-    positions_PD = sinusoids(np.arange(frames - 1, -frames, -1), config.dim).astype(config.dtype)
+    # Not NumPy's: an exported model leaves the number of frames open.
+    positions_PD = sinusoids(frames - 1 - jnp.arange(2 * frames - 1), config.dim).astype(config.dtype)
     return Surroundings(attention_mask(ids_BF, config), jnp.stack(near, axis=-1), positions_PD)
 
 
@@ -219,7 +220,7 @@ def attention_mask(ids_BF: jax.Array, config: ConformerConfig) -> jax.Array:
     """Which frames G each frame F may attend to: bool [B, 1, F, G], by segment and `config.attention`."""
     mask_BHFG = segment_mask(ids_BF, ids_BF)
     if config.attention == "local":
-        frame = np.arange(ids_BF.shape[1])
+        frame = jnp.arange(ids_BF.shape[1])
         ahead_FG = frame[None, :] - frame[:, None]
         return mask_BHFG & ((ahead_FG >= -config.left_context) & (ahead_FG <= config.right_context))
     if config.attention == "chunk":
@@ -230,7 +231,7 @@ def attention_mask(ids_BF: jax.Array, config: ConformerConfig) -> jax.Array:
     return mask_BHFG
 
 
-def sinusoids(distances_P: np.ndarray, dim: int) -> jax.Array:
+def sinusoids(distances_P: jax.Array | np.ndarray, dim: int) -> jax.Array:
     """Transformer-XL's encoding of signed distances: float32 [P, dim], sines then cosines."""
     rates = np.exp(-np.log(10_000.0) * np.arange(0, dim, 2) / dim)
     angles = jnp.asarray(distances_P, jnp.float32)[:, None] * jnp.asarray(rates, jnp.float32)

@@ -166,3 +166,34 @@ def test_a_killed_save_leaves_nothing_that_loads(tmp_path, rng):
     params = make_params(rng)
     save_foundation(target, params, kind="t5", config=CONFIG)
     jax.tree.map(np.testing.assert_array_equal, load_foundation(target, "t5", abstract(params)), params)
+
+
+def test_one_file_holds_what_orbax_holds(tmp_path, rng):
+    params = make_params(rng)
+    for form in ("orbax", "safetensors"):
+        save_foundation(
+            tmp_path / form, params, kind="t5", config=CONFIG, format=form, provenance={"by": "us"}
+        )
+    records = [read_foundation(tmp_path / form) for form in ("orbax", "safetensors")]
+    assert records[0].fingerprint == records[1].fingerprint and records[1].provenance == {"by": "us"}
+    assert sorted(path.name for path in (tmp_path / "safetensors").iterdir()) == [
+        "foundation.json", "params.safetensors",
+    ]  # fmt: skip
+    mesh = make_mesh(2, 2, 2)
+    shapes = abstract(params, NamedSharding(mesh, PartitionSpec()))
+    loaded = load_foundation(tmp_path / "safetensors", "t5", shapes, config=CONFIG)
+    jax.tree.map(np.testing.assert_array_equal, loaded, params)
+    assert loaded["scale"].sharding.mesh == mesh
+
+
+def test_a_changed_file_is_damaged_and_an_unknown_format_is_named(tmp_path, rng):
+    params = make_params(rng)
+    save_foundation(tmp_path / "t5", params, kind="t5", config=CONFIG, format="safetensors")
+    file = tmp_path / "t5" / "params.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(UserError, match="is damaged"):
+        load_foundation(tmp_path / "t5", "t5", abstract(params))
+    with pytest.raises(UserError, match="did you mean 'safetensors'"):
+        save_foundation(tmp_path / "t6", params, kind="t5", config=CONFIG, format="safetensor")

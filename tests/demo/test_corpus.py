@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from slm_jax.demo import corpus, sentences
+from slm_jax.demo import corpus, names, sentences
 from slm_jax.errors import UserError
 
 TINY = corpus.preset("tiny")
@@ -52,13 +52,30 @@ def test_manifests_describe_the_audio(tiny_corpus: Path):
 
 
 def test_questions_and_slots_agree_with_the_sentence(tiny_corpus: Path):
+    named = ("names_dev", "names_test", "text_names_train")
     records = [
-        r for name in ("train", "dev", "test", "text_train") for r in read(tiny_corpus / f"{name}.jsonl")
+        r
+        for name in ("train", "dev", "test", "text_train", *named)
+        for r in read(tiny_corpus / f"{name}.jsonl")
     ]
     for record in records:
         slots = dict(pair.split(": ") for pair in record["slots"].split("; "))
         assert all(f" {value} " in f" {record['text']} " for value in slots.values())
         assert record["answer"] == slots.get(QUESTION_KINDS[record["question"]], sentences.NO_ANSWER)
+
+
+def test_a_phrase_list_holds_the_name_that_is_said_and_what_is_heard_is_near_it(tiny_corpus: Path):
+    for name, split in (("names_dev", "dev"), ("names_test", "test"), ("text_names_train", "train")):
+        records = read(tiny_corpus / f"{name}.jsonl")
+        assert len(records) == (4 if name.startswith("names") else TINY.text // 4)
+        for record in records:
+            phrases = record["phrases"].split(", ")
+            (said,) = [phrase for phrase in phrases if f" {phrase} " in f" {record['text']} "]
+            assert set(phrases) <= {said, *names.invented_names(split, 500)}
+            words, heard = record["text"].split(), record["heard"].split()
+            assert [w for w in words if w != said] == [
+                h for h, w in zip(heard, words, strict=True) if w != said
+            ]
 
 
 def test_splits_are_disjoint_and_text_covers_what_is_spoken(tiny_corpus: Path):
@@ -116,7 +133,7 @@ def test_an_interrupted_build_goes_on(tiny_corpus: Path, tmp_path: Path, monkeyp
         corpus, "render", lambda utterance: spoken.append(utterance.path) or render(utterance)
     )
     corpus.build_corpus(tmp_path / "corpus", TINY, processes=1, report=quiet)
-    assert len(spoken) == len(set(spoken)) == 36
+    assert len(spoken) == len(set(spoken)) == 44
     assert files(tmp_path / "corpus") == files(tiny_corpus)
     _, different, _ = filecmp.cmpfiles(tiny_corpus, tmp_path / "corpus", files(tiny_corpus), shallow=False)
     assert not different
@@ -143,9 +160,9 @@ def test_wrong_sizes_and_presets_are_named():
 
 def test_progress_tells_the_rate(tmp_path: Path):
     lines: list[str] = []
-    config = corpus.CorpusConfig(train=1, dev=1, test=1, text=1)
+    config = corpus.CorpusConfig(train=1, dev=1, test=1, names=1, text=1)
     corpus.build_corpus(tmp_path / "corpus", config, processes=1, report=lines.append)
-    assert "3/3 utterances" in lines[-1] and "x real time" in lines[-1]
+    assert "5/5 utterances" in lines[-1] and "x real time" in lines[-1]
 
 
 def test_only_training_is_warped_and_keeps_the_tempo(rng: np.random.Generator):

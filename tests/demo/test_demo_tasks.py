@@ -21,7 +21,7 @@ TEXT_TASKS = [*demo.TEXT_TASKS, *(f"{name}_noisy" for name in demo.TEXT_TASKS)]
 def corpus(tiny_corpus: Path) -> Iterator[Path]:
     registries = (seqio.TaskRegistry, seqio.MixtureRegistry)
     before = [set(registry.names()) for registry in registries]
-    vocabulary.build_vocabularies(tiny_corpus)
+    vocabulary.place_vocabularies(tiny_corpus)
     assert demo.register(tiny_corpus) == "demo_speech"
     yield tiny_corpus
     # Other tests register other corpora under the same names.
@@ -44,10 +44,22 @@ def records(corpus: Path, name: str) -> dict[str, dict]:
     return {record["id"]: record for record in map(json.loads, lines)}
 
 
-@pytest.mark.parametrize("split", ["train", "validation", "test"])
-@pytest.mark.parametrize("name", [*demo.SPEECH_TASKS, "demo_ctc"])
+NAMES_TASKS = ("demo_names", "demo_names_unlisted")
+
+
+@pytest.mark.parametrize(
+    ("name", "split"),
+    [
+        (name, split)
+        for name in (*demo.SPEECH_TASKS, "demo_ctc")
+        for split in ("train", "validation", "test")
+        if name not in NAMES_TASKS or split != "train"
+    ],
+)
 def test_spoken_tasks_ask_for_what_the_manifest_holds(corpus: Path, tmp_path: Path, name: str, split: str):
-    known = records(corpus, {"validation": "dev"}.get(split, split))
+    known = records(
+        corpus, ("names_" if name in NAMES_TASKS else "") + {"validation": "dev"}.get(split, split)
+    )
     references = list(index(name, split, tmp_path).references())
     assert {reference.id for reference in references} == known.keys()
     for reference in references:
@@ -63,20 +75,25 @@ def test_spoken_tasks_ask_for_what_the_manifest_holds(corpus: Path, tmp_path: Pa
         prompt = decode(name, reference.inputs, "inputs")
         if name == "demo_slots":
             assert record["question"].lower().rstrip("?") in prompt
+        for phrase in record.get("phrases", "").split(", "):
+            assert (phrase in prompt) == (name != "demo_names_unlisted" or not phrase)
         if name.startswith("demo_ast"):
             assert {"de": "german", "es": "spanish"}[name[-2:]] in prompt
 
 
 @pytest.mark.parametrize("name", TEXT_TASKS)
 def test_text_tasks_hold_the_transcript_in_the_place_of_the_speech(corpus: Path, tmp_path: Path, name: str):
-    known = records(corpus, "text_train")
+    listed = "names" in name
+    known = records(corpus, "text_names_train" if listed else "text_train")
     references = list(index(name, "train", tmp_path).references())
     assert len(references) == len(known)
     heard = 0
     for reference in references:
         record = known[reference.id]
         assert SPEECH not in reference.inputs and reference.samples == 0
-        heard += decode(name, reference.inputs, "inputs").endswith(record["text"])
+        heard += decode(name, reference.inputs, "inputs").endswith(record["heard" if listed else "text"])
+        if listed:
+            assert decode(name, reference.targets) == record["text"]
     if name.endswith("_noisy"):
         assert heard < 0.5 * len(known)
     else:
@@ -84,7 +101,7 @@ def test_text_tasks_hold_the_transcript_in_the_place_of_the_speech(corpus: Path,
 
 
 def test_spoken_and_text_tasks_share_their_prompts(corpus: Path, tmp_path: Path):
-    for spoken, text in zip(demo.SPEECH_TASKS, demo.TEXT_TASKS, strict=True):
+    for spoken, text in zip(demo.SPEECH_TASKS[:4], demo.TEXT_TASKS[:4], strict=True):
         prompts = {
             decode(spoken, reference.inputs, "inputs").strip()
             for reference in index(spoken, "train", tmp_path).references()

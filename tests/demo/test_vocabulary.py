@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import sentencepiece
 
-from slm_jax.demo import prompts, sentences, vocabulary
+from slm_jax.demo import corpus, prompts, sentences, vocabulary
 from slm_jax.errors import UserError
 
 
 @pytest.fixture(scope="module")
-def built(tiny_corpus: Path) -> vocabulary.Vocabularies:
-    return vocabulary.build_vocabularies(tiny_corpus)
+def built(tmp_path_factory: pytest.TempPathFactory) -> vocabulary.Vocabularies:
+    return vocabulary.build_vocabularies(tmp_path_factory.mktemp("vocabularies"), corpus.draw("train", 96, 0))
 
 
 def _load(path: Path) -> sentencepiece.SentencePieceProcessor:
@@ -41,11 +41,17 @@ def test_specials_and_sizes(text_pieces, ctc_pieces):
         assert text_pieces.encode(f"a {sentinel} b").count(text_pieces.piece_to_id(sentinel)) == 1
 
 
-def test_the_same_corpus_gives_the_same_bytes(tiny_corpus: Path, built):
-    before = built.text.read_bytes(), built.ctc.read_bytes()
-    again = vocabulary.build_vocabularies(tiny_corpus)
-    assert (again.text.read_bytes(), again.ctc.read_bytes()) == before
-    assert vocabulary.vocabularies(tiny_corpus) == again
+def test_the_same_sentences_give_the_same_bytes(tmp_path: Path, built):
+    again = vocabulary.build_vocabularies(tmp_path, corpus.draw("train", 96, 0))
+    assert again.text.read_bytes() == built.text.read_bytes()
+    assert again.ctc.read_bytes() == built.ctc.read_bytes()
+
+
+def test_a_corpus_gets_the_shipped_ones(tmp_path: Path):
+    placed = vocabulary.place_vocabularies(tmp_path)
+    assert placed == vocabulary.vocabularies(tmp_path)
+    assert placed.text.read_bytes() == vocabulary.shipped().text.read_bytes()
+    assert placed.ctc.read_bytes() == vocabulary.shipped().ctc.read_bytes()
 
 
 def test_every_sentence_comes_back_without_unknowns(text_pieces, ctc_pieces, rng: np.random.Generator):
@@ -62,10 +68,10 @@ def test_every_sentence_comes_back_without_unknowns(text_pieces, ctc_pieces, rng
 
 
 def test_prompts_and_questions_have_no_unknowns(text_pieces):
-    for template in (*prompts.ASR, *prompts.AST, *prompts.QUESTION):
+    for template in (*prompts.ASR, *prompts.AST, *prompts.QUESTION, *prompts.NAMES):
         for question in sentences.QUESTIONS.values():
             for language in ("German", "Spanish"):
-                text = template.format(speech="", question=question, target_language=language)
+                text = template.format(speech="", question=question, target_language=language, phrases="")
                 tokens = text_pieces.encode(text)
                 assert vocabulary.UNK_ID not in tokens
                 # Prompts are asked all the time: hardly a word is spelled.
@@ -101,11 +107,6 @@ def test_seqio_reads_the_models(built):
     assert (read.vocab_size, read.pad_id, read.eos_id, read.unk_id) == (vocabulary.TEXT_PIECES, 0, 1, 2)
     text = "Transcribe the speech: the Train!"
     assert read.encode_tf(text).numpy().tolist() == list(read.encode(text))
-
-
-def test_a_folder_without_a_corpus_is_refused(tmp_path: Path):
-    with pytest.raises(UserError, match="build the corpus first"):
-        vocabulary.build_vocabularies(tmp_path)
 
 
 def test_too_little_text_is_refused():

@@ -123,3 +123,14 @@ def test_a_declaration_says_what_a_score_depends_on():
 def test_an_unknown_normaliser_is_refused_by_name():
     with pytest.raises(UserError, match="no text normaliser 'casd'"):
         metrics.wer(["a"], ["a"], normalizer="casd")
+
+
+def test_rare_word_recall_counts_each_rare_word_once():
+    common = {"the", "train", "leaves"}
+    targets = ["the kavlo leaves kavlo", "The Mirena train", "the train leaves"]
+    found = ["kavlo the train", "the mirena, mirena train", "kavlo leaves"]
+    assert metrics.rare_word_recall(targets, found, common_words=common) == {
+        "rare_word_recall": pytest.approx(100 * 2 / 3)
+    }
+    with pytest.raises(ValueError, match="no reference has a rare word"):
+        metrics.rare_word_recall(["the train"], ["kavlo"], common_words=common)

@@ -234,11 +234,12 @@ def test_packed_equals_alone(rng, mode):
     (_, single), single_grads = grad(variables, singles, lengths, single_weights)
     for index, (row, _, start, _) in enumerate(found):
         count, first = frames_each[index], start // 640
-        np.testing.assert_allclose(packed[row, 0, first : first + count], single[index, 0, :count], atol=1e-5)
+        np.testing.assert_allclose(packed[row, 0, first : first + count], single[index, 0, :count], atol=1e-4)
     for (path, one), other in zip(
         jax.tree_util.tree_leaves_with_path(packed_grads), jax.tree.leaves(single_grads), strict=True
     ):
-        np.testing.assert_allclose(one, other, atol=1e-5, err_msg=jax.tree_util.keystr(path))
+        largest = max(1.0, float(jnp.abs(other).max()))
+        np.testing.assert_allclose(one, other, atol=5e-5 * largest, err_msg=jax.tree_util.keystr(path))
 
 
 def test_frames_outside_segments_are_zero_and_finite(rng):
@@ -369,7 +370,8 @@ def test_every_parameter_names_its_axes_and_shards_on_a_mesh(rng):
     query = placed["params"]["layers"]["attention"]["query"]["kernel"]
     assert query.addressable_shards[0].data.shape == (2, 16, 2, 8)
     assert len(sharded.sharding.device_set) == 8
-    np.testing.assert_allclose(np.asarray(sharded), single, atol=1e-5)
+    # Sums over devices come in another order; the frames, of order 1, passed through two layers.
+    np.testing.assert_allclose(np.asarray(sharded), single, atol=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -72,20 +72,46 @@ def answered_all(folder: Path, output: str) -> None:
     assert all("reject_reason" not in answer for answer in answers)
 
 
+def answered_three(folder: Path, output: str) -> None:
+    assert output.count("\n") == 3, output
+
+
 def scored(folder: Path, output: str) -> None:
     assert re.search(r"^my_asr wer \d+\.\d\d$", output, re.MULTILINE), output
     assert re.search(r"^my_ast_de bleu \d+\.\d\d$", output, re.MULTILINE), output
 
 
-# As `slm quickstart --steps 2 2 2` does, so that what it compiled is read back from the cache.
+# As `slm quickstart --steps 2` does, so that what it compiled is read back from the cache.
 TWO_STEPS = "--gin.TRAIN_STEPS=2 --gin.WARMUP_STEPS=1"
 FEW_TOKENS = "--gin.run.EvaluationConfig.max_tokens=4 --gin.run.EvaluationConfig.num_examples=4"
+QUICKSTART = " --gin.CORPUS_DIR=\"'runs/demo/corpus'\" --gin.MODEL_DIR="
+SCORES = FEW_TOKENS + " --gin.run.EvaluationConfig.batch_size=8"
 # In the order in which a reader types them.
 EXERCISES = [
     Exercise(
         '.venv/bin/slm infer --run runs/quickstart --audio any.wav --prompt "Transcribe the speech:"',
         "--max_tokens 5",
         answered_alone,
+    ),
+    Exercise(
+        '.venv/bin/slm infer --run runs/quickstart --audio any.wav --prompt "Translate to Spanish:"',
+        "--max_tokens 5",
+        answered_alone,
+    ),
+    Exercise(
+        '.venv/bin/slm infer --run runs/quickstart --audio any.wav --prompt "Which city is named?"',
+        "--max_tokens 5",
+        answered_alone,
+    ),
+    Exercise(
+        ".venv/bin/slm export --run runs/quickstart --to runs/quickstart-export",
+        "",
+        wrote("runs/quickstart-export/model.stablehlo", "runs/quickstart-export/adapter.safetensors"),
+    ),
+    Exercise(
+        '.venv/bin/python serve.py runs/quickstart-export "Transcribe the speech:" a.wav b.wav c.wav',
+        "",
+        answered_three,
     ),
     Exercise(
         ".venv/bin/slm train --gin_file mine.gin --dry_run",
@@ -108,6 +134,42 @@ EXERCISES = [
         ".venv/bin/slm demo --to runs/demo/corpus", "--preset tiny", wrote("runs/demo/corpus/train.jsonl")
     ),
     Exercise(
+        ".venv/bin/slm demo --to runs/demo/corpus --preset adapter",
+        "--preset tiny",
+        wrote("runs/demo/corpus/names_test.jsonl"),
+    ),
+    Exercise(
+        f".venv/bin/slm train --gin_file recipes/quickstart.gin{QUICKSTART}\"'runs/quickstart'\"",
+        "--gin.TRAIN_STEPS=2",
+        wrote("runs/quickstart/config.gin"),
+    ),
+    Exercise(".venv/bin/slm evaluate --run runs/quickstart --split test", SCORES, says(r"demo_names wer \d")),
+    Exercise(
+        ".venv/bin/slm evaluate --run runs/quickstart --split test --speech_as transcript",
+        SCORES,
+        wrote("runs/quickstart/evaluation/test-transcript/metrics.json"),
+    ),
+    Exercise(
+        ".venv/bin/slm evaluate --run runs/quickstart --split test --speech_as hypothesis",
+        SCORES,
+        wrote("runs/quickstart/evaluation/test-hypothesis/hypotheses/demo_slots.jsonl"),
+    ),
+    Exercise(
+        ".venv/bin/tensorboard --logdir runs/quickstart/tensorboard", "--inspect", says("eval/demo_asr")
+    ),
+    Exercise(
+        ".venv/bin/slm train --gin_file slots.gin",
+        f"{TWO_STEPS} {FEW_TOKENS}",
+        wrote("runs/slots/checkpoints/2"),
+    ),
+    Exercise(".venv/bin/slm evaluate --run runs/slots", FEW_TOKENS, says(r"all_slots exact_match \d")),
+    Exercise(
+        f".venv/bin/slm train --gin_file recipes/quickstart.gin{QUICKSTART}\"'runs/deeper'\""
+        ' --gin.adapters.AdapterConfig.layers=4 "--gin.REDUCER=@reducers.DropReducer()"',
+        f"{TWO_STEPS} {FEW_TOKENS}",
+        wrote("runs/deeper/checkpoints/2"),
+    ),
+    Exercise(
         ".venv/bin/slm train --gin_file recipes/demo_encoder.gin --gin.CORPUS_DIR=\"'runs/demo/corpus'\""
         " --gin.MODEL_DIR=\"'runs/encoder'\" --gin.SPEECH_ENCODER_OUTPUT=\"'runs/encoder/foundation'\"",
         TWO_STEPS,
@@ -117,7 +179,7 @@ EXERCISES = [
         ".venv/bin/slm train --gin_file recipes/demo_t5.gin --gin.CORPUS_DIR=\"'runs/demo/corpus'\""
         " --gin.MODEL_DIR=\"'runs/t5'\" --gin.LLM_OUTPUT=\"'runs/t5/foundation'\"",
         TWO_STEPS,
-        wrote("runs/t5/foundation/foundation.json"),
+        wrote("runs/t5/foundation/params.safetensors"),
     ),
     Exercise(
         ".venv/bin/slm train --gin_file mine.gin --gin.run.MeshConfig.fsdp=4 --gin.run.MeshConfig.tensor=2",
@@ -134,6 +196,12 @@ EXERCISES = [
 # What make does itself is read from `make --dry-run`; CI runs these as they are.
 MADE = {
     "make quickstart": ["slm quickstart --run_dir runs/quickstart"],
+    "make foundation": [
+        "slm demo --to runs/foundation/corpus",
+        "slm train --gin_file recipes/demo_t5.gin",
+        "slm train --gin_file recipes/demo_encoder.gin",
+        "slm quickstart --foundation runs/foundation",
+    ],
     "make test": ["ruff check .", "ruff format --check .", "pyright", "pytest -n 2"],
     "make lint": ["ruff check .", "ruff format --check .", "pyright"],
 }
@@ -156,7 +224,8 @@ def test_make_runs_what_it_says(command: str):
 
 def run(folder: Path, command: str, devices: int = 1) -> str:
     """Runs a command as typed in `folder`, with this environment for `.venv`; returns standard output."""
-    words = [SLM if word == ".venv/bin/slm" else word for word in shlex.split(command)]
+    bin_folder = str(Path(sys.executable).parent)
+    words = [word.replace(".venv/bin", bin_folder) for word in shlex.split(command)]
     environment = {**os.environ, "JAX_NUM_CPU_DEVICES": str(devices), "SLM_CACHE_DIR": str(folder / "cache")}
     done = subprocess.run(
         words, cwd=folder, env=environment, capture_output=True, text=True, timeout=600, check=False
@@ -177,14 +246,21 @@ def own_data(folder: Path) -> None:
         (folder / f"data/{split}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     samples, rate = soundfile.read(folder / "data" / lines[0]["audio"])
     soundfile.write(folder / "any.wav", soxr.resample(samples, rate, 44_100), 44_100)
-    (block,) = re.findall(
-        r"^```gin\n(# mine\.gin\n.*?)^```", (ROOT / "README.md").read_text(), re.DOTALL | re.M
-    )
-    (folder / "mine.gin").write_text(block)
+    for number, name in enumerate("abc"):
+        cut = soxr.resample(samples, rate, 16_000)[: -1 - 1600 * number]
+        soundfile.write(folder / f"{name}.wav", cut, 16_000)
+    for page, name, language in (
+        ("README.md", "mine.gin", "gin"),
+        ("docs/quickstart.md", "slots.gin", "gin"),
+        ("docs/export.md", "serve.py", "python"),
+    ):
+        pattern = rf"^```{language}\n(# {re.escape(name)}\n.*?)^```"
+        (block,) = re.findall(pattern, (ROOT / page).read_text(), re.DOTALL | re.MULTILINE)
+        (folder / name).write_text(block)
 
 
 def test_the_documented_commands_work_as_written(tmp_path):
-    run(tmp_path, f"{SLM} quickstart --preset tiny --steps 2 2 2 --run_dir runs/quickstart")
+    run(tmp_path, f"{SLM} quickstart --preset tiny --steps 2 --run_dir runs/quickstart")
     summary = json.loads((tmp_path / "runs/quickstart/summary.json").read_text())
     assert summary["tasks"] and summary["seconds"]
     own_data(tmp_path)

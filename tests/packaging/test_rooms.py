@@ -19,6 +19,7 @@ RANKS = {
     "partitioning": 3,
     "training": 4,
     "evaluation": 4,
+    "export": 4,
     "cli": 5,
 }
 # Rooms that stand beside, and who may know them: what trains is handed its data.

@@ -55,10 +55,18 @@ class CTCObjective:
       encoder: the speech encoder.
       vocab_size: number of pieces, blank included.
       augment: SpecAugment; None leaves the features alone.
+      freeze_encoder: only the head trains, a probe of what a pretrained encoder already tells.
     """
 
-    def __init__(self, encoder: ConformerEncoder, vocab_size: int, augment: SpecAugmentConfig | None = None):
+    def __init__(
+        self,
+        encoder: ConformerEncoder,
+        vocab_size: int,
+        augment: SpecAugmentConfig | None = None,
+        freeze_encoder: bool = False,
+    ):
         self.model = CTCModel(encoder, vocab_size, augment)
+        self.freeze_encoder = freeze_encoder
 
     @property
     def parts(self) -> dict[str, Part]:
@@ -71,8 +79,10 @@ class CTCObjective:
         return self.model.encoder.samples_per_frame
 
     def init(self, rng: jax.Array, batch: Batch) -> Variables:
-        """Boxed variables in the collection `params`: `encoder` and `head`."""
-        return dict(self.model.init(rng, batch))
+        """Boxed variables `encoder` and `head` in the collection `params`; a frozen encoder is in `frozen`."""
+        params = dict(self.model.init(rng, batch)["params"])
+        frozen = {"encoder": params.pop("encoder")} if self.freeze_encoder else None
+        return {"params": params, "frozen": frozen} if frozen else {"params": params}
 
     def loss(
         self, params: Any, frozen: Any, batch: Batch, rng: jax.Array
@@ -80,7 +90,7 @@ class CTCObjective:
         """Sums over the batch: CTC losses, labels, and the share of utterances that cannot be aligned."""
         dropout_rng, augment_rng = jax.random.split(rng)
         scores: Any = self.model.apply(
-            {"params": params},
+            self._variables(params, frozen),
             batch,
             deterministic=False,
             rngs={"dropout": dropout_rng, "augment": augment_rng},
@@ -103,10 +113,13 @@ class CTCObjective:
         weight_sum = jnp.sum(jnp.where(learned_B, labels_B, 0)).astype(jnp.float32)
         return loss_sum, weight_sum, {"unalignable": (jnp.sum(present_B & ~aligns_B), jnp.sum(present_B))}
 
-    def transcribe(self, params: Any, batch: Batch) -> jax.Array:
+    def transcribe(self, params: Any, batch: Batch, frozen: Any = None) -> jax.Array:
         """The pieces of the likeliest path, int32 [B, P], 0 after the last."""
-        scores: Any = self.model.apply({"params": params}, batch)
+        scores: Any = self.model.apply(self._variables(params, frozen), batch)
         return greedy_labels(*scores)
+
+    def _variables(self, params: Any, frozen: Any) -> Variables:
+        return {"params": {**params, **frozen} if self.freeze_encoder else params}
 
 
 def frames_needed(labels_BT: jax.Array, valid_BT: jax.Array) -> jax.Array:

@@ -1,0 +1,76 @@
+"""Parameters in one safetensors file: nested dictionaries, their names joined by slashes."""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from slm_jax.errors import UserError
+
+
+def flatten(tree: Any) -> dict[str, Any]:
+    """Returns the leaves of nested dictionaries by their path, such as `encoder/layers/mlp/wi/kernel`."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+
+
+def unflatten(table: Mapping[str, Any]) -> dict[str, Any]:
+    """The inverse of `flatten`."""
+    tree: dict[str, Any] = {}
+    for name, leaf in table.items():
+        *folders, last = name.split("/")
+        place = tree
+        for folder in folders:
+            place = place.setdefault(folder, {})
+        place[last] = leaf
+    return tree
+
+
+def save_safetensors(path: str | os.PathLike, params: Any, metadata: Mapping[str, Any] | None = None) -> None:
+    """Writes parameters as they are, whole or not at all; the same ones give the same bytes.
+
+    Args:
+      path: of the file.
+      params: nested dictionaries of numpy or jax arrays, all of them on this host.
+      metadata: goes into the file's header; values that are not text as JSON.
+
+    Raises:
+      OSError: it cannot be written.
+    """
+    from safetensors.numpy import save_file
+
+    path = Path(path)
+    arrays = {
+        name: np.ascontiguousarray(jax.device_get(leaf)) for name, leaf in sorted(flatten(params).items())
+    }
+    header = {
+        name: value if isinstance(value, str) else json.dumps(value, sort_keys=True)
+        for name, value in (metadata or {}).items()
+    }
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        save_file(arrays, unfinished, header or None)
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def load_safetensors(path: str | os.PathLike) -> dict[str, Any]:
+    """Returns nested dictionaries of numpy arrays, bfloat16 included.
+
+    Raises:
+      UserError: the file is missing or is no whole safetensors file.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        # safetensors knows bfloat16 where ml_dtypes is, which JAX brings.
+        with safe_open(path, framework="numpy") as file:
+            names = file.keys()
+            return unflatten({name: file.get_tensor(name) for name in names})
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error

@@ -1,0 +1,1 @@
+"""Artifacts for serving, each checked against the model that it came from."""

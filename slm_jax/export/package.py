@@ -1,0 +1,221 @@
+"""The folder of an exported run: weights as safetensors, the model as StableHLO, and what each is.
+
+adapter.safetensors, .json   what was trained, and the foundation models that it fits on
+merged.safetensors, .json    all weights by name
+model.stablehlo, .json       waveform and prompt to tokens, with `merged.safetensors` as its first argument
+tokenizer.model              sentencepiece model of prompts and answers
+"""
+
+import dataclasses
+import json
+import shutil
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax import export
+
+from slm_jax.checkpoints.fingerprints import fingerprint
+from slm_jax.checkpoints.foundation import FoundationRecord
+from slm_jax.checkpoints.provenance import FORMAT_VERSION, Provenance
+from slm_jax.checkpoints.safetensors import flatten, load_safetensors, save_safetensors
+from slm_jax.errors import UserError, nearest
+from slm_jax.export import parity, stablehlo
+from slm_jax.export.weights import to_names
+from slm_jax.models.slm import SLM
+
+FORMATS = ("adapter", "merged", "stablehlo")
+# Its first number is changed to see whether the parity check would notice.
+_PERTURBED = "adapter/out/kernel"
+
+
+class Source(NamedTuple):
+    """What is exported.
+
+    Attributes:
+      model: the SLM.
+      variables: its collections, all of them on this host.
+      foundations: part -> the foundation checkpoint that it was loaded from.
+      provenance: of the run.
+      tokenizer: bytes of the sentencepiece model, or None where the vocabulary is another.
+      max_tokens, eos_id: of an answer.
+    """
+
+    model: SLM
+    variables: Mapping[str, Any]
+    foundations: Mapping[str, FoundationRecord]
+    provenance: Provenance
+    tokenizer: bytes | None
+    max_tokens: int
+    eos_id: int
+
+
+def export_run(
+    directory: str | Path,
+    source: Source,
+    questions: Sequence[parity.Question],
+    expected: Sequence[Sequence[int]],
+    *,
+    formats: Sequence[str] = FORMATS,
+    platforms: Sequence[str] = stablehlo.PLATFORMS,
+    report: Callable[[str], None] = print,
+) -> Path:
+    """Writes artifacts, checks each against the live model, and only then gives the folder its name.
+
+    Args:
+      directory: must not exist, or be empty.
+      source: what is exported.
+      questions: real speech with prompts, for the parity check.
+      expected: the live model's tokens for each.
+      formats: out of `FORMATS`; `stablehlo` brings `merged`, its weights.
+      platforms: that the StableHLO is lowered for.
+      report: takes a line on each artifact.
+
+    Raises:
+      UserError: the directory holds something or cannot be written, an unknown format, or an artifact that
+        does not answer as the model does.
+    """
+    directory = Path(directory).absolute()
+    for name in formats:
+        if name not in FORMATS:
+            raise UserError(f"--formats: {name!r}{nearest(name, FORMATS)}")
+    if "stablehlo" in formats and _platform() not in platforms:
+        raise UserError(
+            f"--platforms {' '.join(platforms)}: this machine is {_platform()}, so the artifact could not be "
+            "checked here; name it too"
+        )
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise UserError(f"--to {directory}: it exists and is no empty folder; an export is never overwritten")
+    partial = directory.with_name(f".{directory.name}.partial-{uuid.uuid4().hex[:8]}")
+    writers = {"adapter": _write_adapter, "merged": _write_merged}
+    try:
+        partial.mkdir(parents=True)
+        if source.tokenizer is not None:
+            (partial / "tokenizer.model").write_bytes(source.tokenizer)
+        for name in ("adapter", "merged"):
+            if name in formats or (name == "merged" and "stablehlo" in formats):
+                writers[name](partial, source)
+                report(f"{name}.safetensors: read back, bit for bit the model's")
+        if "stablehlo" in formats:
+            checked = _write_stablehlo(partial, source, platforms, questions, expected)
+            report(
+                f"model.stablehlo: {checked['tokens']} tokens of {len(questions)} answers equal the model's, "
+                f"together and alone; {checked['control']}; lowered for {', '.join(platforms)}"
+            )
+        if directory.exists():
+            directory.rmdir()
+        partial.rename(directory)
+    except OSError as error:
+        raise UserError(f"--to {directory}: cannot be written ({error.strerror or error})") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return directory
+
+
+def _platform() -> str:
+    return {"gpu": "cuda"}.get(jax.default_backend(), jax.default_backend())
+
+
+def _write_adapter(folder: Path, source: Source) -> None:
+    config = source.model.config
+    record = {
+        "config": dataclasses.asdict(config.adapter),
+        "reducer": {"kind": type(config.reducer).__name__, **dataclasses.asdict(config.reducer)},
+        "trainable": list(config.trainable),
+        "fits_on": {
+            part: {"kind": found.kind, "config": found.config, "fingerprint": found.fingerprint}
+            for part, found in source.foundations.items()
+        },
+    }
+    _write_weights(folder, "adapter", source.variables["params"], source, record)
+
+
+def _write_merged(folder: Path, source: Source) -> None:
+    record = {"config": _plain_config(source.model), "trainable": list(source.model.config.trainable)}
+    _write_weights(folder, "merged", to_names(source.variables), source, record)
+
+
+def _write_weights(
+    folder: Path, name: str, weights: Mapping[str, Any], source: Source, record: Mapping[str, Any]
+) -> None:
+    path = folder / f"{name}.safetensors"
+    found = fingerprint(weights)
+    save_safetensors(path, weights, {"format": "slm_jax", "fingerprint": found})
+    read, live = flatten(load_safetensors(path)), flatten(weights)
+    for key, leaf in live.items():
+        if read[key].dtype != leaf.dtype or read[key].tobytes() != np.asarray(leaf).tobytes():
+            raise UserError(
+                f"export: {name}.safetensors holds another {key} than the model; nothing is exported"
+            )
+    _write_record(folder / f"{name}.json", name, source, {"fingerprint": found, **record})
+
+
+def _write_stablehlo(
+    folder: Path,
+    source: Source,
+    platforms: Sequence[str],
+    questions: Sequence[parity.Question],
+    expected: Sequence[Sequence[int]],
+) -> dict[str, Any]:
+    model = source.model
+    weights = flatten(load_safetensors(folder / "merged.safetensors"))
+    blob = stablehlo.export_answer(
+        model, weights, max_tokens=source.max_tokens, eos_id=source.eos_id, platforms=platforms
+    )
+    (folder / "model.stablehlo").write_bytes(blob)
+    # Read back from the file, as a server would.
+    exported = export.deserialize(bytearray((folder / "model.stablehlo").read_bytes()))
+    call = jax.jit(exported.call)
+    frame = stablehlo.samples_per_frame(model)
+    checked = {"platform": _platform()} | parity.check_parity(
+        lambda using, *inputs: np.asarray(call(using, *inputs)),
+        weights,
+        questions,
+        expected,
+        eos_id=source.eos_id,
+        multiple=frame,
+        perturbed=_PERTURBED,
+    )
+    log_mel = model.config.speech_encoder.log_mel
+    record = {
+        "arguments": [
+            {"name": "weights", "from": "merged.safetensors", "type": "dictionary of arrays by name"},
+            {"name": "speech", "dtype": "int16", "shape": ["b", f"{frame}*s"], "rate": log_mel.sample_rate},
+            {"name": "samples", "dtype": "int32", "shape": ["b"]},
+            {
+                "name": "prompt",
+                "dtype": "int32",
+                "shape": ["b", "n"],
+                "speech_token": stablehlo.SPEECH,
+                "padding": 0,
+                "ends_with": source.eos_id,
+            },
+        ],
+        "result": {"dtype": "int32", "shape": ["b", source.max_tokens], "eos": source.eos_id},
+        "platforms": list(exported.platforms),
+        "calling_convention_version": exported.calling_convention_version,
+        "weights_fingerprint": json.loads((folder / "merged.json").read_text())["fingerprint"],
+        "parity": checked,
+    }
+    _write_record(folder / "model.json", "stablehlo", source, record)
+    return checked
+
+
+def _write_record(path: Path, kind: str, source: Source, record: Mapping[str, Any]) -> None:
+    whole = {
+        "format_version": FORMAT_VERSION,
+        "kind": kind,
+        **record,
+        "provenance": source.provenance.to_json(),
+        "foundations": {part: found.provenance for part, found in source.foundations.items()},
+    }
+    path.write_text(json.dumps(whole, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _plain_config(model: SLM) -> dict[str, Any]:
+    config = model.config
+    reducer = {"kind": type(config.reducer).__name__, **dataclasses.asdict(config.reducer)}
+    return {**dataclasses.asdict(config), "reducer": reducer}
