@@ -29,6 +29,8 @@ RUN_TIME = [
     "absl-py>=2.1",
     "pyarrow>=17",
     "safetensors>=0.5",
+    # jax.export writes and reads with it, and does not require it.
+    "flatbuffers>=24",
     "soundfile>=0.13",
     "soxr>=0.5",
     "jiwer>=4.0",

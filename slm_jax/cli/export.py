@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from slm_jax.data.references import Reference
 
 # Utterances that the parity check asks about.
-_QUESTIONS = 4
+_QUESTIONS = 8
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

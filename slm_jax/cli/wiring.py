@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -191,21 +192,26 @@ class Wiring:
         return room
 
     def example_references(self, count: int) -> "list[Reference]":
-        """Returns the first references of the evaluation that have speech and fit, one per audio file.
+        """Returns references of the evaluation that have speech and fit, from all tasks, of different audio.
+
+        Args:
+          count: how many, or fewer where there are fewer.
 
         Raises:
           UserError: there are none.
         """
         evaluated, room = self.run.evaluated(), self.speech_room()
+        by_task = self._evaluator(None, evaluated.split, count, {}).references().values()
         found: dict[str, Reference] = {}
-        for reference in self._evaluator(None, evaluated.split, count, {}).references():
-            if reference.audio and reference.samples <= room and len(found) < count:
-                found.setdefault(reference.audio, reference)
+        for turn in itertools.zip_longest(*by_task):
+            for reference in turn:
+                if reference and reference.audio and reference.samples <= room:
+                    found.setdefault(reference.audio, reference)
         if not found:
             raise UserError(
                 "the run's evaluation has no example with speech that fits; name recordings instead"
             )
-        return list(found.values())
+        return list(found.values())[:count]
 
     def evaluation_in_training(self) -> Evaluate:
         """Returns the loop's evaluation: scores of the state at hand, named `task/metric`."""

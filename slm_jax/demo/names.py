@@ -10,37 +10,18 @@ from slm_jax.demo.lexicon import LEXICON
 # Names in one phrase list: the one that is spoken, and others.
 LISTED = 3
 
-_FIRST = (
-    "b",
-    "d",
-    "f",
-    "g",
-    "h",
-    "j",
-    "k",
-    "l",
-    "m",
-    "n",
-    "p",
-    "r",
-    "s",
-    "t",
-    "v",
-    "z",
-    "br",
-    "dr",
-    "gr",
-    "tr",
+# Syllables of two letters, spoken as they are written: a g before e or i would be soft, and a last e silent.
+_SYLLABLES = tuple(
+    consonant + vowel
+    for consonant in "bdfgklmnprstvz"
+    for vowel in "aeiou"
+    if consonant + vowel not in ("ge", "gi")
 )
-_ONSETS = ("b", "d", "f", "g", "k", "l", "m", "n", "p", "r", "s", "t", "v", "z")
-_VOWELS = ("a", "e", "i", "o", "u")
-_CODAS = ("", "", "", "", "n", "r", "l")
-_LAST = ("a", "o", "i", "an", "en", "in", "on", "us", "as", "is", "or", "el")
 # Letters that are heard for one another.
 _ALIKE = {
     "a": "eo", "e": "ia", "i": "eu", "o": "ua", "u": "oi", "b": "pd", "p": "bt", "d": "tb", "t": "dk",
-    "g": "kd", "k": "gt", "v": "fb", "f": "vs", "z": "sj", "s": "zf", "m": "nl", "n": "ml", "l": "rn",
-    "r": "lv", "h": "fk", "j": "zg",
+    "g": "kd", "k": "gt", "v": "fb", "f": "vs", "z": "st", "s": "zf", "m": "nl", "n": "ml", "l": "rn",
+    "r": "lv",
 }  # fmt: skip
 # Tenths of all names, as of all combinations of slot values.
 _TENTHS = {"test": (0,), "dev": (1,), "train": tuple(range(2, 10))}
@@ -58,27 +39,18 @@ def invented_names(split: str, count: int) -> tuple[str, ...]:
     known = {value.en for values in LEXICON.values() for value in values}
     names: dict[str, None] = {}
     while len(names) < count:
-        drawn = rng.choice(_FIRST)
-        for _ in range(rng.choice((1, 1, 2))):
-            drawn += rng.choice(_VOWELS) + rng.choice(_CODAS) + rng.choice(_ONSETS)
-        drawn += rng.choice(_LAST)
-        if drawn not in known and hashlib.sha256(drawn.encode()).digest()[0] % 10 in _TENTHS[split]:
+        drawn = "".join(rng.choice(_SYLLABLES) for _ in range(rng.choice((2, 3))))
+        tenth = hashlib.sha256(drawn.encode()).digest()[0] % 10
+        if drawn not in known and drawn[-1] != "e" and tenth in _TENTHS[split]:
             names[drawn] = None
     return tuple(names)
 
 
-def misheard(word: str, rng: random.Random) -> str:
-    """Returns `word` with one to three letters that sound otherwise, are lost, or are said twice."""
-    letters = list(word)
-    for _ in range(rng.choice((1, 1, 2, 2, 3))):
-        at = rng.randrange(len(letters))
-        kind = rng.random()
-        if kind < 0.8:
-            letters[at] = rng.choice(_ALIKE.get(letters[at], letters[at]))
-        elif kind < 0.9 and len(letters) > 3:
-            del letters[at]
-        else:
-            letters.insert(at, letters[at])
+def misheard(name: str, rng: random.Random) -> str:
+    """Returns an invented name with one or two letters that sound otherwise."""
+    letters = list(name)
+    for at in rng.sample(range(len(letters)), rng.choice((1, 2))):
+        letters[at] = rng.choice(_ALIKE[letters[at]])
     return "".join(letters)
 
 

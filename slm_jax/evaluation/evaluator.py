@@ -5,12 +5,13 @@ side is handed in as one callable from references to predictions. SeqIO and Tens
 """
 
 import collections
+import contextlib
 import dataclasses
 import functools
 import json
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, cast
 
@@ -145,14 +146,16 @@ class Evaluator:
             for task in self._evaluator.eval_tasks
         }
 
-    def references(self) -> "Iterator[Reference]":
-        """Yields the references of all examples that are good, task by task, without asking any model."""
+    def references(self) -> "dict[str, list[Reference]]":
+        """Returns the references of all examples that are good, by task, without asking any model."""
+        found: dict[str, list[Reference]] = {}
         for task in self._evaluator.eval_tasks:
-            for example in self._evaluator.cached_task_datasets[task.name].as_numpy_iterator():
-                try:
-                    yield self._to_reference(example, task.name)
-                except BadExample:
-                    continue
+            examples = list(self._evaluator.cached_task_datasets[task.name].as_numpy_iterator())
+            found[task.name] = []
+            for example in examples:
+                with contextlib.suppress(BadExample):
+                    found[task.name].append(self._to_reference(example, task.name))
+        return found
 
     def _ask(self, examples: Sequence[Mapping[str, Any]], task: str, predict: "Predict") -> list[_Asked]:
         references: list[Reference | None] = []

@@ -85,6 +85,7 @@ def draw(
     # Not through pyplot, which looks for a display and keeps every figure.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, StrMethodFormatter
 
     figure = Figure(figsize=(4.2 * (1 + len(panels)), 3.4), layout="constrained")
     FigureCanvasAgg(figure)
@@ -92,6 +93,10 @@ def draw(
     smooth = _smoothed(loss)
     axes[0].plot([step for step, _ in smooth], [value for _, value in smooth], color="black", linewidth=1.2)
     axes[0].set_yscale("log")
+    for kind in (axes[0].yaxis.set_major_locator, axes[0].yaxis.set_minor_locator):
+        kind(LogLocator(subs=(1, 2, 5)))
+    for kind in (axes[0].yaxis.set_major_formatter, axes[0].yaxis.set_minor_formatter):
+        kind(StrMethodFormatter("{x:g}"))
     axes[0].set_title(f"training loss (mean of {_SMOOTHED} steps)", fontsize=10)
     for axis, panel in zip(axes[1:], panels, strict=True):
         for number, (legend, name) in enumerate(panel.scores.items()):

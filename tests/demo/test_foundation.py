@@ -1,4 +1,4 @@
-"""The foundation models that are shipped: small, whole, of the frozen names and vocabularies, and any good."""
+"""The shipped foundation models: small, whole, of the frozen names and vocabularies, and any good."""
 
 import json
 import re

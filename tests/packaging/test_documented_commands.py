@@ -85,6 +85,7 @@ def scored(folder: Path, output: str) -> None:
 TWO_STEPS = "--gin.TRAIN_STEPS=2 --gin.WARMUP_STEPS=1"
 FEW_TOKENS = "--gin.run.EvaluationConfig.max_tokens=4 --gin.run.EvaluationConfig.num_examples=4"
 QUICKSTART = " --gin.CORPUS_DIR=\"'runs/demo/corpus'\" --gin.MODEL_DIR="
+FOUNDATION = " --gin.CORPUS_DIR=\"'runs/foundation/corpus'\" --gin.MODEL_DIR="
 SCORES = FEW_TOKENS + " --gin.run.EvaluationConfig.batch_size=8"
 # In the order in which a reader types them.
 EXERCISES = [
@@ -131,9 +132,6 @@ EXERCISES = [
         answered_all,
     ),
     Exercise(
-        ".venv/bin/slm demo --to runs/demo/corpus", "--preset tiny", wrote("runs/demo/corpus/train.jsonl")
-    ),
-    Exercise(
         ".venv/bin/slm demo --to runs/demo/corpus --preset adapter",
         "--preset tiny",
         wrote("runs/demo/corpus/names_test.jsonl"),
@@ -170,16 +168,22 @@ EXERCISES = [
         wrote("runs/deeper/checkpoints/2"),
     ),
     Exercise(
-        ".venv/bin/slm train --gin_file recipes/demo_encoder.gin --gin.CORPUS_DIR=\"'runs/demo/corpus'\""
-        " --gin.MODEL_DIR=\"'runs/encoder'\" --gin.SPEECH_ENCODER_OUTPUT=\"'runs/encoder/foundation'\"",
-        TWO_STEPS,
-        wrote("runs/encoder/foundation/foundation.json"),
+        ".venv/bin/slm demo --to runs/foundation/corpus",
+        "--preset tiny",
+        wrote("runs/foundation/corpus/train.jsonl"),
     ),
     Exercise(
-        ".venv/bin/slm train --gin_file recipes/demo_t5.gin --gin.CORPUS_DIR=\"'runs/demo/corpus'\""
-        " --gin.MODEL_DIR=\"'runs/t5'\" --gin.LLM_OUTPUT=\"'runs/t5/foundation'\"",
+        f".venv/bin/slm train --gin_file recipes/demo_t5.gin{FOUNDATION}\"'runs/foundation/t5_run'\""
+        " --gin.LLM_OUTPUT=\"'runs/foundation/llm'\"",
         TWO_STEPS,
-        wrote("runs/t5/foundation/params.safetensors"),
+        wrote("runs/foundation/llm/params.safetensors"),
+    ),
+    Exercise(
+        f".venv/bin/slm train --gin_file recipes/demo_encoder.gin{FOUNDATION}"
+        "\"'runs/foundation/encoder_run'\""
+        " --gin.SPEECH_ENCODER_OUTPUT=\"'runs/foundation/speech_encoder'\"",
+        TWO_STEPS,
+        wrote("runs/foundation/speech_encoder/foundation.json"),
     ),
     Exercise(
         ".venv/bin/slm train --gin_file mine.gin --gin.run.MeshConfig.fsdp=4 --gin.run.MeshConfig.tensor=2",

@@ -84,7 +84,7 @@ def sums_of(objective, variables, batch, seed=0):
 
 def gradients_of(objective, variables, batch, seed=0):
     def loss(params, batch):
-        return objective.loss(params, {}, batch, jax.random.key(seed))[0]
+        return objective.loss(params, variables.get("frozen", {}), batch, jax.random.key(seed))[0]
 
     # The batch is an argument: as a constant, fresh in every run, it would defeat the compilation cache.
     return jax.jit(jax.grad(loss))(variables["params"], batch)
@@ -207,6 +207,22 @@ def test_ctc_is_torchs_on_ragged_rows(rng):
     np.testing.assert_allclose(loss_sum, expected, rtol=1e-4)
     assert weight_sum == sum(len(target) for target in targets)
     assert [float(value) for value in metrics["unalignable"]] == [0, 4]
+
+
+def test_a_probe_trains_the_head_alone_and_scores_as_the_whole_does(rng):
+    batch = speech_batch(rng, [640 * 9, 640 * 12], [[2, 3], [4, 5, 6]])
+    whole = CTCObjective(ConformerEncoder(ENCODER), vocab_size=8)
+    probe = CTCObjective(ConformerEncoder(ENCODER), vocab_size=8, freeze_encoder=True)
+    variables, frozen = initialise(whole, batch), initialise(probe, batch)
+    assert frozen["params"].keys() == {"head"} and frozen["frozen"].keys() == {"encoder"}
+    jax.tree.map(np.testing.assert_array_equal, {**frozen["params"], **frozen["frozen"]}, variables["params"])
+    np.testing.assert_allclose(
+        sums_of(probe, frozen, batch)[0], sums_of(whole, variables, batch)[0], rtol=1e-5
+    )
+    grads = gradients_of(probe, frozen, batch)
+    assert grads.keys() == {"head"}
+    found = probe.transcribe(frozen["params"], batch, frozen["frozen"])
+    np.testing.assert_array_equal(found, whole.transcribe(variables["params"], batch))
 
 
 def test_an_utterance_that_cannot_be_aligned_counts_nothing(rng):

@@ -79,10 +79,11 @@ class CTCObjective:
         return self.model.encoder.samples_per_frame
 
     def init(self, rng: jax.Array, batch: Batch) -> Variables:
-        """Boxed variables `encoder` and `head` in the collection `params`; a frozen encoder is in `frozen`."""
+        """Boxed variables `encoder` and `head` in `params`; an encoder that is frozen in `frozen`."""
         params = dict(self.model.init(rng, batch)["params"])
-        frozen = {"encoder": params.pop("encoder")} if self.freeze_encoder else None
-        return {"params": params, "frozen": frozen} if frozen else {"params": params}
+        if not self.freeze_encoder:
+            return {"params": params}
+        return {"frozen": {"encoder": params.pop("encoder")}, "params": params}
 
     def loss(
         self, params: Any, frozen: Any, batch: Batch, rng: jax.Array
