@@ -17,8 +17,6 @@ from pathlib import Path
 
 import numpy as np
 
-FEW = (360, 1800)
-
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
@@ -27,6 +25,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=6000, help="of BEST-RQ")
     parser.add_argument("--checkpoints", type=int, default=6, help="that are probed, evenly spaced")
     parser.add_argument("--probe_steps", type=int, default=600)
+    parser.add_argument("--few", type=int, nargs="+", default=[360, 1800], help="transcripts to train with")
     parser.add_argument("--few_steps", type=int, default=1500)
     parser.add_argument("--score", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--extract", nargs=2, type=Path, help=argparse.SUPPRESS)
@@ -70,14 +69,14 @@ def compare(args: argparse.Namespace) -> None:
             **{"run.Run.frozen_dtype": None, "spec_augment.SpecAugmentConfig.time_masks": 0,
                "spec_augment.SpecAugmentConfig.mel_masks": 0},
         )  # fmt: skip
-    for count in FEW:
+    for count in args.few:
         few = subset(corpus, work / f"corpus_{count}", count)
         measured(f"few/{count}/nothing", work / f"few_{count}_nothing", few, args.few_steps)
         measured(
             f"few/{count}/best_rq", work / f"few_{count}_best_rq", few, args.few_steps,
             FOUNDATIONS={"speech_encoder": str(work / "encoders" / str(args.steps))},
         )  # fmt: skip
-    draw(results, work / "probe.png")
+    draw(results, args.few, work / "probe.png")
 
 
 def train(recipe: str, run: Path, corpus: Path, steps: int, **bindings: object) -> None:
@@ -153,7 +152,7 @@ def subset(corpus: Path, folder: Path, count: int) -> Path:
     return folder
 
 
-def draw(results: dict[str, dict[str, float]], path: Path) -> None:
+def draw(results: dict[str, dict[str, float]], few: list[int], path: Path) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 3.4), layout="constrained")
@@ -164,11 +163,11 @@ def draw(results: dict[str, dict[str, float]], path: Path) -> None:
         left.plot(steps, [probes[step][metric] for step in steps], "o-", label=metric.upper())
     left.set(xlabel="steps of BEST-RQ", title="linear CTC head on the frozen encoder, dev, %", ylim=(0, None))
     for number, start in enumerate(("nothing", "best_rq")):
-        values = [results[f"few/{count}/{start}"]["wer"] for count in FEW]
-        places = np.arange(len(FEW)) + 0.36 * number - 0.18
+        values = [results[f"few/{count}/{start}"]["wer"] for count in few]
+        places = np.arange(len(few)) + 0.36 * number - 0.18
         bars = right.bar(places, values, 0.34, label=f"from {start.replace('best_rq', 'BEST-RQ')}")
         right.bar_label(bars, fmt="%.1f")
-    right.set_xticks(range(len(FEW)), [f"{count} transcripts" for count in FEW])
+    right.set_xticks(range(len(few)), [f"{count} transcripts" for count in few])
     right.set(title="all of the encoder trained with CTC, dev WER, %")
     for axis in (left, right):
         axis.legend(fontsize=8)

@@ -45,10 +45,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Runs the command."""
+    from slm_jax.checkpoints.foundation import read_foundation
     from slm_jax.cli import demo
 
     if args.steps is not None:
         check_whole("--steps", args.steps)
+    for part in ("speech_encoder", "llm"):
+        if args.foundation:
+            read_foundation(Path(args.foundation) / part)
     stages = _Stages()
     demo_dir, run_dir = Path(args.demo_dir).absolute(), Path(args.run_dir).absolute()
     corpus = demo_dir / "corpus"

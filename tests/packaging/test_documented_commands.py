@@ -84,6 +84,7 @@ def scored(folder: Path, output: str) -> None:
 # As `slm quickstart --steps 2` does, so that what it compiled is read back from the cache.
 TWO_STEPS = "--gin.TRAIN_STEPS=2 --gin.WARMUP_STEPS=1"
 FEW_TOKENS = "--gin.run.EvaluationConfig.max_tokens=4 --gin.run.EvaluationConfig.num_examples=4"
+TINY = f"--preset tiny --steps 2 {FEW_TOKENS}"
 QUICKSTART = " --gin.CORPUS_DIR=\"'runs/demo/corpus'\" --gin.MODEL_DIR="
 FOUNDATION = " --gin.CORPUS_DIR=\"'runs/foundation/corpus'\" --gin.MODEL_DIR="
 SCORES = FEW_TOKENS + " --gin.run.EvaluationConfig.batch_size=8"
@@ -113,6 +114,24 @@ EXERCISES = [
         '.venv/bin/python serve.py runs/quickstart-export "Transcribe the speech:" a.wav b.wav c.wav',
         "",
         answered_three,
+    ),
+    Exercise(
+        ".venv/bin/slm quickstart --run_dir runs/seed_1 --gin.SEED=1", TINY, wrote("runs/seed_1/curves.png")
+    ),
+    Exercise(
+        ".venv/bin/slm quickstart --run_dir runs/seed_2 --gin.SEED=2",
+        TINY,
+        wrote("runs/seed_2/summary.json", "runs/seed_2/evaluation/test-hypothesis/metrics.json"),
+    ),
+    Exercise(
+        ".venv/bin/python benchmarks/table_of_seeds.py runs/quickstart runs/seed_1 runs/seed_2",
+        "",
+        says(r"\| demo_slots \| exact_match \|"),
+    ),
+    Exercise(
+        ".venv/bin/python benchmarks/best_rq_probe.py --corpus runs/foundation/corpus --work runs/best_rq",
+        "--corpus runs/demo/corpus --steps 2 --checkpoints 1 --probe_steps 2 --few_steps 2 --few 8",
+        wrote("runs/best_rq/results.json", "runs/best_rq/probe.png"),
     ),
     Exercise(
         ".venv/bin/slm train --gin_file mine.gin --dry_run",
@@ -264,6 +283,7 @@ def own_data(folder: Path) -> None:
 
 
 def test_the_documented_commands_work_as_written(tmp_path):
+    (tmp_path / "benchmarks").symlink_to(ROOT / "benchmarks")
     run(tmp_path, f"{SLM} quickstart --preset tiny --steps 2 --run_dir runs/quickstart")
     summary = json.loads((tmp_path / "runs/quickstart/summary.json").read_text())
     assert summary["tasks"] and summary["seconds"]
