@@ -35,7 +35,7 @@ def register(
     noise: Mapping[str, float] = ADAPTER_LIKE_NOISE,
     noisy_share: float = 0.5,
     spans_share: float = 0.1,
-    spell_share: float = 0.15,
+    spell_share: float = 0.3,
 ) -> str:
     """Registers all tasks and mixtures of a corpus; returns the name of the speech mixture.
 

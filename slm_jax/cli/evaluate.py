@@ -3,6 +3,11 @@
 import argparse
 from pathlib import Path
 
+from slm_jax.errors import UserError, nearest
+
+# What the model is asked about: the speech, or a text in its place (see `evaluation.from_text`).
+SPEECH_AS = ("audio", "transcript", "hypothesis")
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of the command."""
@@ -25,6 +30,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Runs the command: a line for each task and metric on standard output."""
+    if args.speech_as not in SPEECH_AS:
+        raise UserError(f"--speech_as: {args.speech_as!r}{nearest(args.speech_as, SPEECH_AS)}")
     from slm_jax.cli.run import load_run
     from slm_jax.cli.wiring import Wiring
     from slm_jax.evaluation.evaluator import write_results

@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
-import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -202,11 +201,16 @@ class Wiring:
         """
         evaluated, room = self.run.evaluated(), self.speech_room()
         by_task = self._evaluator(None, evaluated.split, count, {}).references().values()
+        queues = [iter(references) for references in by_task]
         found: dict[str, Reference] = {}
-        for turn in itertools.zip_longest(*by_task):
-            for reference in turn:
-                if reference and reference.audio and reference.samples <= room:
-                    found.setdefault(reference.audio, reference)
+        while queues and len(found) < count:
+            for queue in list(queues):
+                # Tasks often ask about the same audio, each in its own words: each gets a file of its own.
+                fitting = (r for r in queue if r.audio and r.audio not in found and r.samples <= room)
+                if reference := next(fitting, None):
+                    found[str(reference.audio)] = reference
+                else:
+                    queues.remove(queue)
         if not found:
             raise UserError(
                 "the run's evaluation has no example with speech that fits; name recordings instead"
@@ -355,10 +359,6 @@ class Wiring:
         return parts[part]
 
 
-# What a model may be asked about in place of the speech (see `evaluation.from_text`).
-SPEECH_AS = ("audio", "transcript", "hypothesis")
-
-
 class Evaluation:
     """Scores variables on the examples of a split, which are read once; made by `Wiring.evaluation`."""
 
@@ -376,12 +376,7 @@ class Evaluation:
           variables: `params` and `frozen`.
           speech_as: `audio`; `transcript`, the text topline; or `hypothesis`, the cascade.
           prompt: what the cascade asks for its transcript.
-
-        Raises:
-          UserError: an unknown `speech_as`.
         """
-        if speech_as not in SPEECH_AS:
-            raise UserError(f"speech_as is {speech_as!r}{nearest(speech_as, SPEECH_AS)}")
         answer = self._wired.predict(variables, rows=self._rows)
         if speech_as == "audio":
             return self._evaluator(answer)

@@ -17,6 +17,11 @@ from slm_jax.cli.main import main
         (["infer", "--run", "nowhere", "--audio", "a.wav", "--prompt", "x"], "nowhere"),
         (["infer", "--run", "nowhere", "--manifest", "m.jsonl", "--prompt", "x"], "--output"),
         (["demo", "--to", "x", "--gin.A=1"], "reads no gin"),
+        (["quickstart", "--foundation", "nowhere"], "nowhere"),
+        (["quickstart", "--steps", "0"], "--steps"),
+        (["evaluate", "--run", "x", "--speech_as", "transcripts"], "did you mean 'transcript'"),
+        (["export", "--run", "nowhere", "--to", "x"], "nowhere"),
+        (["export", "--run", "nowhere", "--to", "x", "--audio", "a.wav"], "--prompt"),
         ([], "COMMAND"),
     ],
 )

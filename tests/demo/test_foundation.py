@@ -3,6 +3,7 @@
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -66,7 +67,8 @@ def test_the_t5_repeats_and_translates_what_it_never_read():
     config = t5.preset("tiny")
     model = t5.T5(config)
     params = load_foundation(FOLDER / "llm", "t5", abstract("llm"), dtype="float32")
-    pieces = sentencepiece.SentencePieceProcessor(model_file=str(vocabulary.shipped().text))
+    pieces: Any = sentencepiece.SentencePieceProcessor()
+    pieces.LoadFromFile(str(vocabulary.shipped().text))
     said = corpus.draw("dev", 40, 0)
     tokens = np.zeros((len(said) * 3, 32), np.int32)
     expected = []
@@ -85,7 +87,7 @@ def test_the_t5_repeats_and_translates_what_it_never_read():
 
     @jax.jit
     def answer(params, tokens, segments):
-        encoded = model.apply(
+        encoded: Any = model.apply(
             {"params": params}, tokens, segments, method=lambda m, t, s: m.encode(m.embed(t), s)
         )
         return greedy_decode_encoded(model, {"params": params}, encoded, segments, max_tokens=32)
