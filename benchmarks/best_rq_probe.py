@@ -81,11 +81,13 @@ def compare(args: argparse.Namespace) -> None:
 
 def train(recipe: str, run: Path, corpus: Path, steps: int, **bindings: object) -> None:
     """Runs `slm train` to its end, which is nothing where it has ended."""
-    places = {"CORPUS_DIR": str(corpus), "MODEL_DIR": str(run), "TRAIN_STEPS": steps}
+    places = {"CORPUS_DIR": str(corpus), "MODEL_DIR": str(run)}
+    places |= {"TRAIN_STEPS": steps, "WARMUP_STEPS": max(1, steps // 30)}
     values = {name: str(value) if isinstance(value, Path) else value for name, value in bindings.items()}
     flags = [f"--gin.{name}={value!r}" for name, value in {**places, **values}.items()]
     slm = Path(sys.executable).with_name("slm")
-    subprocess.run([slm, "train", "--gin_file", recipe, *flags], check=True)
+    if status := subprocess.run([slm, "train", "--gin_file", recipe, *flags], check=False).returncode:
+        sys.exit(status)
 
 
 def python(*words: object) -> str:

@@ -147,7 +147,8 @@ def _user_errors(place: str = "") -> Iterator[None]:
         # gin appends lines that say which of its configurables it was calling.
         raise UserError(str(error).split("\n")[0]) from error
     except (
-        ValueError, AttributeError, TypeError, OSError, SyntaxError, ImportError, RuntimeError, TokenError
+        ValueError, AttributeError, NameError, TypeError, OSError, SyntaxError, ImportError, RuntimeError,
+        TokenError,
     ) as error:  # fmt: skip
         sentence = _sentence(error, place)
         if sentence is None:

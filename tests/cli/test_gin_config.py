@@ -26,6 +26,7 @@ _RUNS = {
     "runs/pretrain_encoder_ctc.gin": ["models/encoders/conformer_tiny.gin"],
     "runs/pretrain_encoder_best_rq.gin": ["models/encoders/conformer_tiny.gin"],
     "runs/pretrain_t5.gin": ["models/llms/t5_tiny.gin"],
+    "recipes/demo_best_rq.gin": [],
     "recipes/demo_encoder.gin": [],
     "recipes/demo_t5.gin": [],
     "recipes/quickstart.gin": [],
@@ -113,6 +114,7 @@ def test_missing_macros_are_named_all_at_once():
         ("include 'models/slm_tyni.gin'\n", "did you mean 'models/slm_tiny.gin'"),
         ("from __gin__ import dynamic_registration\nfrom slm_jax.models import nothing\n", "line 2"),
         ("X = 3 3\n", "line 1"),
+        ("from __gin__ import dynamic_registration\nconformer.preset.name = 'x'\n", "line 2"),
     ],
 )
 def test_mistakes_in_files_are_one_sentence(tmp_path, text, told):
