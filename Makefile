@@ -35,7 +35,7 @@ foundation: $(VENV)/installed-demo
 	$(VENV)/bin/slm train --gin_file recipes/demo_encoder.gin --gin.CORPUS_DIR="'$(FOUNDATION_DIR)/corpus'" \
 		--gin.MODEL_DIR="'$(FOUNDATION_DIR)/encoder_run'" \
 		--gin.SPEECH_ENCODER_OUTPUT="'$(FOUNDATION_DIR)/speech_encoder'"
-	$(VENV)/bin/slm quickstart --foundation $(FOUNDATION_DIR) --demo_dir $(FOUNDATION_DIR) --preset default \
+	$(VENV)/bin/slm quickstart --foundation $(FOUNDATION_DIR) --demo_dir $(FOUNDATION_DIR)/demo \
 		--run_dir $(FOUNDATION_DIR)/quickstart
 
 test: lint

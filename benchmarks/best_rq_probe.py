@@ -46,10 +46,16 @@ def compare(args: argparse.Namespace) -> None:
     work.mkdir(parents=True, exist_ok=True)
     results = json.loads(results_file.read_text()) if results_file.is_file() else {}
     best_rq = work / "best_rq"
-    period = args.steps // args.checkpoints
+    period, rest = divmod(args.steps, args.checkpoints)
+    if rest:
+        sys.exit(f"--checkpoints {args.checkpoints} does not divide --steps {args.steps}")
+    asked = {name: getattr(args, name) for name in ("steps", "probe_steps", "few_steps")}
+    if results.setdefault("asked", asked) != asked:
+        sys.exit(f"{results_file} was measured with {results['asked']}, not {asked}; name another --work")
     train(
         "recipes/demo_best_rq.gin", best_rq, corpus, args.steps,
         SPEECH_ENCODER_OUTPUT=work / "encoder", CHECKPOINT_PERIOD=period,
+        **{"loop.LoopConfig.keep_last": args.checkpoints + 1},
     )  # fmt: skip
 
     def measured(name: str, run: Path, source: Path, steps: int, **bindings: object) -> None:

@@ -1,9 +1,8 @@
-"""The quickstart's table over several seeds, as Markdown: mean and range of what was trained.
+"""The quickstart's table over several seeds, as Markdown: means, and twice the deviation of what was trained.
 
     python benchmarks/table_of_seeds.py runs/quickstart runs/seed_1 runs/seed_2
 
-Each folder is a run of `slm quickstart --run_dir FOLDER --gin.SEED=N`. `before`, `topline` and the stages'
-seconds are means too; topline and cascade are those of the runs themselves.
+Each folder is a run of `slm quickstart --run_dir FOLDER --gin.SEED=N`.
 """
 
 import json
@@ -19,8 +18,10 @@ def main(folders: list[str]) -> None:
     for task, metrics in summaries[0]["tasks"].items():
         for metric in metrics:
             columns = {
-                name: [summary["tasks"][task][metric][name] for summary in summaries]
+                # A summary has null for what was not finite.
+                name: [float("nan") if value is None else value for value in values]
                 for name in ("before", "after", "topline", "cascade")
+                for values in [[summary["tasks"][task][metric][name] for summary in summaries]]
             }
             spread = 2 * stdev(columns["after"]) if len(folders) > 1 else 0.0
             each = ", ".join(f"{value:.1f}" for value in columns["after"])

@@ -19,7 +19,9 @@ from slm_jax.tasks.registration import register_mixture, register_proportional_m
 # A T5 that has met this answers far better from an adapter's output.
 ADAPTER_LIKE_NOISE: Mapping[str, float] = {"drop": 0.03, "double": 0.15, "unknown": 0.04, "replace": 0.04}
 
-SPEECH_TASKS = ("demo_asr", "demo_ast_de", "demo_ast_es", "demo_slots", "demo_names", "demo_names_unlisted")
+SPEECH_TASKS = ("demo_asr", "demo_ast_de", "demo_ast_es", "demo_slots")
+# Recognition of sentences with invented names; there is nothing of it to train on.
+NAMES_TASKS = ("demo_names", "demo_names_unlisted")
 ADAPTER_TASKS = ("demo_asr", "demo_ast_de")
 TEXT_TASKS = (
     "demo_text_repeat", "demo_text_translate_de", "demo_text_translate_es", "demo_text_slots",
@@ -42,7 +44,7 @@ def register(
     Spoken: `demo_ctc` (pieces of the encoder's CTC head), `demo_asr`, `demo_ast_de`, `demo_ast_es`,
     `demo_slots`; for evaluation alone `demo_names` (recognition of sentences with an invented name, given a
     list that holds it) and `demo_names_unlisted` (the same without the list); the mixtures `demo_speech` of
-    all but the first and `demo_adapter` of `demo_asr` and `demo_ast_de`.
+    the four that can be trained, `demo_scored` of all six, `demo_adapter` of `demo_asr` and `demo_ast_de`.
     Text: `demo_text_repeat`, `demo_text_translate_de`, `demo_text_translate_es`, `demo_text_slots`,
     `demo_text_names`, each also as `..._noisy`, `demo_text_spell` (lines of invented names, to repeat) and
     `demo_text_spans`; the mixture `demo_text` of all.
@@ -70,6 +72,7 @@ def register(
         rates[name] = share * len(TEXT_TASKS) / (1 - spans_share - spell_share)
     register_mixture("demo_text", {name: rate for name, rate in rates.items() if rate > 0})
     register_proportional_mixture("demo_adapter", ADAPTER_TASKS)
+    register_mixture("demo_scored", dict.fromkeys((*SPEECH_TASKS, *NAMES_TASKS), 1.0))
     return register_proportional_mixture("demo_speech", SPEECH_TASKS)
 
 

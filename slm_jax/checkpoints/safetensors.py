@@ -45,7 +45,7 @@ def save_safetensors(path: str | os.PathLike, params: Any, metadata: Mapping[str
 
     path = Path(path)
     arrays = {
-        name: np.ascontiguousarray(jax.device_get(leaf)) for name, leaf in sorted(flatten(params).items())
+        name: np.asarray(jax.device_get(leaf), order="C") for name, leaf in sorted(flatten(params).items())
     }
     header = {
         name: value if isinstance(value, str) else json.dumps(value, sort_keys=True)

@@ -1,6 +1,7 @@
 """`slm evaluate`: scores a run's model on a split and writes metrics and hypotheses."""
 
 import argparse
+import hashlib
 from pathlib import Path
 
 from slm_jax.errors import UserError, nearest
@@ -22,28 +23,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "the text topline; hypothesis: it is given what the model transcribes first, the cascade",
     )  # fmt: skip
     parser.add_argument(
-        "--transcribe_prompt", metavar="TEXT", default="Transcribe: {speech}",
-        help="what the cascade asks for its transcript",
+        "--transcribe_prompt", metavar="TEXT",
+        help="what the cascade asks for its transcript; by default 'Transcribe the speech: {speech}'",
     )  # fmt: skip
     parser.epilog = "The run's configuration can be overridden by --gin.NAME=value."
 
 
 def main(args: argparse.Namespace) -> int:
     """Runs the command: a line for each task and metric on standard output."""
+    if args.transcribe_prompt and args.speech_as != "hypothesis":
+        raise UserError("--transcribe_prompt is the cascade's; it goes with --speech_as hypothesis")
     if args.speech_as not in SPEECH_AS:
         raise UserError(f"--speech_as: {args.speech_as!r}{nearest(args.speech_as, SPEECH_AS)}")
     from slm_jax.cli.run import load_run
-    from slm_jax.cli.wiring import Wiring
+    from slm_jax.cli.wiring import TRANSCRIBE_PROMPT, Wiring
     from slm_jax.evaluation.evaluator import write_results
 
     run = load_run(args.run, args.gin_bindings)
     wired = Wiring(run)
     split = args.split or run.evaluated().split
     evaluate = wired.evaluation(args.mixture, split)
-    results = evaluate(wired.trained_variables(args.step), args.speech_as, args.transcribe_prompt)
+    prompt = args.transcribe_prompt or TRANSCRIBE_PROMPT
+    results = evaluate(wired.trained_variables(args.step), args.speech_as, prompt)
     # What is scored is in the folder's name, so that no scores take the place of others.
     instead = args.speech_as if args.speech_as != "audio" else None
-    name = "-".join(filter(None, [split, args.mixture, args.step and f"step{args.step}", instead]))
+    asked = args.transcribe_prompt and hashlib.sha256(args.transcribe_prompt.encode()).hexdigest()[:8]
+    name = "-".join(filter(None, [split, args.mixture, args.step and f"step{args.step}", instead, asked]))
     directory = Path(args.output) if args.output else run.path(run.model_dir) / "evaluation" / name
     write_results(results, directory)
     for task, result in results.items():

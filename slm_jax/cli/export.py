@@ -9,6 +9,7 @@ from slm_jax.errors import UserError, check_whole
 if TYPE_CHECKING:
     from slm_jax.cli.wiring import Wiring
     from slm_jax.data.references import Reference
+    from slm_jax.export.parity import Question
 
 # Utterances that the parity check asks about.
 _QUESTIONS = 8
@@ -45,46 +46,41 @@ def main(args: argparse.Namespace) -> int:
     import jax
 
     from slm_jax.checkpoints.foundation import read_foundation
-    from slm_jax.cli.run import CONFIG_FILE, load_run
+    from slm_jax.cli import gin_config
+    from slm_jax.cli.run import load_run
     from slm_jax.cli.wiring import Wiring
+    from slm_jax.export.package import Source, check_request, export_run
 
     if jax.process_count() > 1:
         raise UserError("slm export: one process holds all weights; run it on one host")
+    check_request(args.to, args.formats, args.platforms)
     run = load_run(args.run, args.gin_bindings)
     wired = Wiring(run)
-    vocabulary = wired.vocabulary("targets")
-    from slm_jax.data.audio_files import load_utterance
-    from slm_jax.export.package import Source, export_run
-    from slm_jax.export.parity import Question
-
+    tokenizer, eos_id = _tokenizer(wired)
     variables = wired.trained_variables(args.step)
-    evaluation = run.evaluation
     max_tokens = (
-        args.max_tokens or (evaluation and evaluation.max_tokens) or run.data.feature_lengths["targets"]
+        args.max_tokens
+        or (run.evaluation and run.evaluation.max_tokens)
+        or run.data.feature_lengths["targets"]
     )
-    references = _references(args, wired)
-    answers = wired.predict(variables, rows=len(references), max_tokens=max_tokens)(references)
-    for reference, answer in zip(references, answers, strict=True):
-        if answer.rejected:
-            raise UserError(f"--audio {reference.audio}: {answer.rejected.reason} ({answer.rejected.detail})")
-    questions = [
-        Question(reference.id, load_utterance(reference).samples, reference.inputs)
-        for reference in references
-    ]
+    asked: list[tuple[Question, list[int]]] = []
+    if "stablehlo" in args.formats:
+        asked = _asked(args, wired, variables, max_tokens)
     source = Source(
         model=run.objective.model,
         variables=jax.device_get(variables),
+        step=wired.saved_step(args.step),
         foundations={part: read_foundation(run.path(name)) for part, name in run.foundations.items()},
-        provenance=wired.provenance((run.path(run.model_dir) / CONFIG_FILE).read_text(encoding="utf-8")),
-        tokenizer=_tokenizer(vocabulary),
+        provenance=wired.provenance(gin_config.resolved_config()),
+        tokenizer=tokenizer,
         max_tokens=max_tokens,
-        eos_id=vocabulary.eos_id,
+        eos_id=eos_id,
     )
     directory = export_run(
         args.to,
         source,
-        questions,
-        [answer.tokens for answer in answers],
+        [question for question, _ in asked],
+        [tokens for _, tokens in asked],
         formats=args.formats,
         platforms=args.platforms,
         report=lambda line: print(line, file=sys.stderr),
@@ -92,6 +88,32 @@ def main(args: argparse.Namespace) -> int:
     for path in sorted(directory.iterdir()):
         print(f"{path} {path.stat().st_size / 1e6:.2f} MB")
     return 0
+
+
+def _asked(
+    args: argparse.Namespace, wired: "Wiring", variables: Any, max_tokens: int
+) -> "list[tuple[Question, list[int]]]":
+    """Returns questions about real speech with the live model's answers.
+
+    An example of the evaluation that cannot be used is passed over; a recording that the user named is not.
+    """
+    references = _references(args, wired)
+    answers = wired.predict(variables, rows=max(1, len(references)), max_tokens=max_tokens)(references)
+    from slm_jax.data.audio_files import load_utterance
+    from slm_jax.export.parity import Question
+
+    asked = []
+    for reference, answer in zip(references, answers, strict=True):
+        if answer.rejected and args.audio:
+            raise UserError(f"--audio {reference.audio}: {answer.rejected.reason} ({answer.rejected.detail})")
+        if not answer.rejected:
+            speech = load_utterance(reference).samples
+            asked.append((Question(reference.id, speech, reference.inputs), answer.tokens))
+    if not asked:
+        raise UserError(
+            "the run's evaluation has no example with speech that fits; give --audio and --prompt"
+        )
+    return asked
 
 
 def _references(args: argparse.Namespace, wired: "Wiring") -> "list[Reference]":
@@ -104,5 +126,18 @@ def _references(args: argparse.Namespace, wired: "Wiring") -> "list[Reference]":
     return wired.example_references(_QUESTIONS)
 
 
-def _tokenizer(vocabulary: Any) -> bytes | None:
-    return getattr(vocabulary, "sp_model", None)
+def _tokenizer(wired: "Wiring") -> tuple[bytes | None, int]:
+    """Returns the sentencepiece model of prompts and answers, None where there is none, and the id of EOS.
+
+    Raises:
+      UserError: prompts and answers have different ones, or a token of a prompt could be taken for padding.
+    """
+    inputs, targets = wired.vocabulary("inputs"), wired.vocabulary("targets")
+    models = [getattr(vocabulary, "sp_model", None) for vocabulary in (inputs, targets)]
+    if models[0] != models[1] or inputs.eos_id != targets.eos_id:
+        raise UserError("slm export: prompts and answers have different vocabularies, expected one for both")
+    if inputs.unk_id == 0:
+        raise UserError(
+            "slm export: the vocabulary's unknown token is 0, which fills up prompts; expected another"
+        )
+    return models[0], targets.eos_id

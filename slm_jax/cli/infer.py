@@ -94,7 +94,7 @@ def references_of_files(paths: list[str], prompt, room: int) -> "list[Reference]
             if bad.reason == "too_long":
                 bad = BadExample(
                     "speech_too_long",
-                    f"longer than {room / SAMPLE_RATE:g} s, the run's TASK_FEATURE_LENGTHS['speech']",
+                    f"longer than {room / SAMPLE_RATE:g} s, the run's row of speech when it answers",
                 )
             raise UserError(f"--audio {path}: {bad.reason} ({bad.detail})") from None
         references.append(Reference(path, path, samples, prompt, prompt[:0], "infer", ""))

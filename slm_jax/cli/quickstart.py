@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from slm_jax.errors import check_whole
+from slm_jax.errors import UserError, check_whole
 
 if TYPE_CHECKING:
     from slm_jax.evaluation.report import TaskMetrics
@@ -47,14 +47,16 @@ def main(args: argparse.Namespace) -> int:
     """Runs the command."""
     from slm_jax.checkpoints.foundation import read_foundation
     from slm_jax.cli import demo
+    from slm_jax.demo import foundation
 
     if args.steps is not None:
         check_whole("--steps", args.steps)
-    for part in ("speech_encoder", "llm"):
-        if args.foundation:
-            read_foundation(Path(args.foundation) / part)
+    for part in foundation.PARTS if args.foundation else ():
+        read_foundation(Path(args.foundation) / part)
     stages = _Stages()
     demo_dir, run_dir = Path(args.demo_dir).absolute(), Path(args.run_dir).absolute()
+    if any(binding.startswith("MODEL_DIR=") for binding in args.gin_bindings):
+        raise UserError("slm quickstart: the run goes to --run_dir, so --gin.MODEL_DIR has no meaning here")
     corpus = demo_dir / "corpus"
     with stages("corpus", f"slm demo --to {shlex.quote(str(corpus))} --preset {args.preset}"):
         demo.build(str(corpus), args.preset)
@@ -97,13 +99,12 @@ def main(args: argparse.Namespace) -> int:
         results["topline"] = score(variables, "transcript")
     with stages("cascade", f"{evaluate} --speech_as hypothesis"):
         results["cascade"] = score(variables, "hypothesis")
-    picture = run_dir / "curves.png"
     columns = {name: {task: r.metrics for task, r in scored.items()} for name, scored in results.items()}
-    with stages("picture", None):
-        draw_curves(run_dir, picture, columns["topline"])
     for name, scored in results.items():
         write_results(scored, run_dir / "evaluation" / _FOLDERS[name])
     write_summary(run_dir / "summary.json", columns, stages.seconds)
+    picture = run_dir / "curves.png"
+    draw_curves(run_dir, picture, columns["topline"])
     print()
     print_report(columns, results["after"])
     example = next(iter(results["after"].values())).hypotheses[0]
@@ -132,7 +133,11 @@ def draw_curves(run_dir: Path, picture: Path, topline: "TaskMetrics") -> None:
             Panel(
                 title,
                 {legend: "/".join(name) for legend, name in shown.items()},
-                {legend: topline.get(task, {}).get(metric, 0) for legend, (task, metric) in shown.items()},
+                {
+                    legend: topline[task][metric]
+                    for legend, (task, metric) in shown.items()
+                    if metric in topline.get(task, {})
+                },
                 ceiling=105,
             )
             for title, shown in (

@@ -12,6 +12,7 @@ from slm_jax.training.loop import LoopConfig
 from slm_jax.training.objectives.base import Objective
 from slm_jax.training.optimizers import OptimizerConfig
 
+_FEATURES = ("speech", "inputs", "targets", "layout")
 # The resolved configuration in a run's directory: what commands read that take `--run`.
 CONFIG_FILE = "config.gin"
 DTYPES = ("bfloat16", "float16", "float32")
@@ -58,7 +59,7 @@ class EvaluationConfig:
       batch_size: rows decoded at once.
       max_tokens: most tokens of a hypothesis.
       num_examples: examples of each task during training; all by default. `slm evaluate` takes all.
-      feature_lengths: size of a row, as `DataConfig.feature_lengths`, which it is by default.
+      feature_lengths: those of `DataConfig.feature_lengths` that are others when the model answers.
     """
 
     mixture_or_task: str | None = None
@@ -73,6 +74,10 @@ class EvaluationConfig:
         check_whole("EvaluationConfig.max_tokens", self.max_tokens)
         if self.num_examples is not None:
             check_whole("EvaluationConfig.num_examples", self.num_examples)
+        for name, length in (self.feature_lengths or {}).items():
+            if name not in _FEATURES:
+                raise UserError(f"EvaluationConfig.feature_lengths has {name!r}{nearest(name, _FEATURES)}")
+            check_whole(f"EvaluationConfig.feature_lengths[{name!r}]", length)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,8 +146,13 @@ class Run:
 
     @property
     def answer_lengths(self) -> Mapping[str, int]:
-        """Feature lengths of a row when the model answers: the evaluation's, or those of training."""
-        return (self.evaluation and self.evaluation.feature_lengths) or self.data.feature_lengths
+        """Feature lengths of a row when the model answers: the evaluation's, else those of training."""
+        own = (self.evaluation and self.evaluation.feature_lengths) or {}
+        # A layout of its own length holds what training's rows hold, so it does not outlive them.
+        kept = {
+            name: length for name, length in self.data.feature_lengths.items() if name != "layout" or not own
+        }
+        return {**kept, **own}
 
     def evaluated(self) -> EvaluationConfig:
         """Returns how to score; raises UserError where the run says nothing of it."""

@@ -102,6 +102,11 @@ class _TensorBoard:
 def _check_outputs(run: Run, wired: Wiring) -> None:
     """Refuses, before the first step, what could not be saved after the last."""
     parts = run.objective.parts
+    if run.save_foundations and run.save_format == "safetensors" and jax.process_count() > 1:
+        raise UserError(
+            f"run.Run.save_format is 'safetensors', which one process writes; "
+            f"{jax.process_count()} processes save in 'orbax'"
+        )
     for part in run.save_foundations:
         if part not in parts:
             raise UserError(f"run.Run.save_foundations has part {part!r}{nearest(part, parts)}")

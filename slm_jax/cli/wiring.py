@@ -30,6 +30,10 @@ if TYPE_CHECKING:
     from slm_jax.data.references import Reference
 
 
+# What a cascade asks for its transcript, unless it is told otherwise.
+TRANSCRIBE_PROMPT = "Transcribe the speech: {speech}"
+
+
 class Wiring:
     """The parts of a run, each made when it is first asked for.
 
@@ -42,7 +46,7 @@ class Wiring:
 
     def __init__(self, run: Run):
         self.run = run
-        self._predictors: dict[tuple[int, int, bool], Predictor] = {}
+        self._predictors: dict[tuple[int, int, int | None], Predictor] = {}
         self.mesh = make_mesh(run.mesh.data, run.mesh.fsdp, run.mesh.tensor)
 
     # ---- data
@@ -118,7 +122,7 @@ class Wiring:
         *,
         rows: int,
         max_tokens: int | None = None,
-        text_only: bool = False,
+        transcript_tokens: int | None = None,
     ) -> "Callable[[Sequence[Reference]], list[Prediction]]":
         """Returns a function that answers references greedily; what is compiled is used again.
 
@@ -126,7 +130,7 @@ class Wiring:
           variables: `params` and `frozen`.
           rows: references decoded at once, rounded up to what the mesh divides.
           max_tokens: most tokens of an answer; by default the evaluation's, else what targets may have.
-          text_only: the references have no speech; there is room for a transcript in its place.
+          transcript_tokens: the references have no speech, but up to so many tokens in its place.
         """
         if not isinstance(self.run.objective.model, SLM):
             name = type(self.run.objective.model).__name__
@@ -139,23 +143,19 @@ class Wiring:
             evaluation = self.run.evaluation
             max_tokens = evaluation.max_tokens if evaluation else self.run.data.feature_lengths["targets"]
         check_whole("max_tokens", max_tokens)
-        key = rows, max_tokens, text_only
+        key = rows, max_tokens, transcript_tokens
         if key not in self._predictors:
             self._predictors[key] = self._predictor(variables, *key)
         return functools.partial(self._predictors[key], variables=variables)
 
     def _predictor(
-        self, variables: Mapping[str, Any], rows: int, max_tokens: int, text_only: bool
+        self, variables: Mapping[str, Any], rows: int, max_tokens: int, transcript_tokens: int | None
     ) -> Predictor:
         from slm_jax.data.audio_files import load_utterance
         from slm_jax.evaluation.batches import ReferenceBatches
 
-        lengths = dict(self.run.answer_lengths)
-        if text_only:
-            lengths |= {"speech": 0, "inputs": lengths["inputs"] + max_tokens}
-            lengths.pop("layout", None)
         batches = ReferenceBatches(
-            self.shape(rows, lengths),
+            self._answer_shape(rows, transcript_tokens),
             lambda reference: load_utterance(reference).samples,
             self.mesh,
             self.run.mesh.rules,
@@ -169,6 +169,13 @@ class Wiring:
             max_tokens=max_tokens,
             eos_id=self.vocabulary("targets").eos_id,
         )
+
+    def _answer_shape(self, rows: int, transcript_tokens: int | None = None) -> Any:
+        lengths = dict(self.run.answer_lengths)
+        if transcript_tokens is not None:
+            lengths |= {"speech": 0, "inputs": lengths["inputs"] + transcript_tokens}
+            lengths.pop("layout", None)
+        return self.shape(rows, lengths)
 
     def evaluation(self, mixture_or_task: str | None, split: str) -> "Evaluation":
         """Returns what scores variables on all examples of a split."""
@@ -190,31 +197,28 @@ class Wiring:
             )
         return room
 
+    def saved_step(self, step: int | None = None) -> int | None:
+        """Returns the step of a checkpoint of the run: the newest by default, None where there is none."""
+        with contextlib.closing(self._checkpoints()) as checkpoints:
+            return checkpoints.latest_step() if step is None else step
+
     def example_references(self, count: int) -> "list[Reference]":
         """Returns references of the evaluation that have speech and fit, from all tasks, of different audio.
 
         Args:
           count: how many, or fewer where there are fewer.
-
-        Raises:
-          UserError: there are none.
         """
-        evaluated, room = self.run.evaluated(), self.speech_room()
-        by_task = self._evaluator(None, evaluated.split, count, {}).references().values()
-        queues = [iter(references) for references in by_task]
+        split, shape = self.run.evaluated().split, self._answer_shape(1)
+        queues = [iter(found) for found in self._evaluator(None, split, count, {}).references().values()]
         found: dict[str, Reference] = {}
         while queues and len(found) < count:
             for queue in list(queues):
                 # Tasks often ask about the same audio, each in its own words: each gets a file of its own.
-                fitting = (r for r in queue if r.audio and r.audio not in found and r.samples <= room)
+                fitting = (r for r in queue if r.audio and r.audio not in found and _fits(r, shape))
                 if reference := next(fitting, None):
                     found[str(reference.audio)] = reference
                 else:
                     queues.remove(queue)
-        if not found:
-            raise UserError(
-                "the run's evaluation has no example with speech that fits; name recordings instead"
-            )
         return list(found.values())[:count]
 
     def evaluation_in_training(self) -> Evaluate:
@@ -289,6 +293,9 @@ class Wiring:
                     dtype=self.run.frozen_dtype if collection == "frozen" else None,
                     config=architecture(place.config),
                 )
+                if collection == "params":
+                    # What trains does so in its own dtype, whatever the one on disk.
+                    params = jax.tree.map(lambda leaf, shape: leaf.astype(shape.dtype), params, abstract)
                 loaded = _merged(loaded, _at_path((collection, *place.path), params))
         return loaded
 
@@ -314,16 +321,16 @@ class Wiring:
         Raises:
           UserError: nothing is saved, or what is saved does not fit.
         """
+        with contextlib.closing(self._checkpoints()) as checkpoints:
+            params = checkpoints.restore_params(self.shapes.state.params, self.provenance(""), step)
+        return {"params": params, "frozen": self._frozen()}
+
+    def _checkpoints(self) -> RunCheckpoints:
         loop = self.run.loop
-        checkpoints = RunCheckpoints(
+        return RunCheckpoints(
             self.run.path(self.run.model_dir) / "checkpoints",
             loop.keep_last, loop.keep_best, loop.best_metric, loop.best_mode, read_only=True,
         )  # fmt: skip
-        try:
-            params = checkpoints.restore_params(self.shapes.state.params, self.provenance(""), step)
-        finally:
-            checkpoints.close()
-        return {"params": params, "frozen": self._frozen()}
 
     def fresh_variables(self) -> dict[str, Any]:
         """Returns the variables before the first step."""
@@ -368,7 +375,7 @@ class Evaluation:
         self._wired, self._evaluator, self._rows, self._texts = wired, evaluator, rows, texts
 
     def __call__(
-        self, variables: Mapping[str, Any], speech_as: str = "audio", prompt: str = "Transcribe: {speech}"
+        self, variables: Mapping[str, Any], speech_as: str = "audio", prompt: str = TRANSCRIBE_PROMPT
     ) -> dict[str, TaskResult]:
         """Returns results by task.
 
@@ -377,15 +384,22 @@ class Evaluation:
           speech_as: `audio`; `transcript`, the text topline; or `hypothesis`, the cascade.
           prompt: what the cascade asks for its transcript.
         """
-        answer = self._wired.predict(variables, rows=self._rows)
+        answer = functools.partial(self._wired.predict, variables, rows=self._rows)
         if speech_as == "audio":
-            return self._evaluator(answer)
+            return self._evaluator(answer())
+        room = self._transcript_room()
         if speech_as == "transcript":
             transcribe = true_transcripts(self._texts)
         else:
-            transcribe = self._transcriber(answer, prompt)
-        predict = self._wired.predict(variables, rows=self._rows, text_only=True)
+            transcribe = self._transcriber(answer(max_tokens=room), prompt)
+        predict = answer(transcript_tokens=room)
         return self._evaluator(functools.partial(from_text, predict=predict, transcribe=transcribe))
+
+    def _transcript_room(self) -> int:
+        """Returns the most tokens of a transcript: of the longest true one, or of an answer."""
+        self._evaluator.references()
+        longest = max(map(len, self._texts.values()), default=0)
+        return max(longest, self._wired.run.evaluated().max_tokens)
 
     def _transcriber(self, answer: Any, prompt: str) -> Transcriber:
         from slm_jax.data.preprocessors import prompt_tokens
@@ -396,6 +410,11 @@ class Evaluation:
             prompt_tokens(inputs, prompt).tolist(),
             lambda tokens: inputs.encode(targets.decode(tokens)),
         )
+
+
+def _fits(reference: "Reference", shape: Any) -> bool:
+    """Whether a row holds what is asked; the answer's length is not the model's business."""
+    return shape.misfit(dataclasses.replace(reference, targets=reference.targets[:0])) is None
 
 
 def architecture(config: Any) -> dict[str, Any]:

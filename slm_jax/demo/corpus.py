@@ -82,7 +82,7 @@ class CorpusConfig:
 
 PRESETS = {
     "default": CorpusConfig(),
-    "adapter": CorpusConfig(train=3600, text=3600),
+    "adapter": CorpusConfig(train=3600, test=200, text=3600),
     "tiny": CorpusConfig(train=24, dev=6, test=6, names=4, text=96),
 }
 

@@ -79,9 +79,11 @@ def true_transcripts(texts: Mapping[tuple[str, str], Sequence[int]]) -> "Transcr
     Args:
       texts: task and id of an example -> tokens of its true transcript.
     """
-    missing = Prediction([], Rejected("missing_text", "the manifest has no text for it"))
+    missing = Prediction([], Rejected("missing_text", "the example has no text"))
 
     def look_up(reference: "Reference") -> Prediction:
+        if reference.audio is None:
+            return Prediction([])
         tokens = texts.get((reference.task, reference.id))
         return Prediction(list(tokens)) if tokens else missing
 

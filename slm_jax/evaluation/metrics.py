@@ -10,6 +10,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Collection, Sequence
 
+from slm_jax.errors import UserError
 from slm_jax.evaluation.normalizers import TextNormalizer
 from slm_jax.evaluation.normalizers import normalizer as get_normalizer
 
@@ -97,7 +98,8 @@ def rare_word_recall(
       normalizer: name of a declared normaliser.
 
     Raises:
-      ValueError: no example has a rare word, or there is not one hypothesis for each reference.
+      UserError: no reference has a rare word.
+      ValueError: not one hypothesis for each reference.
     """
     spoken = found = 0
     for target, said in _normalized_pairs(targets, predictions, language, get_normalizer(normalizer)):
@@ -106,7 +108,7 @@ def rare_word_recall(
         spoken += len(rare)
         found += sum((collections.Counter(rare) & heard).values())
     if not spoken:
-        raise ValueError("no reference has a rare word")
+        raise UserError("rare_word_recall: no reference has a word outside common_words")
     return {"rare_word_recall": 100.0 * found / spoken}
 
 

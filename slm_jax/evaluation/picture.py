@@ -24,7 +24,7 @@ class Panel(NamedTuple):
     Attributes:
       title: above it.
       scores: legend -> name of a score, `task/metric`.
-      toplines: legend -> value drawn as a dashed line, where there is one.
+      toplines: legend -> value drawn as a dotted line, where there is one.
       ceiling: largest value shown, or None.
     """
 
@@ -80,12 +80,15 @@ def draw(
       title: above all.
 
     Raises:
-      UserError: it cannot be written.
+      UserError: it cannot be written, or matplotlib is missing.
     """
-    # Not through pyplot, which looks for a display and keeps every figure.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import LogLocator, StrMethodFormatter
+    try:
+        # Not through pyplot, which looks for a display and keeps every figure.
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+        from matplotlib.ticker import LogLocator, StrMethodFormatter
+    except ImportError as error:
+        raise UserError("a picture needs matplotlib: install slm_jax[demo]") from error
 
     figure = Figure(figsize=(4.2 * (1 + len(panels)), 3.4), layout="constrained")
     FigureCanvasAgg(figure)

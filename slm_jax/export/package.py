@@ -38,19 +38,42 @@ class Source(NamedTuple):
     Attributes:
       model: the SLM.
       variables: its collections, all of them on this host.
+      step: of the checkpoint that its trained part comes from.
       foundations: part -> the foundation checkpoint that it was loaded from.
-      provenance: of the run.
+      provenance: of the model.
       tokenizer: bytes of the sentencepiece model, or None where the vocabulary is another.
       max_tokens, eos_id: of an answer.
     """
 
     model: SLM
     variables: Mapping[str, Any]
+    step: int | None
     foundations: Mapping[str, FoundationRecord]
     provenance: Provenance
     tokenizer: bytes | None
     max_tokens: int
     eos_id: int
+
+
+def check_request(directory: str | Path, formats: Sequence[str], platforms: Sequence[str]) -> None:
+    """Refuses, before anything is loaded, what could not be written after it.
+
+    Raises:
+      UserError: the directory holds something; an unknown format or platform; or StableHLO that is not
+        lowered for this machine, where it is checked.
+    """
+    for name in formats:
+        if name not in FORMATS:
+            raise UserError(f"--formats: {name!r}{nearest(name, FORMATS)}")
+    stablehlo.check_platforms(platforms)
+    if "stablehlo" in formats and _platform() not in platforms:
+        raise UserError(
+            f"--platforms {' '.join(platforms)}: this machine is {_platform()}, so the artifact could not be "
+            "checked here; name it too"
+        )
+    directory = Path(directory)
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise UserError(f"--to {directory}: it exists and is no empty folder; an export is never overwritten")
 
 
 def export_run(
@@ -68,7 +91,7 @@ def export_run(
     Args:
       directory: must not exist, or be empty.
       source: what is exported.
-      questions: real speech with prompts, for the parity check.
+      questions: real speech with prompts, for the parity check; `stablehlo` needs them.
       expected: the live model's tokens for each.
       formats: out of `FORMATS`; `stablehlo` brings `merged`, its weights.
       platforms: that the StableHLO is lowered for.
@@ -79,22 +102,15 @@ def export_run(
         does not answer as the model does.
     """
     directory = Path(directory).absolute()
-    for name in formats:
-        if name not in FORMATS:
-            raise UserError(f"--formats: {name!r}{nearest(name, FORMATS)}")
-    if "stablehlo" in formats and _platform() not in platforms:
-        raise UserError(
-            f"--platforms {' '.join(platforms)}: this machine is {_platform()}, so the artifact could not be "
-            "checked here; name it too"
-        )
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        raise UserError(f"--to {directory}: it exists and is no empty folder; an export is never overwritten")
+    check_request(directory, formats, platforms)
     partial = directory.with_name(f".{directory.name}.partial-{uuid.uuid4().hex[:8]}")
     writers = {"adapter": _write_adapter, "merged": _write_merged}
     try:
         partial.mkdir(parents=True)
         if source.tokenizer is not None:
             (partial / "tokenizer.model").write_bytes(source.tokenizer)
+        else:
+            report("no tokenizer.model: the vocabulary is no sentencepiece model")
         for name in ("adapter", "merged"):
             if name in formats or (name == "merged" and "stablehlo" in formats):
                 writers[name](partial, source)
@@ -123,11 +139,12 @@ def _write_adapter(folder: Path, source: Source) -> None:
     config = source.model.config
     record = {
         "config": dataclasses.asdict(config.adapter),
-        "reducer": {"kind": type(config.reducer).__name__, **dataclasses.asdict(config.reducer)},
+        "reducer": _reducer(source.model),
         "trainable": list(config.trainable),
         "fits_on": {
             part: {"kind": found.kind, "config": found.config, "fingerprint": found.fingerprint}
             for part, found in source.foundations.items()
+            if part not in config.trainable
         },
     }
     _write_weights(folder, "adapter", source.variables["params"], source, record)
@@ -146,7 +163,8 @@ def _write_weights(
     save_safetensors(path, weights, {"format": "slm_jax", "fingerprint": found})
     read, live = flatten(load_safetensors(path)), flatten(weights)
     for key, leaf in live.items():
-        if read[key].dtype != leaf.dtype or read[key].tobytes() != np.asarray(leaf).tobytes():
+        same = read[key].dtype == leaf.dtype and read[key].shape == leaf.shape
+        if not same or read[key].tobytes() != np.asarray(leaf).tobytes():
             raise UserError(
                 f"export: {name}.safetensors holds another {key} than the model; nothing is exported"
             )
@@ -194,6 +212,7 @@ def _write_stablehlo(
                 "ends_with": source.eos_id,
             },
         ],
+        "tokenizer": None if source.tokenizer is None else "tokenizer.model",
         "result": {"dtype": "int32", "shape": ["b", source.max_tokens], "eos": source.eos_id},
         "platforms": list(exported.platforms),
         "calling_convention_version": exported.calling_convention_version,
@@ -208,6 +227,7 @@ def _write_record(path: Path, kind: str, source: Source, record: Mapping[str, An
     whole = {
         "format_version": FORMAT_VERSION,
         "kind": kind,
+        "step": source.step,
         **record,
         "provenance": source.provenance.to_json(),
         "foundations": {part: found.provenance for part, found in source.foundations.items()},
@@ -216,6 +236,9 @@ def _write_record(path: Path, kind: str, source: Source, record: Mapping[str, An
 
 
 def _plain_config(model: SLM) -> dict[str, Any]:
-    config = model.config
-    reducer = {"kind": type(config.reducer).__name__, **dataclasses.asdict(config.reducer)}
-    return {**dataclasses.asdict(config), "reducer": reducer}
+    return {**dataclasses.asdict(model.config), "reducer": _reducer(model)}
+
+
+def _reducer(model: SLM) -> dict[str, Any]:
+    reducer = model.config.reducer
+    return {"kind": type(reducer).__name__, **dataclasses.asdict(reducer)}

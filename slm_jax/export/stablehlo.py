@@ -106,9 +106,7 @@ def export_answer(
     Raises:
       UserError: an unknown platform.
     """
-    for platform in platforms:
-        if platform not in PLATFORMS:
-            raise UserError(f"--platforms: {platform!r}{nearest(platform, PLATFORMS)}")
+    check_platforms(platforms)
     frame = samples_per_frame(model)
     rows, length, tokens = export.symbolic_shape(f"b, {frame}*s, n")
     function = jax.jit(answer_function(model, max_tokens=max_tokens, eos_id=eos_id))
@@ -119,6 +117,13 @@ def export_answer(
         jax.ShapeDtypeStruct((rows, tokens), jnp.int32),
     )
     return bytes(exported.serialize())
+
+
+def check_platforms(platforms: Sequence[str]) -> None:
+    """Raises UserError where one of them is not in `PLATFORMS`."""
+    for platform in platforms:
+        if platform not in PLATFORMS:
+            raise UserError(f"--platforms: {platform!r}{nearest(platform, PLATFORMS)}")
 
 
 def samples_per_frame(model: SLM) -> int:

@@ -44,21 +44,18 @@ def records(corpus: Path, name: str) -> dict[str, dict]:
     return {record["id"]: record for record in map(json.loads, lines)}
 
 
-NAMES_TASKS = ("demo_names", "demo_names_unlisted")
-
-
 @pytest.mark.parametrize(
     ("name", "split"),
     [
         (name, split)
-        for name in (*demo.SPEECH_TASKS, "demo_ctc")
+        for name in (*demo.SPEECH_TASKS, *demo.NAMES_TASKS, "demo_ctc")
         for split in ("train", "validation", "test")
-        if name not in NAMES_TASKS or split != "train"
+        if name not in demo.NAMES_TASKS or split != "train"
     ],
 )
 def test_spoken_tasks_ask_for_what_the_manifest_holds(corpus: Path, tmp_path: Path, name: str, split: str):
     known = records(
-        corpus, ("names_" if name in NAMES_TASKS else "") + {"validation": "dev"}.get(split, split)
+        corpus, ("names_" if name in demo.NAMES_TASKS else "") + {"validation": "dev"}.get(split, split)
     )
     references = list(index(name, split, tmp_path).references())
     assert {reference.id for reference in references} == known.keys()
@@ -101,7 +98,7 @@ def test_text_tasks_hold_the_transcript_in_the_place_of_the_speech(corpus: Path,
 
 
 def test_spoken_and_text_tasks_share_their_prompts(corpus: Path, tmp_path: Path):
-    for spoken, text in zip(demo.SPEECH_TASKS[:4], demo.TEXT_TASKS[:4], strict=True):
+    for spoken, text in zip(demo.SPEECH_TASKS, demo.TEXT_TASKS[:4], strict=True):
         prompts = {
             decode(spoken, reference.inputs, "inputs").strip()
             for reference in index(spoken, "train", tmp_path).references()
@@ -123,9 +120,10 @@ def test_spans_are_named_by_sentinels(corpus: Path, tmp_path: Path):
 def test_mixtures_hold_their_tasks(corpus: Path):
     names = {
         name: {task.name for task in seqio.MixtureRegistry.get(name).tasks}
-        for name in ("demo_speech", "demo_adapter", "demo_text")
+        for name in ("demo_speech", "demo_scored", "demo_adapter", "demo_text")
     }
     assert names["demo_speech"] == set(demo.SPEECH_TASKS)
+    assert names["demo_scored"] == {*demo.SPEECH_TASKS, *demo.NAMES_TASKS}
     assert names["demo_adapter"] == set(demo.ADAPTER_TASKS)
     assert names["demo_text"] == {*TEXT_TASKS, demo.SPANS_TASK, demo.SPELL_TASK}
 

@@ -34,6 +34,8 @@ def test_the_topline_asks_about_the_true_transcript():
     asked = [reference(1, [7, SPEECH]), reference(1, [SPEECH, 8], task="other"), reference(2, [SPEECH])]
     found = from_text(asked, predict=echo, transcribe=transcribe)
     assert [answer.tokens for answer in found] == [[7, 5, 6], [9, 8], []]
+    text = reference(3, [7, 8], None)
+    assert from_text([text], predict=echo, transcribe=transcribe) == [Prediction([7, 8])]
     assert found[2].rejected and found[2].rejected.reason == "missing_text"
 
 

@@ -132,5 +132,5 @@ def test_rare_word_recall_counts_each_rare_word_once():
     assert metrics.rare_word_recall(targets, found, common_words=common) == {
         "rare_word_recall": pytest.approx(100 * 2 / 3)
     }
-    with pytest.raises(ValueError, match="no reference has a rare word"):
+    with pytest.raises(UserError, match="no reference has a word outside"):
         metrics.rare_word_recall(["the train"], ["kavlo"], common_words=common)

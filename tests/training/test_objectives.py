@@ -219,6 +219,8 @@ def test_a_probe_trains_the_head_alone_and_scores_as_the_whole_does(rng):
     np.testing.assert_allclose(
         sums_of(probe, frozen, batch)[0], sums_of(whole, variables, batch)[0], rtol=1e-5
     )
+    loud = CTCObjective(ConformerEncoder(dataclasses.replace(ENCODER, dropout=0.5)), 8, freeze_encoder=True)
+    assert float(sums_of(loud, frozen, batch, 1)[0]) == float(sums_of(probe, frozen, batch, 2)[0])
     grads = gradients_of(probe, frozen, batch)
     assert grads.keys() == {"head"}
     found = probe.transcribe(frozen["params"], batch, frozen["frozen"])

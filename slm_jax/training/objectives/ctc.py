@@ -25,6 +25,7 @@ class CTCModel(nn.Module):
     encoder: ConformerEncoder
     vocab_size: int
     augment: SpecAugmentConfig | None = None
+    frozen_encoder: bool = False
 
     def setup(self):
         self.head = Dense(self.vocab_size, ("embed", "vocab"), use_bias=True)
@@ -39,7 +40,9 @@ class CTCModel(nn.Module):
         mel, mel_segment_ids = self.encoder.features(batch["speech"], batch["speech_segments"])
         if self.augment is not None and not deterministic:
             mel = spec_augment(self.make_rng("augment"), mel, mel_segment_ids, self.augment)
-        frames_BKFD, ids_BKF = self.encoder.encode_features(mel, mel_segment_ids, deterministic=deterministic)
+        frames_BKFD, ids_BKF = self.encoder.encode_features(
+            mel, mel_segment_ids, deterministic=deterministic or self.frozen_encoder
+        )
         rows = ids_BKF.shape[0]
         logits_BPV = self.head(frames_BKFD.reshape(rows, -1, frames_BKFD.shape[-1]))
         return logits_BPV.astype(jnp.float32), ids_BKF.reshape(rows, -1) > 0
@@ -65,7 +68,7 @@ class CTCObjective:
         augment: SpecAugmentConfig | None = None,
         freeze_encoder: bool = False,
     ):
-        self.model = CTCModel(encoder, vocab_size, augment)
+        self.model = CTCModel(encoder, vocab_size, augment, freeze_encoder)
         self.freeze_encoder = freeze_encoder
 
     @property
