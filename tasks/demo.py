@@ -28,7 +28,6 @@ TEXT_TASKS = (
     "demo_text_names",
 )  # fmt: skip
 SPANS_TASK = "demo_text_spans"
-SPELL_TASK = "demo_text_spell"
 
 
 def register(
@@ -37,7 +36,6 @@ def register(
     noise: Mapping[str, float] = ADAPTER_LIKE_NOISE,
     noisy_share: float = 0.5,
     spans_share: float = 0.1,
-    spell_share: float = 0.3,
 ) -> str:
     """Registers all tasks and mixtures of a corpus; returns the name of the speech mixture.
 
@@ -46,15 +44,13 @@ def register(
     list that holds it) and `demo_names_unlisted` (the same without the list); the mixtures `demo_speech` of
     the four that can be trained, `demo_scored` of all six, `demo_adapter` of `demo_asr` and `demo_ast_de`.
     Text: `demo_text_repeat`, `demo_text_translate_de`, `demo_text_translate_es`, `demo_text_slots`,
-    `demo_text_names`, each also as `..._noisy`, `demo_text_spell` (lines of invented names, to repeat) and
-    `demo_text_spans`; the mixture `demo_text` of all.
+    `demo_text_names`, each also as `..._noisy`, and `demo_text_spans`; the mixture `demo_text` of all.
 
     Args:
       corpus_dir: made by `slm_jax.demo.corpus.build_corpus`.
       noise: rates of `preprocessors.token_noise` on the transcripts of noisy text tasks.
       noisy_share: of the examples of each text instruction in `demo_text`.
       spans_share: of span corruption in `demo_text`.
-      spell_share: of lines of names in `demo_text`.
 
     Raises:
       UserError: there is no corpus or no vocabulary, or another corpus is registered already.
@@ -68,8 +64,7 @@ def register(
     _register_text(corpus, paths.text, noise)
     rates = dict.fromkeys(TEXT_TASKS, 1 - noisy_share)
     rates |= {f"{name}_noisy": noisy_share for name in TEXT_TASKS}
-    for name, share in ((SPANS_TASK, spans_share), (SPELL_TASK, spell_share)):
-        rates[name] = share * len(TEXT_TASKS) / (1 - spans_share - spell_share)
+    rates[SPANS_TASK] = spans_share * len(TEXT_TASKS) / (1 - spans_share)
     register_mixture("demo_text", {name: rate for name, rate in rates.items() if rate > 0})
     register_proportional_mixture("demo_adapter", ADAPTER_TASKS)
     register_mixture("demo_scored", dict.fromkeys((*SPEECH_TASKS, *NAMES_TASKS), 1.0))
@@ -140,10 +135,6 @@ def _register_text(corpus: Path, vocabulary: Path, noise: Mapping[str, float]) -
             **{**asked, "manifests": listed},
         )
     register_span_corruption(SPANS_TASK, manifests=manifests, vocabulary=vocabulary)
-    spelled = {
-        split: corpus / f"text_spell_{name}.jsonl" for split, name in _SPLITS.items() if name != "test"
-    }
-    register_asr(SPELL_TASK, manifests=spelled, vocabulary=vocabulary, templates=prompts.ASR, text_only=True)
 
 
 _SPLITS = {"train": "train", "validation": "dev", "test": "test"}

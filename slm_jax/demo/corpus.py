@@ -7,7 +7,6 @@ names_{dev,test}.jsonl         the same and `phrases`, `heard`: each sentence wi
                                lacks, a list of names with this one among them, and the sentence misheard
 text_{train,dev}.jsonl         as {train,dev}.jsonl without audio: every spoken sentence, and more
 text_names_{train,dev}.jsonl   as names_*.jsonl without audio
-text_spell_{train,dev}.jsonl   invented names alone, several in a line
 audio/<set>/<id>.flac          int16, 16 kHz
 """
 
@@ -34,9 +33,6 @@ _MOST_WARP_OCTAVES = 0.25
 _NAMED_EVERY = 7
 # Others that phrase lists are filled up with.
 _OTHERS = 500
-# Names in a line of nothing but names, and how many there are of them.
-_SPELLED = 4
-_SPELLABLE = 10_000
 # Sentences of text with a phrase list, for one of text.
 _LISTED_TEXT = 4
 
@@ -164,9 +160,6 @@ def build_corpus(
         _write_jsonl(building / f"text_{split}.jsonl", records)
         listed = _text_records(draw_named(split, -(-count // _LISTED_TEXT), config.seed), config.seed, split)
         _write_jsonl(building / f"text_names_{split}.jsonl", listed)
-        _write_jsonl(
-            building / f"text_spell_{split}.jsonl", _spelled(split, -(-count // _LISTED_TEXT), config.seed)
-        )
     building.replace(directory)
     return directory
 
@@ -353,14 +346,6 @@ def _phrase_list(sentence: sentences.Sentence, split: str, key: str) -> dict:
     phrases = names.listed(said, names.invented_names(split, _OTHERS), rng)
     words = [names.misheard(said, rng) if word == said else word for word in sentence.text.split()]
     return {"phrases": phrases, "heard": " ".join(words)}
-
-
-def _spelled(split: str, count: int, seed: int) -> Iterable[dict]:
-    """Lines of invented names: sentences have one at most, which is too little to learn spelling from."""
-    rng = random.Random(f"spell/{split}/{seed}")
-    known = names.invented_names(split, _SPELLABLE)
-    for number in range(count):
-        yield {"id": f"spell-{number:05d}", "language": "en", "text": " ".join(rng.sample(known, _SPELLED))}
 
 
 def _text_records(

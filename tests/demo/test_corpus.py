@@ -78,14 +78,6 @@ def test_a_phrase_list_holds_the_name_that_is_said_and_what_is_heard_is_near_it(
             ]
 
 
-def test_lines_of_names_hold_names_of_their_split(tiny_corpus: Path):
-    for split in ("train", "dev"):
-        records = read(tiny_corpus / f"text_spell_{split}.jsonl")
-        known = set(names.invented_names(split, 10_000))
-        assert records and all(set(record["text"].split()) <= known for record in records)
-        assert all(len(set(record["text"].split())) == 4 for record in records)
-
-
 def test_splits_are_disjoint_and_text_covers_what_is_spoken(tiny_corpus: Path):
     texts = {path.stem: {r["text"] for r in read(path)} for path in tiny_corpus.glob("*.jsonl")}
     assert not texts["train"] & texts["dev"] and not texts["train"] & texts["test"]

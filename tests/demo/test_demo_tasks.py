@@ -125,7 +125,7 @@ def test_mixtures_hold_their_tasks(corpus: Path):
     assert names["demo_speech"] == set(demo.SPEECH_TASKS)
     assert names["demo_scored"] == {*demo.SPEECH_TASKS, *demo.NAMES_TASKS}
     assert names["demo_adapter"] == set(demo.ADAPTER_TASKS)
-    assert names["demo_text"] == {*TEXT_TASKS, demo.SPANS_TASK, demo.SPELL_TASK}
+    assert names["demo_text"] == {*TEXT_TASKS, demo.SPANS_TASK}
 
 
 def test_registering_again_changes_nothing_and_another_corpus_is_refused(corpus: Path, tmp_path: Path):
