@@ -3,8 +3,6 @@
 import argparse
 import sys
 
-from slm_jax.errors import UserError
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of the command."""
@@ -14,8 +12,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Runs the command."""
-    if args.gin_bindings:
-        raise UserError(f"slm demo: reads no gin, so --gin.{args.gin_bindings[0]} has no meaning here")
     build(args.to, args.preset)
     return 0
 

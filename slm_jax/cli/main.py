@@ -20,6 +20,8 @@ _COMMANDS = {
     "demo": "Make the embedded corpus and its vocabularies.",
     "quickstart": "Corpus, adapter, evaluation: the main job on the embedded default.",
 }
+# Commands whose settings are all flags.
+_WITHOUT_GIN = ("demo",)
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
@@ -39,7 +41,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     if unknown:
         flags = [flag for action in commands.choices[args.command]._actions for flag in action.option_strings]
         raise UserError(f"slm {args.command}: unknown flag {unknown[0]!r}{nearest(unknown[0], flags)}")
-    if bindings and not hasattr(args, "gin_file") and not hasattr(args, "run"):
+    if bindings and args.command in _WITHOUT_GIN:
         raise UserError(f"slm {args.command}: reads no gin, so --gin.{bindings[0]} has no meaning here")
     args.gin_bindings = bindings
     return args

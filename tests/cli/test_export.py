@@ -33,7 +33,7 @@ def recordings(tmp_path_factory) -> list[str]:
     """Three WAVs of different lengths at 16 kHz."""
     rng, folder = np.random.default_rng(5), tmp_path_factory.mktemp("recordings")
     paths = []
-    for number, seconds in enumerate((0.7, 2.31, 3.6)):
+    for number, seconds in enumerate((0.7, 2.31, 3.4)):
         sound = rng.normal(0, 0.1, int(16_000 * seconds)) * np.hanning(int(16_000 * seconds))
         paths.append(str(folder / f"{number}.wav"))
         soundfile.write(paths[-1], sound, 16_000, subtype="PCM_16")

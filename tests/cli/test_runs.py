@@ -5,9 +5,13 @@ import signal
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 import soundfile
+
+from slm_jax.checkpoints.foundation import converted, load_foundation, read_foundation, save_foundation
+from slm_jax.checkpoints.safetensors import unflatten
 
 STEPS = 12
 # Often enough that a kill at a random step loses some steps and keeps some.
@@ -207,3 +211,19 @@ def test_a_folder_of_something_else_is_not_taken(workshop, tmp_path):
     assert done.status == 2
     assert "thesis" in " ".join(path.name for path in tmp_path.iterdir())
     assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_part_that_was_saved_in_bfloat16_trains_in_its_own_dtype_and_resumes(workshop, tmp_path):
+    """A foundation that is small on disk is no reason to train in few bits."""
+    table = read_foundation(workshop.folder / "llm").parameters
+    shapes = unflatten({name: jax.ShapeDtypeStruct(tuple(s), dtype) for name, (s, dtype) in table.items()})
+    params = load_foundation(workshop.folder / "llm", "t5", shapes)
+    record = read_foundation(workshop.folder / "llm")
+    small = converted(params, "bfloat16")
+    save_foundation(tmp_path / "llm", small, kind="t5", config=record.config, format="safetensors")
+    more = (f"LLM_CHECKPOINT='{tmp_path / 'llm'}'", "slm.SLMConfig.trainable=('adapter', 'llm')", *SAVING)
+    for steps in (3, 4):
+        done = workshop.slm(workshop.train_words(tmp_path / "run", 4, (*more, f"TRAIN_STEPS={steps}")))
+        assert done.status == 0, done.err
+    saved = json.loads((tmp_path / "run/checkpoints/4/record/metadata").read_text())
+    assert {dtype for name, (_, dtype) in saved["parameters"].items() if "llm" in name} == {"float32"}

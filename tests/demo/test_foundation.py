@@ -29,7 +29,7 @@ def abstract(part: str):
     if part == "llm":
         model = t5.T5(KINDS[part][1])
         tokens = jnp.ones((1, 4), jnp.int32)
-        init = functools.partial(model.init, jax.random.key(0), tokens, tokens, tokens)
+        init = functools.partial(model.init, jax.random.key(0), tokens, tokens, tokens, tokens)
     else:
         encoder = conformer.ConformerEncoder(KINDS[part][1])
         segments = jnp.array([[[[1, 0, 6400]]]])

@@ -76,6 +76,17 @@ def answered_three(folder: Path, output: str) -> None:
     assert output.count("\n") == 3, output
 
 
+def answered_from(what: str) -> Callable[[Path, str], None]:
+    def check(folder: Path, output: str) -> None:
+        written = folder / f"runs/quickstart/evaluation/test-{what}"
+        metrics = json.loads((written / "metrics.json").read_text())
+        # However short answers may be, transcripts have room.
+        assert metrics and not any(found["rejects"] for found in metrics.values()), metrics
+        assert (written / "hypotheses/demo_slots.jsonl").exists()
+
+    return check
+
+
 def scored(folder: Path, output: str) -> None:
     assert re.search(r"^my_asr wer \d+\.\d\d$", output, re.MULTILINE), output
     assert re.search(r"^my_ast_de bleu \d+\.\d\d$", output, re.MULTILINE), output
@@ -164,12 +175,12 @@ EXERCISES = [
     Exercise(
         ".venv/bin/slm evaluate --run runs/quickstart --split test --speech_as transcript",
         SCORES,
-        wrote("runs/quickstart/evaluation/test-transcript/metrics.json"),
+        answered_from("transcript"),
     ),
     Exercise(
         ".venv/bin/slm evaluate --run runs/quickstart --split test --speech_as hypothesis",
         SCORES,
-        wrote("runs/quickstart/evaluation/test-hypothesis/hypotheses/demo_slots.jsonl"),
+        answered_from("hypothesis"),
     ),
     Exercise(
         ".venv/bin/tensorboard --logdir runs/quickstart/tensorboard", "--inspect", says("eval/demo_asr")
