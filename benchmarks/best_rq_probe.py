@@ -4,8 +4,7 @@
 
 Pretrains the demo's encoder on speech alone, then trains (1) a linear CTC head on the frozen encoder of every
 checkpoint, (2) the whole encoder with few transcripts, from nothing and from the last checkpoint. Writes
-`results.json` and `probe.png` to the work folder; what is done is not done again. docs/best_rq.md has the
-result.
+`results.json` and `probe.png` to the work folder; what is done is not done again.
 """
 
 import argparse
