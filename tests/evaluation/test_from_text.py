@@ -8,7 +8,10 @@ from slm_jax.evaluation.predictor import Prediction, Rejected
 
 
 def reference(number: int, inputs: list[int], audio: str | None = "a.wav", task: str = "task") -> Reference:
-    return Reference(str(number), audio, 100, np.array(inputs, np.int32), np.zeros(0, np.int32), task, "en")
+    samples = 100 if audio else 0
+    return Reference(
+        str(number), audio, samples, np.array(inputs, np.int32), np.zeros(0, np.int32), task, "en"
+    )
 
 
 def echo(references) -> list[Prediction]:

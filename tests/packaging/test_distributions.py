@@ -38,7 +38,7 @@ def distributions(tmp_path_factory) -> tuple[Path, Path]:
 
 
 def wanted() -> set[str]:
-    """Every module, gin file and task of the checkout, as paths in the package."""
+    """Every module, gin file, task and shipped model of the checkout, as paths in the package."""
     package = ROOT / "slm_jax"
     files = [path.relative_to(package) for path in package.rglob("*.py")]
     linked = [
@@ -47,7 +47,8 @@ def wanted() -> set[str]:
         for path in (package / folder).resolve().rglob(pattern)
         for path in [package / folder / path.relative_to((package / folder).resolve())]
     ]
-    return {f"slm_jax/{path.as_posix()}" for path in {*files, *linked}}
+    models = [path.relative_to(package) for path in (package / "demo/models").rglob("*") if path.is_file()]
+    return {f"slm_jax/{path.as_posix()}" for path in {*files, *linked, *models}}
 
 
 def test_both_distributions_hold_every_module_gin_file_and_task(distributions):
@@ -55,6 +56,7 @@ def test_both_distributions_hold_every_module_gin_file_and_task(distributions):
     names = wanted()
     assert any(name.startswith("slm_jax/tasks/") for name in names)
     assert any(name.endswith(".gin") for name in names)
+    assert sum(name.endswith("/params.safetensors") for name in names) == 2
     with zipfile.ZipFile(wheel) as archive:
         packed = set(archive.namelist())
     assert names <= packed, sorted(names - packed)
@@ -89,7 +91,7 @@ def outside(installed: Path, cwd: Path, *command: str) -> subprocess.CompletedPr
 def test_the_command_works_outside_the_checkout(installed, tmp_path):
     done = outside(installed, tmp_path, sys.executable, str(installed / "bin" / "slm"), "--help")
     assert done.returncode == 0, done.stderr
-    for command in ("train", "evaluate", "infer", "demo", "quickstart"):
+    for command in ("train", "evaluate", "infer", "export", "demo", "quickstart"):
         assert re.search(rf"^\s+{command}\b", done.stdout, re.MULTILINE), done.stdout
 
 

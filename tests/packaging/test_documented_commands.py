@@ -163,7 +163,7 @@ EXERCISES = [
     ),
     Exercise(
         f".venv/bin/slm train --gin_file recipes/quickstart.gin{QUICKSTART}\"'runs/quickstart'\"",
-        "--gin.TRAIN_STEPS=2",
+        TWO_STEPS,
         wrote("runs/quickstart/config.gin"),
     ),
     Exercise(".venv/bin/slm evaluate --run runs/quickstart --split test", SCORES, says(r"demo_names wer \d")),
