@@ -4,6 +4,7 @@ import argparse
 import hashlib
 from pathlib import Path
 
+from slm_jax.cli.main import add_run_arguments
 from slm_jax.errors import UserError, nearest
 
 # What the model is asked about: the speech, or a text in its place (see `evaluation.from_text`).
@@ -12,10 +13,9 @@ SPEECH_AS = ("audio", "transcript", "hypothesis")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of the command."""
-    parser.add_argument("--run", required=True, metavar="DIR", help="directory of a trained run")
+    add_run_arguments(parser)
     parser.add_argument("--mixture", metavar="NAME", help="task or mixture; the run's own by default")
     parser.add_argument("--split", metavar="NAME", help="such as test; the run's own by default")
-    parser.add_argument("--step", type=int, metavar="N", help="checkpoint to score; the newest by default")
     parser.add_argument("--output", metavar="DIR", help="for metrics and hypotheses; in the run by default")
     parser.add_argument(
         "--speech_as", metavar="WHAT", default="audio",
@@ -26,7 +26,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--transcribe_prompt", metavar="TEXT",
         help="what the cascade asks for its transcript; by default 'Transcribe the speech: {speech}'",
     )  # fmt: skip
-    parser.epilog = "The run's configuration can be overridden by --gin.NAME=value."
 
 
 def main(args: argparse.Namespace) -> int:

@@ -4,6 +4,7 @@ import argparse
 import sys
 from typing import TYPE_CHECKING, Any
 
+from slm_jax.cli.main import add_run_arguments
 from slm_jax.errors import UserError, check_whole
 
 if TYPE_CHECKING:
@@ -17,7 +18,7 @@ _QUESTIONS = 8
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of the command."""
-    parser.add_argument("--run", required=True, metavar="DIR", help="directory of a trained run")
+    add_run_arguments(parser)
     parser.add_argument("--to", required=True, metavar="DIR", help="new folder of the artifacts")
     parser.add_argument(
         "--formats", nargs="+", default=["adapter", "merged", "stablehlo"], metavar="NAME",
@@ -32,9 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="recordings that artifact and model must answer alike; by default examples of the evaluation",
     )  # fmt: skip
     parser.add_argument("--prompt", metavar="TEXT", help="what they are asked; needed with --audio")
-    parser.add_argument("--step", type=int, metavar="N", help="checkpoint to export; the newest by default")
     parser.add_argument("--max_tokens", type=int, metavar="N", help="most tokens of an answer")
-    parser.epilog = "The run's configuration can be overridden by --gin.NAME=value."
 
 
 def main(args: argparse.Namespace) -> int:
@@ -58,11 +57,7 @@ def main(args: argparse.Namespace) -> int:
     wired = Wiring(run)
     tokenizer, eos_id = _tokenizer(wired)
     variables = wired.trained_variables(args.step)
-    max_tokens = (
-        args.max_tokens
-        or (run.evaluation and run.evaluation.max_tokens)
-        or run.data.feature_lengths["targets"]
-    )
+    max_tokens = args.max_tokens or run.answer_tokens
     asked: list[tuple[Question, list[int]]] = []
     if "stablehlo" in args.formats:
         asked = _asked(args, wired, variables, max_tokens)

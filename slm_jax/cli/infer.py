@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from slm_jax.cli.main import add_run_arguments
 from slm_jax.errors import BadExample, UserError, check_whole
 
 if TYPE_CHECKING:
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of the command."""
-    parser.add_argument("--run", required=True, metavar="DIR", help="directory of a trained run")
+    add_run_arguments(parser)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--audio", nargs="+", metavar="FILE", help="WAV, FLAC, Ogg or MP3, any rate")
     source.add_argument("--manifest", metavar="FILE", help="JSON lines with `audio`, as for training")
@@ -25,9 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="instruction; {speech} marks where the speech goes, by default after the text",
     )  # fmt: skip
     parser.add_argument("--output", metavar="FILE", help="answers as JSON lines; needed with --manifest")
-    parser.add_argument("--step", type=int, metavar="N", help="checkpoint to use; the newest by default")
     parser.add_argument("--max_tokens", type=int, metavar="N", help="most tokens of an answer")
-    parser.epilog = "The run's configuration can be overridden by --gin.NAME=value."
 
 
 def main(args: argparse.Namespace) -> int:

@@ -90,6 +90,13 @@ def search_paths(args: argparse.Namespace) -> list[str]:
     return [folder for folder in args.gin_search_paths.split(",") if folder]
 
 
+def add_run_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags that say which trained model is meant."""
+    parser.add_argument("--run", required=True, metavar="DIR", help="directory of a trained run")
+    parser.add_argument("--step", type=int, metavar="N", help="checkpoint to use; the newest by default")
+    parser.epilog = "The run's configuration can be overridden by --gin.NAME=value."
+
+
 def _split_gin_bindings(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     bindings, rest = [], []
     words = iter(argv)

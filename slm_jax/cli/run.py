@@ -6,13 +6,13 @@ from pathlib import Path
 
 from slm_jax.checkpoints.foundation import FORMATS
 from slm_jax.cli import gin_config
+from slm_jax.data.batch import FEATURES
 from slm_jax.errors import UserError, check_whole, nearest
 from slm_jax.partitioning.rules import DEFAULT_RULES, LogicalRules
 from slm_jax.training.loop import LoopConfig
 from slm_jax.training.objectives.base import Objective
 from slm_jax.training.optimizers import OptimizerConfig
 
-_FEATURES = ("speech", "inputs", "targets", "layout")
 # The resolved configuration in a run's directory: what commands read that take `--run`.
 CONFIG_FILE = "config.gin"
 DTYPES = ("bfloat16", "float16", "float32")
@@ -75,8 +75,8 @@ class EvaluationConfig:
         if self.num_examples is not None:
             check_whole("EvaluationConfig.num_examples", self.num_examples)
         for name, length in (self.feature_lengths or {}).items():
-            if name not in _FEATURES:
-                raise UserError(f"EvaluationConfig.feature_lengths has {name!r}{nearest(name, _FEATURES)}")
+            if name not in FEATURES:
+                raise UserError(f"EvaluationConfig.feature_lengths has {name!r}{nearest(name, FEATURES)}")
             check_whole(f"EvaluationConfig.feature_lengths[{name!r}]", length)
 
 
@@ -153,6 +153,11 @@ class Run:
             name: length for name, length in self.data.feature_lengths.items() if name != "layout" or not own
         }
         return {**kept, **own}
+
+    @property
+    def answer_tokens(self) -> int:
+        """Most tokens of an answer: the evaluation's, else what targets may have."""
+        return self.evaluation.max_tokens if self.evaluation else self.data.feature_lengths["targets"]
 
     def evaluated(self) -> EvaluationConfig:
         """Returns how to score; raises UserError where the run says nothing of it."""

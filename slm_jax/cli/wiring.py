@@ -140,8 +140,7 @@ class Wiring:
         shards = batch_shards(self.mesh, self.run.mesh.rules)
         rows = -(-rows // shards) * shards
         if max_tokens is None:
-            evaluation = self.run.evaluation
-            max_tokens = evaluation.max_tokens if evaluation else self.run.data.feature_lengths["targets"]
+            max_tokens = self.run.answer_tokens
         check_whole("max_tokens", max_tokens)
         key = rows, max_tokens, transcript_tokens
         if key not in self._predictors:

@@ -1,11 +1,11 @@
 """Invented names: words that no vocabulary knows, said aloud, misheard, and listed among others."""
 
 import functools
-import hashlib
 import random
 from collections.abc import Sequence
 
 from slm_jax.demo.lexicon import LEXICON
+from slm_jax.demo.sentences import split_of_key
 
 # Names in one phrase list: the one that is spoken, and others.
 LISTED = 3
@@ -23,8 +23,6 @@ _ALIKE = {
     "g": "kd", "k": "gt", "v": "fb", "f": "vs", "z": "st", "s": "zf", "m": "nl", "n": "ml", "l": "rn",
     "r": "lv",
 }  # fmt: skip
-# Tenths of all names, as of all combinations of slot values.
-_TENTHS = {"test": (0,), "dev": (1,), "train": tuple(range(2, 10))}
 
 
 @functools.cache
@@ -40,8 +38,7 @@ def invented_names(split: str, count: int) -> tuple[str, ...]:
     names: dict[str, None] = {}
     while len(names) < count:
         drawn = "".join(rng.choice(_SYLLABLES) for _ in range(rng.choice((2, 3))))
-        tenth = hashlib.sha256(drawn.encode()).digest()[0] % 10
-        if drawn not in known and drawn[-1] != "e" and tenth in _TENTHS[split]:
+        if drawn not in known and drawn[-1] != "e" and split_of_key(drawn) == split:
             names[drawn] = None
     return tuple(names)
 
