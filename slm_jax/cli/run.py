@@ -32,6 +32,9 @@ class DataConfig:
       seed: of the order of examples.
       max_bad_share: the run stops when more than this share of its examples cannot be loaded.
       reader_threads: threads that read audio ahead.
+      encode_once: a frozen speech encoder encodes each utterance once, before the first step, and its
+        reduced frames stay in memory in bfloat16; the encoder is no part of a step. For corpora whose
+        frames fit, on one process.
     """
 
     mixture_or_task: str
@@ -43,6 +46,7 @@ class DataConfig:
     seed: int = 0
     max_bad_share: float = 0.05
     reader_threads: int = 4
+    encode_once: bool = False
 
     def __post_init__(self):
         check_whole("BATCH_SIZE", self.batch_size)

@@ -4,10 +4,12 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
+import jax.numpy as jnp
 
 from slm_jax.checkpoints.foundation import load_foundation, read_foundation
 from slm_jax.checkpoints.manager import RunCheckpoints
@@ -20,7 +22,7 @@ from slm_jax.evaluation.from_text import Transcriber, from_text, true_transcript
 from slm_jax.evaluation.predictor import Prediction, Predictor
 from slm_jax.models.slm import SLM
 from slm_jax.partitioning.mesh import make_mesh
-from slm_jax.partitioning.sharding import batch_sharding, batch_shards, plan_text
+from slm_jax.partitioning.sharding import batch_sharding, batch_shards, partitioned, plan_text
 from slm_jax.training.initialisation import RunShapes, make_variables, optimizer_of, run_shapes
 from slm_jax.training.loop import Evaluate
 from slm_jax.training.objectives.base import Part
@@ -92,11 +94,14 @@ class Wiring:
         Raises:
           UserError: the mixture, a length, the batch size or an example source is not right.
         """
+        from slm_jax.data.frames import EncodedBatches
         from slm_jax.data.iterator import TrainBatches
         from slm_jax.data.plan import plan_mixture
 
         data = self.run.data
         shape = self.shape(data.batch_size)
+        if data.encode_once:
+            shape = dataclasses.replace(shape, frame_dim=self._frozen_encoder_dim())
         self.task_or_mixture(data.mixture_or_task)
         plan = plan_mixture(
             data.mixture_or_task,
@@ -106,13 +111,35 @@ class Wiring:
             cache_dir=self.run.path(data.cache_dir or default_cache_dir()),
             seed=data.seed,
         )
-        return TrainBatches(
-            plan,
-            shape,
-            batch_sharding(self.mesh, self.run.mesh.rules),
-            threads=data.reader_threads,
-            max_bad_share=data.max_bad_share,
-        )
+        sharding = batch_sharding(self.mesh, self.run.mesh.rules)
+        options: dict[str, Any] = {"threads": data.reader_threads, "max_bad_share": data.max_bad_share}
+        if data.encode_once:
+            return EncodedBatches(plan, shape, sharding, encoder=self._encode_speech, report=_say, **options)
+        return TrainBatches(plan, shape, sharding, **options)
+
+    def _frozen_encoder_dim(self) -> int:
+        """Returns the features of the reduced frames of a run whose speech encoder is frozen."""
+        model = self.run.objective.model
+        if not isinstance(model, SLM) or "speech_encoder" in model.config.trainable:
+            raise UserError("DataConfig.encode_once needs an SLM whose speech encoder is frozen")
+        return model.reduced_dim
+
+    def _encode_speech(self) -> Callable[[jax.Array, jax.Array], jax.Array]:
+        """Returns what turns a batch's speech and segments into reduced frames, bfloat16 [B, K, P, D]."""
+        model = self.run.objective.model
+        shapes = {"frozen": {"speech_encoder": self.shapes.frozen["speech_encoder"]}}
+        variables = self._variables(shapes)
+
+        @jax.jit
+        def encode(variables: Any, speech: jax.Array, speech_segments: jax.Array) -> jax.Array:
+            frames_BKPD, _ = model.apply(variables, speech, speech_segments, method=SLM.reduced_speech)
+            return frames_BKPD.astype(jnp.bfloat16)
+
+        def on_mesh(speech: jax.Array, speech_segments: jax.Array) -> jax.Array:
+            with partitioned(self.mesh, self.run.mesh.rules):
+                return encode(variables, speech, speech_segments)
+
+        return on_mesh
 
     # ---- evaluation
 
@@ -333,26 +360,23 @@ class Wiring:
 
     def fresh_variables(self) -> dict[str, Any]:
         """Returns the variables before the first step."""
-        return make_variables(
-            self.run.objective,
-            self._batch_shapes(),
-            {"params": self.shapes.state.params, "frozen": self.shapes.frozen},
-            self.load_foundations,
-            self.run.loop.seed,
-            self.mesh,
-            self.run.mesh.rules,
-        )
+        return self._variables({"params": self.shapes.state.params, "frozen": self.shapes.frozen})
 
     def _frozen(self) -> Any:
+        return self._variables({"frozen": self.shapes.frozen})["frozen"]
+
+    def _variables(self, wanted: dict[str, Any]) -> dict[str, Any]:
+        """Loads or initialises the variables of these shapes, by collection."""
+        run = self.run
         return make_variables(
-            self.run.objective,
+            run.objective,
             self._batch_shapes(),
-            {"frozen": self.shapes.frozen},
+            wanted,
             self.load_foundations,
-            self.run.loop.seed,
+            run.loop.seed,
             self.mesh,
-            self.run.mesh.rules,
-        )["frozen"]
+            run.mesh.rules,
+        )
 
     def _batch_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
         arrays = self.shape(self.run.data.batch_size).arrays()
@@ -409,6 +433,10 @@ class Evaluation:
             prompt_tokens(inputs, prompt).tolist(),
             lambda tokens: inputs.encode(targets.decode(tokens)),
         )
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 def _fits(reference: "Reference", shape: Any) -> bool:

@@ -53,6 +53,16 @@ class Audio(NamedTuple):
     clipped: int
     trimmed: int = 0
 
+    @property
+    def speech(self) -> np.ndarray:
+        """What goes into a row."""
+        return self.samples
+
+    @property
+    def length(self) -> int:
+        """Samples of the utterance."""
+        return len(self.samples)
+
 
 def load_audio(path: str | Path, max_samples: int | None = None) -> np.ndarray:
     """Returns the samples of a WAV, FLAC, Ogg or MP3 file: int16 [n] at 16 kHz, mono.

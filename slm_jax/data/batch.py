@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 
 from slm_jax.data.references import SAMPLE_RATE, SPEECH, Reference
@@ -56,6 +57,8 @@ class BatchShape:
       layout: L, positions of the LLM encoder.
       targets: T, decoder tokens of a row.
       samples_per_position: samples behind one speech position of the LLM encoder.
+      frame_dim: D, features of a speech position where the encoder's frames were computed before; 0 where
+        rows hold samples.
     """
 
     rows: int
@@ -66,6 +69,7 @@ class BatchShape:
     layout: int
     targets: int
     samples_per_position: int
+    frame_dim: int = 0
 
     @classmethod
     def from_feature_lengths(
@@ -126,10 +130,11 @@ class BatchShape:
         """Shape and dtype of each array of the global batch, by name."""
         b, k, e = self.rows, self.slots, self.segments
         int16, int32, float32 = np.dtype(np.int16), np.dtype(np.int32), np.dtype(np.float32)
-        speech = {
-            "speech": ((b, k, self.samples), int16),
-            "speech_segments": ((b, k, e, 3), int32),
-        }
+        if self.frame_dim:
+            heard = {"speech_frames": ((b, k, self.positions, self.frame_dim), np.dtype(jnp.bfloat16))}
+        else:
+            heard = {"speech": ((b, k, self.samples), int16)}
+        speech = heard | {"speech_segments": ((b, k, e, 3), int32)}
         text = {
             "inputs": ((b, self.inputs), int32),
             "layout": ((b, self.layout), int32),
@@ -184,9 +189,10 @@ def collate(
     Args:
       rows: references and their places; their number is the leading size of every array.
       shape: static sizes; its `rows` is not used, so that a host collates its own rows only.
-      load: returns the samples of a reference, int16 [n] at 16 kHz with n <= its `samples`; called
-        for references with audio only. Where it raises BadExample, the example's place stays empty
-        (segment 0, weight 0, layout -1) and the rest of the row is where it was planned.
+      load: returns the samples of a reference, int16 [n] at 16 kHz with n <= its `samples`, or its frames
+        [p, D] where the shape has a `frame_dim`; called for references with audio only. Where it raises
+        BadExample, the example's place stays empty (segment 0, weight 0, layout -1) and the rest of the
+        row is where it was planned.
       rejects: receives each reference whose load failed.
 
     Raises:
@@ -226,8 +232,7 @@ def _fill_row(
         else:
             positions = 0
             if speech is not None:
-                _fill_speech(arrays, placed, number, utterances, speech, shape)
-                positions = shape.speech_positions(len(speech))
+                positions = _fill_speech(arrays, placed, number, utterances, speech, shape)
             _fill_inputs(arrays, placed, number, input_start, layout_start, positions, shape)
             _fill_targets(arrays, reference.targets, number, target_start)
         # What was planned, not what was loaded, says where the next example starts.
@@ -243,17 +248,22 @@ def _fill_speech(
     utterances: list[int],
     speech: np.ndarray,
     shape: BatchShape,
-) -> None:
+) -> int:
+    """Writes samples, or frames, into the row; returns how many speech positions they take."""
     reference, slot, first = placed
-    if len(speech) > reference.samples:
-        raise ValueError(f"example {reference.id!r}: {len(speech)} samples, planned {reference.samples}")
+    name, step = ("speech_frames", shape.samples_per_position) if shape.frame_dim else ("speech", 1)
+    samples = len(speech) * step
+    planned = shape.speech_positions(reference.samples) * step if shape.frame_dim else reference.samples
+    if samples > planned:
+        raise ValueError(f"example {reference.id!r}: {samples} samples, planned {reference.samples}")
     if first % shape.samples_per_position:
         raise ValueError(f"example {reference.id!r} starts at sample {first}, off the grid of positions")
-    if first + len(speech) > shape.samples or utterances[slot] == shape.segments:
+    if first + samples > shape.samples or utterances[slot] == shape.segments:
         raise ValueError(f"slot {slot} overflows at example {reference.id!r}")
-    arrays["speech"][slot, first : first + len(speech)] = speech
-    arrays["speech_segments"][slot, utterances[slot]] = (number, first, len(speech))
+    arrays[name][slot, first // step : first // step + len(speech)] = speech
+    arrays["speech_segments"][slot, utterances[slot]] = (number, first, samples)
     utterances[slot] += 1
+    return shape.speech_positions(samples)
 
 
 def _fill_inputs(

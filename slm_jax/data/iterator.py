@@ -6,14 +6,13 @@ import logging
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Sequence, Set
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import numpy as np
 from jax.sharding import Sharding
 
 from slm_jax.data import audio_files
-from slm_jax.data.audio_files import Audio
 from slm_jax.data.batch import BatchShape, Reject, Row, collate
 from slm_jax.data.placement import place, rows_of_devices, rows_of_process
 from slm_jax.data.plan import Plan
@@ -22,7 +21,30 @@ from slm_jax.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-LoadUtterance = Callable[[Reference], Audio]
+
+class Utterance(Protocol):
+    """What a reader makes of a reference's audio: `audio_files.Audio`, or frames computed before.
+
+    Attributes:
+      speech: what goes into the row: samples, int16 [n], or frames, [p, D].
+      length: samples of the utterance at 16 kHz.
+      clipped, trimmed: samples outside full scale, and cut at the end.
+    """
+
+    @property
+    def speech(self) -> np.ndarray: ...
+
+    @property
+    def length(self) -> int: ...
+
+    @property
+    def clipped(self) -> int: ...
+
+    @property
+    def trimmed(self) -> int: ...
+
+
+LoadUtterance = Callable[[Reference], Utterance]
 
 
 class PlacedBatch(NamedTuple):
@@ -217,10 +239,10 @@ def _read_rows(
 
     def wait(reference: Reference) -> np.ndarray:
         audio = futures[id(reference)].result()
-        stats["samples"] += len(audio.samples)
+        stats["samples"] += audio.length
         stats["clipped_examples"] += audio.clipped > 0
         stats["trimmed_examples"] += audio.trimmed > 0
-        return audio.samples
+        return audio.speech
 
     rejects: list[Reject] = []
     arrays = collate(rows, shape, wait, rejects)

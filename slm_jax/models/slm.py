@@ -12,6 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from slm_jax.audio.log_mel import frame_segments
 from slm_jax.errors import UserError, nearest
 from slm_jax.models import conformer, t5
 from slm_jax.models.adapters import AdapterConfig, TransformerAdapter
@@ -78,7 +79,8 @@ class SLM(nn.Module):
     """Speech and text in, text out.
 
     `init` returns the collections `params` (the trainable parts) and `frozen` (the others). The batch is
-    described in docs/architecture.md; one without `speech` is text alone, and no speech part runs.
+    described in docs/architecture.md. One with `speech_frames` was encoded before, so the encoder does not
+    run; one without speech is text alone, and no speech part runs.
     """
 
     config: SLMConfig
@@ -134,11 +136,11 @@ class SLM(nn.Module):
     ) -> tuple[jax.Array, jax.Array]:
         """Returns the LLM encoder's states [B, L, D] of the batch, and its `layout_segment_ids` [B, L]."""
         sources_BPD = self.llm.embed(batch["inputs"])
-        if "speech" in batch:
-            speech_BPD = self._embed_speech(batch["speech"], batch["speech_segments"], deterministic)
+        if self.is_initializing() and "speech" not in batch:
+            self._adapt(*self.reduced_speech(*self._silence()), deterministic)
+        if "speech_segments" in batch:
+            speech_BPD = self._adapt(*self._speech_of(batch, deterministic), deterministic)
             sources_BPD = jnp.concatenate([speech_BPD.astype(sources_BPD.dtype), sources_BPD], axis=1)
-        elif self.is_initializing():
-            self._embed_speech(*self._silence(), deterministic)
         embeddings_BLD = lay_out(sources_BPD, batch["layout"])
         segment_ids_BL = batch["layout_segment_ids"]
         frozen = "llm" not in self.config.trainable
@@ -150,17 +152,37 @@ class SLM(nn.Module):
         """Returns the logits float32 [B, 1, V] of the next token; see `T5.decode_step`."""
         return self.llm.decode_step(encoded_BLD, segment_ids_BL, tokens_B1, max_tokens)
 
-    def _embed_speech(self, speech: jax.Array, speech_segments: jax.Array, deterministic: bool) -> jax.Array:
-        """Returns the adapted speech of all slots, [B, P, D]."""
-        trainable = self.config.trainable
+    def reduced_speech(
+        self, speech: jax.Array, speech_segments: jax.Array, *, deterministic: bool = True
+    ) -> tuple[jax.Array, jax.Array]:
+        """Returns the encoder's frames after the reducer, [B, K, P, D], and their segment ids, [B, K, P]."""
+        trains = "speech_encoder" in self.config.trainable
         frames_BKFD, segment_ids_BKF = self.speech_encoder(
-            speech, speech_segments, deterministic=deterministic or "speech_encoder" not in trainable
+            speech, speech_segments, deterministic=deterministic or not trains
         )
-        if "speech_encoder" not in trainable:
+        if not trains:
             frames_BKFD = jax.lax.stop_gradient(frames_BKFD)
-        frames_BKFD, segment_ids_BKF = self.config.reducer(frames_BKFD, segment_ids_BKF)
+        return self.config.reducer(frames_BKFD, segment_ids_BKF)
+
+    @property
+    def reduced_dim(self) -> int:
+        """Features D of what `reduced_speech` returns."""
+        return self.config.reducer.out_dim(self.config.speech_encoder.dim)
+
+    def _speech_of(self, batch: Mapping[str, jax.Array], deterministic: bool) -> tuple[jax.Array, jax.Array]:
+        """Returns the reduced speech of a batch and its segment ids, computed now or before."""
+        segments = batch["speech_segments"]
+        if "speech_frames" not in batch:
+            return self.reduced_speech(batch["speech"], segments, deterministic=deterministic)
+        frames_BKPD = batch["speech_frames"]
+        return frames_BKPD, frame_segments(segments, frames_BKPD.shape[2], self.samples_per_position)[0]
+
+    def _adapt(self, frames_BKPD: jax.Array, segment_ids_BKP: jax.Array, deterministic: bool) -> jax.Array:
+        """Returns the adapted speech of all slots, [B, P, D]."""
         return self.adapter(
-            frames_BKFD, segment_ids_BKF, deterministic=deterministic or "adapter" not in trainable
+            frames_BKPD,
+            segment_ids_BKP,
+            deterministic=deterministic or "adapter" not in self.config.trainable,
         )
 
     def _silence(self) -> tuple[jax.Array, jax.Array]:

@@ -1,6 +1,7 @@
 """Runs of the `slm` command in processes of their own: killed, resumed, on other meshes, stopped, used."""
 
 import json
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -68,6 +69,26 @@ def test_other_meshes_learn_the_same_from_the_same_examples(workshop, whole, tmp
     for step, (loss, ids) in expected.items():
         assert found[step][1] == ids
         assert found[step][0] == pytest.approx(loss, rel=1e-5)
+
+
+def test_frames_encoded_once_train_as_the_speech_and_resume_bit_for_bit(workshop, whole, tmp_path):
+    more = (*SAVING, "run.DataConfig.encode_once=True")
+    done = workshop.slm(workshop.train_words(tmp_path / "run", STEPS, more))
+    assert done.status == 0, done.err
+    assert "encoded 24 utterances" in done.err
+    found, expected = curve(tmp_path / "run"), curve(whole)
+    for step, (loss, ids) in expected.items():
+        assert found[step][1] == ids
+        # Frames are kept in bfloat16.
+        assert found[step][0] == pytest.approx(loss, rel=1e-2)
+    assert found[1][0] != expected[1][0]
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / str(STEPS))
+    (tmp_path / "run" / "steps.jsonl").rename(tmp_path / "steps.jsonl")
+    again = workshop.slm(workshop.train_words(tmp_path / "run", STEPS, more))
+    assert again.status == 0, again.err
+    resumed = curve(tmp_path / "run")
+    assert sorted(resumed) == [10, 11, 12]
+    assert resumed == {step: found[step] for step in resumed}
 
 
 def test_sigterm_saves_and_exits_0(workshop, whole, tmp_path):
@@ -161,6 +182,10 @@ def test_infer_names_audio_that_it_cannot_use(workshop, whole, tmp_path, name, t
         (["t5.preset.emb_dim=64"], "emb_dim"),
         (["SPEECH_ENCODER_CHECKPOINT=%LLM_CHECKPOINT"], "kind"),
         (["optimizers.ScheduleConfig.decay='cosin'"], "did you mean 'cosine'"),
+        (
+            ["run.DataConfig.encode_once=True", "slm.SLMConfig.trainable=('adapter', 'speech_encoder')"],
+            "speech encoder is frozen",
+        ),
     ],
 )
 def test_a_mistake_in_a_run_is_one_sentence(workshop, tmp_path, more, told):

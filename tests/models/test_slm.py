@@ -314,6 +314,28 @@ def test_packed_examples_equal_the_examples_alone(rng, reducer, trainable):
     assert np.linalg.norm(flat(together) - summed) <= 1e-5 * np.linalg.norm(summed)
 
 
+@pytest.mark.parametrize("reducer", [DropReducer(2), StackReducer(2)])
+def test_frames_computed_before_train_as_the_speech_itself(rng, reducer):
+    config = dataclasses.replace(SMALL, reducer=reducer)
+    batch = collate(
+        [[draw_example(rng, kinds) for kinds in row] for row in (("sts", "ts"), ("t", "s", "st"))]
+    )
+    variables = random_variables(config, batch, rng)
+    frames, _ = score(config, variables, batch["speech"], batch["speech_segments"], method=SLM.reduced_speech)
+    assert frames.shape[-1] == SLM(config).reduced_dim
+    encoded = {name: array for name, array in batch.items() if name != "speech"} | {"speech_frames": frames}
+    step = _loss_and_gradient(config)
+    found = step(variables["params"], variables["frozen"], encoded)
+    expected = step(variables["params"], variables["frozen"], batch)
+    np.testing.assert_allclose(found[0][1], expected[0][1], rtol=1e-5, atol=1e-5)
+    norm = np.linalg.norm(flat(expected[1]))
+    assert np.linalg.norm(flat(found[1]) - flat(expected[1])) <= 1e-5 * norm
+    # The encoder's variables are there, for evaluation, and no part of the step.
+    assert jax.tree.structure(shapes_of(config, encoded)) == jax.tree.structure(shapes_of(config, batch))
+    traced = jax.make_jaxpr(step)(variables["params"], variables["frozen"], encoded)
+    assert not [name for name, _ in computed(traced.jaxpr) if name == "conv_general_dilated"]
+
+
 def test_speech_changes_the_loss_of_its_own_example_only(rng):
     examples = [draw_example(rng, "st"), draw_example(rng, "st")]
     batch = collate([examples])
