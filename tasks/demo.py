@@ -27,6 +27,8 @@ TEXT_TASKS = (
     "demo_text_repeat", "demo_text_translate_de", "demo_text_translate_es", "demo_text_slots",
     "demo_text_names",
 )  # fmt: skip
+# Spelling a name that nobody has read takes more examples than saying what was said a thousand times.
+NAMES_WEIGHT = 2.5
 SPANS_TASK = "demo_text_spans"
 
 
@@ -62,9 +64,10 @@ def register(
             raise UserError(f"demo tasks: {path} does not exist; build the corpus: slm demo --to {corpus}")
     _register_speech(corpus, paths.text, paths.ctc)
     _register_text(corpus, paths.text, noise)
-    rates = dict.fromkeys(TEXT_TASKS, 1 - noisy_share)
-    rates |= {f"{name}_noisy": noisy_share for name in TEXT_TASKS}
-    rates[SPANS_TASK] = spans_share * len(TEXT_TASKS) / (1 - spans_share)
+    weights = dict.fromkeys(TEXT_TASKS, 1.0) | {"demo_text_names": NAMES_WEIGHT}
+    rates = {name: weight * (1 - noisy_share) for name, weight in weights.items()}
+    rates |= {f"{name}_noisy": weight * noisy_share for name, weight in weights.items()}
+    rates[SPANS_TASK] = spans_share * sum(weights.values()) / (1 - spans_share)
     register_mixture("demo_text", {name: rate for name, rate in rates.items() if rate > 0})
     register_proportional_mixture("demo_adapter", ADAPTER_TASKS)
     register_mixture("demo_scored", dict.fromkeys((*SPEECH_TASKS, *NAMES_TASKS), 1.0))

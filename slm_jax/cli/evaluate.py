@@ -35,7 +35,8 @@ def main(args: argparse.Namespace) -> int:
     if args.speech_as not in SPEECH_AS:
         raise UserError(f"--speech_as: {args.speech_as!r}{nearest(args.speech_as, SPEECH_AS)}")
     from slm_jax.cli.run import load_run
-    from slm_jax.cli.wiring import TRANSCRIBE_PROMPT, Wiring
+    from slm_jax.cli.scoring import TRANSCRIBE_PROMPT
+    from slm_jax.cli.wiring import Wiring
     from slm_jax.evaluation.evaluator import write_results
 
     run = load_run(args.run, args.gin_bindings)

@@ -84,7 +84,7 @@ def main(args: argparse.Namespace) -> int:
         gin_config.parse([RECIPE], bindings)
         run = gin_config.build(Run)
         wired = Wiring(run)
-        score = wired.evaluation(None, "test")
+        score = wired.evaluation(split="test")
     evaluate = f"slm evaluate --run {shlex.quote(str(run_dir))} --split test"
     results = {}
     with stages("evaluation before", None):

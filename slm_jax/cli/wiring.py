@@ -16,9 +16,8 @@ from slm_jax.checkpoints.manager import RunCheckpoints
 from slm_jax.checkpoints.provenance import Provenance, make_provenance
 from slm_jax.cli.main import default_cache_dir
 from slm_jax.cli.run import Run
+from slm_jax.cli.scoring import Evaluation
 from slm_jax.errors import UserError, check_whole, nearest
-from slm_jax.evaluation.evaluator import Evaluator, TaskResult
-from slm_jax.evaluation.from_text import Transcriber, from_text, true_transcripts
 from slm_jax.evaluation.predictor import Prediction, Predictor
 from slm_jax.models.slm import SLM
 from slm_jax.partitioning.mesh import make_mesh
@@ -30,10 +29,6 @@ from slm_jax.training.state import TrainState
 
 if TYPE_CHECKING:
     from slm_jax.data.references import Reference
-
-
-# What a cascade asks for its transcript, unless it is told otherwise.
-TRANSCRIBE_PROMPT = "Transcribe the speech: {speech}"
 
 
 class Wiring:
@@ -203,12 +198,23 @@ class Wiring:
             lengths.pop("layout", None)
         return self.shape(rows, lengths)
 
-    def evaluation(self, mixture_or_task: str | None, split: str) -> "Evaluation":
-        """Returns what scores variables on all examples of a split."""
-        rows = self.run.evaluated().batch_size
-        texts: dict[tuple[str, str], Sequence[int]] = {}
-        evaluator = self._evaluator(mixture_or_task, split, None, texts)
-        return Evaluation(self, evaluator, rows, texts)
+    def evaluation(
+        self, mixture_or_task: str | None = None, split: str | None = None, num_examples: int | None = None
+    ) -> Evaluation:
+        """Returns what scores variables on the examples of a split.
+
+        Args:
+          mixture_or_task: by default the evaluation's, else what is trained on.
+          split: by default the evaluation's.
+          num_examples: of each task; all by default.
+        """
+        evaluated = self.run.evaluated()
+        return Evaluation(
+            self,
+            mixture_or_task or evaluated.mixture_or_task or self.run.data.mixture_or_task,
+            split or evaluated.split,
+            num_examples,
+        )
 
     def speech_room(self) -> int:
         """Returns the most samples of an utterance that the model answers about.
@@ -234,8 +240,8 @@ class Wiring:
         Args:
           count: how many, or fewer where there are fewer.
         """
-        split, shape = self.run.evaluated().split, self._answer_shape(1)
-        queues = [iter(found) for found in self._evaluator(None, split, count, {}).references().values()]
+        shape = self._answer_shape(1)
+        queues = [iter(found) for found in self.evaluation(num_examples=count).references().values()]
         found: dict[str, Reference] = {}
         while queues and len(found) < count:
             for queue in list(queues):
@@ -249,43 +255,16 @@ class Wiring:
 
     def evaluation_in_training(self) -> Evaluate:
         """Returns the loop's evaluation: scores of the state at hand, named `task/metric`."""
-        evaluated = self.run.evaluated()
-        evaluator = self._evaluator(None, evaluated.split, evaluated.num_examples, {})
+        score = self.evaluation(num_examples=self.run.evaluated().num_examples)
 
         def evaluate(step: int, state: TrainState, frozen: Any) -> dict[str, float]:
-            variables = {"params": state.params, "frozen": frozen}
-            results = evaluator(self.predict(variables, rows=evaluated.batch_size))
             return {
                 f"{task}/{metric}": value
-                for task, result in results.items()
+                for task, result in score({"params": state.params, "frozen": frozen}).items()
                 for metric, value in result.metrics.items()
             }
 
         return evaluate
-
-    def _evaluator(
-        self,
-        mixture_or_task: str | None,
-        split: str,
-        num_examples: int | None,
-        texts: dict[tuple[str, str], Sequence[int]],
-    ) -> Evaluator:
-        """Returns an evaluator that notes the tokens of each true transcript in `texts`, by task and id."""
-        import seqio
-
-        from slm_jax.data.references import reference_of
-
-        name = mixture_or_task or self.run.evaluated().mixture_or_task or self.run.data.mixture_or_task
-        inputs = self.task_or_mixture(name).output_features["inputs"].vocabulary
-
-        def to_reference(example: Mapping[str, Any], task: str) -> "Reference":
-            # Audio paths of a manifest are relative to it; other sources give whole ones.
-            audio_root = getattr(seqio.TaskRegistry.get(task).source, "audio_root", lambda split: "")
-            if isinstance(said := example.get("text"), bytes):
-                texts[task, example["id"].decode()] = inputs.encode(said.decode())
-            return reference_of(example, task, audio_root(split))
-
-        return Evaluator(name, split, to_reference, num_examples)
 
     # ---- model
 
@@ -387,52 +366,6 @@ class Wiring:
         if part not in parts:
             raise UserError(f"run.Run.{field} has part {part!r}, which the model lacks{nearest(part, parts)}")
         return parts[part]
-
-
-class Evaluation:
-    """Scores variables on the examples of a split, which are read once; made by `Wiring.evaluation`."""
-
-    def __init__(
-        self, wired: Wiring, evaluator: Evaluator, rows: int, texts: Mapping[tuple[str, str], Sequence[int]]
-    ):
-        self._wired, self._evaluator, self._rows, self._texts = wired, evaluator, rows, texts
-
-    def __call__(
-        self, variables: Mapping[str, Any], speech_as: str = "audio", prompt: str = TRANSCRIBE_PROMPT
-    ) -> dict[str, TaskResult]:
-        """Returns results by task.
-
-        Args:
-          variables: `params` and `frozen`.
-          speech_as: `audio`; `transcript`, the text topline; or `hypothesis`, the cascade.
-          prompt: what the cascade asks for its transcript.
-        """
-        answer = functools.partial(self._wired.predict, variables, rows=self._rows)
-        if speech_as == "audio":
-            return self._evaluator(answer())
-        room = self._transcript_room()
-        if speech_as == "transcript":
-            transcribe = true_transcripts(self._texts)
-        else:
-            transcribe = self._transcriber(answer(max_tokens=room), prompt)
-        predict = answer(transcript_tokens=room)
-        return self._evaluator(functools.partial(from_text, predict=predict, transcribe=transcribe))
-
-    def _transcript_room(self) -> int:
-        """Returns the most tokens of a transcript: of the longest true one, or of an answer."""
-        self._evaluator.references()
-        longest = max(map(len, self._texts.values()), default=0)
-        return max(longest, self._wired.run.evaluated().max_tokens)
-
-    def _transcriber(self, answer: Any, prompt: str) -> Transcriber:
-        from slm_jax.data.preprocessors import prompt_tokens
-
-        inputs, targets = (self._wired.vocabulary(name) for name in ("inputs", "targets"))
-        return Transcriber(
-            answer,
-            prompt_tokens(inputs, prompt).tolist(),
-            lambda tokens: inputs.encode(targets.decode(tokens)),
-        )
 
 
 def _say(line: str) -> None:

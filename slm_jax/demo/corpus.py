@@ -16,7 +16,7 @@ import os
 import random
 import shutil
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -26,15 +26,16 @@ from slm_jax.errors import UserError, nearest
 
 STAMP = "corpus.json"
 # Raised whenever the same parameters give other files.
-_FORMAT = 3
+_FORMAT = 4
 _REPORT_SECONDS = 2.0
 _MOST_WARP_OCTAVES = 0.25
 # One sentence of so many in train has an invented name.
 _NAMED_EVERY = 7
-# Others that phrase lists are filled up with.
+# Names, at least, that phrase lists are filled up with.
 _OTHERS = 500
-# Sentences of text with a phrase list, for one of text.
-_LISTED_TEXT = 4
+# Lines of text with a phrase list, for each sentence of text. A T5 that reads fewer learns their names by
+# heart, and copies none that it has not read.
+_LISTED_TEXT = 2
 
 # Espeak's voice variants by split, so that dev and test are spoken by voices never heard in training.
 # Robots, whispers and variants that clip are left out.
@@ -158,8 +159,10 @@ def build_corpus(
     for split, count in (("train", config.text), ("dev", config.dev)):
         records = _text_records(draw(split, count, config.seed), config.seed)
         _write_jsonl(building / f"text_{split}.jsonl", records)
-        listed = _text_records(draw_named(split, -(-count // _LISTED_TEXT), config.seed), config.seed, split)
-        _write_jsonl(building / f"text_names_{split}.jsonl", listed)
+        listed = draw_named(split, _LISTED_TEXT * count, config.seed)
+        # Of as many names as are said: none is known for being listed and not said.
+        others = names.invented_names(split, max(_OTHERS, len(listed)))
+        _write_jsonl(building / f"text_names_{split}.jsonl", _text_records(listed, config.seed, others))
     building.replace(directory)
     return directory
 
@@ -222,6 +225,7 @@ def _speak(building: Path, config: CorpusConfig, processes: int, report: Callabl
     drawn = {split: (split, draw(split, getattr(config, split), config.seed)) for split in sentences.SPLITS}
     for split in ("dev", "test"):
         drawn[f"names_{split}"] = split, draw_named(split, config.names, config.seed)
+    others = {split: names.invented_names(split, _OTHERS) for split in ("dev", "test")}
     planned = []
     for folder, (split, said) in drawn.items():
         (building / "audio" / folder).mkdir(parents=True, exist_ok=True)
@@ -245,7 +249,7 @@ def _speak(building: Path, config: CorpusConfig, processes: int, report: Callabl
             "audio": Path(utterance.path).relative_to(building).as_posix(),
             "duration": duration,
             **_texts(sentence, key),
-            **(_phrase_list(sentence, split, key) if folder != split else {}),
+            **(_phrase_list(sentence, others[split], key) if folder != split else {}),
         })  # fmt: skip
         seconds += duration
         now = time.monotonic()
@@ -339,23 +343,23 @@ def _texts(sentence: sentences.Sentence, key: str) -> dict:
     }
 
 
-def _phrase_list(sentence: sentences.Sentence, split: str, key: str) -> dict:
-    """A list of names with the sentence's own among them, and the sentence with its name misheard."""
+def _phrase_list(sentence: sentences.Sentence, others: Sequence[str], key: str) -> dict:
+    """A list of the sentence's own name and of others, and the sentence with its name misheard."""
     rng = random.Random(f"names/{key}")
     said = sentence.slots["person"]
-    phrases = names.listed(said, names.invented_names(split, _OTHERS), rng)
+    phrases = names.listed(said, others, rng)
     words = [names.misheard(said, rng) if word == said else word for word in sentence.text.split()]
     return {"phrases": phrases, "heard": " ".join(words)}
 
 
 def _text_records(
-    drawn: Iterable[sentences.Sentence], seed: int, listed_split: str | None = None
+    drawn: Iterable[sentences.Sentence], seed: int, others: Sequence[str] = ()
 ) -> Iterable[dict]:
-    """Records of sentences without audio, with phrase lists where the split of their names is given."""
+    """Records of sentences without audio, with phrase lists where there are other names to list."""
     for number, sentence in enumerate(drawn):
         name = f"text-{number:05d}"
         key = f"{seed}/{name}"
-        more = _phrase_list(sentence, listed_split, key) if listed_split else {}
+        more = _phrase_list(sentence, others, key) if others else {}
         yield {"id": name, **_texts(sentence, key), **more}
 
 

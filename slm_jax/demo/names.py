@@ -53,6 +53,7 @@ def misheard(name: str, rng: random.Random) -> str:
 
 def listed(word: str, others: Sequence[str], rng: random.Random) -> str:
     """Returns a phrase list in random order: `word` and `LISTED - 1` of `others`, parted by commas."""
-    drawn = [word, *rng.sample([other for other in others if other != word], LISTED - 1)]
+    different = [other for other in rng.sample(others, LISTED) if other != word]
+    drawn = [word, *different[: LISTED - 1]]
     rng.shuffle(drawn)
     return ", ".join(drawn)
