@@ -144,7 +144,9 @@ class BatchShape:
             "target_positions": ((b, self.targets), int32),
             "loss_weights": ((b, self.targets), float32),
         }
-        return speech | text if self.has_speech else text
+        if self.has_speech:
+            return speech | text
+        return text | {"inputs_said": ((b, self.inputs), np.dtype(bool))}
 
     def misfit(self, reference: Reference) -> BadExample | None:
         """Returns why a reference does not fit into a row of its own, or None where it fits."""
@@ -279,6 +281,9 @@ def _fill_inputs(
     is_text = tokens_and_marker != SPEECH
     tokens = tokens_and_marker[is_text]
     arrays["inputs"][input_start : input_start + len(tokens)] = tokens
+    if "inputs_said" in arrays:
+        first, count = placed.reference.said
+        arrays["inputs_said"][input_start + first : input_start + first + count] = True
     text = shape.slots * shape.positions + input_start + np.arange(len(tokens))
     # Text tokens before the marker come before the speech; without a marker there is no speech.
     split = int(np.argmin(is_text)) if not is_text.all() else len(tokens)

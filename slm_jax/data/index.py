@@ -45,6 +45,8 @@ _SCHEMA = pa.schema(
         "targets": pa.large_list(pa.int32()),
         "task": pa.string(),
         "language": pa.string(),
+        "said_first": pa.int32(),
+        "said_tokens": pa.int32(),
     }
 )
 
@@ -138,6 +140,7 @@ class IndexTable:
                 _list_arrays(columns["targets"]),
                 [self.task] * len(indices),
                 columns["language"].to_pylist(),
+                zip(columns["said_first"].to_pylist(), columns["said_tokens"].to_pylist(), strict=True),
                 strict=True,
             )
         ]
@@ -354,7 +357,7 @@ def _chunks(task: seqio.Task, split: str, seed: int) -> Iterator[dict[str, Any]]
     dataset = task.get_dataset(
         sequence_length=None, split=split, shuffle=False, seed=seed, try_in_mem_cache=False
     )
-    wanted = ("id", "audio", "samples", "language", "reject", "inputs", "targets")
+    wanted = ("id", "audio", "samples", "language", "reject", "inputs", "inputs_speech", "targets")
     position = 0
 
     def select(example: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -364,7 +367,7 @@ def _chunks(task: seqio.Task, split: str, seed: int) -> Iterator[dict[str, Any]]
     for chunk in dataset.map(select).ragged_batch(_CHUNK):
         count = int(chunk["inputs"].nrows())
         columns: dict[str, Any] = {}
-        for name in ("inputs", "targets"):
+        for name in {"inputs", "inputs_speech", "targets"} & chunk.keys():
             ragged = chunk[name]
             columns[name] = (ragged.values.numpy(), ragged.row_splits.numpy())
         for name in ("id", "audio", "language", "reject"):
@@ -433,8 +436,23 @@ def _record_batch(
         lists["targets"],
         pa.array([task] * len(keep), pa.string()),
         pa.array(columns["language"], pa.string()),
+        *_said_columns(columns, spoken),
     ]
     return pa.record_batch(arrays, schema=schema).filter(pa.array(keep))
+
+
+def _said_columns(columns: Mapping[str, Any], spoken: np.ndarray) -> tuple[pa.Array, pa.Array]:
+    """First and count of the input tokens that stand in place of speech; zeros where there is speech."""
+    if "inputs_speech" not in columns:
+        nothing = np.zeros(len(spoken), np.int32)
+        return pa.array(nothing), pa.array(nothing)
+    flags, offsets = columns["inputs_speech"]
+    tokens = np.where(spoken, 0, _sum_per_row(flags, offsets)).astype(np.int32)
+    places = np.flatnonzero(flags)
+    # The first flag at or after the start of its row; one past the last row's flags is never used.
+    found = np.append(places, 0)[np.searchsorted(places, offsets[:-1])]
+    first = np.where(tokens > 0, found - offsets[:-1], 0).astype(np.int32)
+    return pa.array(first), pa.array(tokens)
 
 
 def _update_digest(digest: Any, batch: pa.RecordBatch) -> None:

@@ -30,6 +30,8 @@ class Reference:
       targets: int32 [t], tokens to be learned, with their EOS.
       task: name of the SeqIO task.
       language: language code of the speech, such as `en`; empty where it is not known.
+      said: first and count of those `inputs` that stand in place of speech, as a transcript does in a task
+        of text alone; (0, 0) where none do.
     """
 
     id: str
@@ -39,6 +41,7 @@ class Reference:
     targets: np.ndarray
     task: str
     language: str
+    said: tuple[int, int] = (0, 0)
 
     @property
     def input_tokens(self) -> int:
@@ -77,7 +80,14 @@ def reference_of(example: Mapping[str, Any], task: str, audio_root: str = "") ->
         targets=np.asarray(example["targets"], np.int32),
         task=task,
         language=_text(example.get("language")),
+        said=said_span(example["inputs_speech"]) if "inputs_speech" in example and not spoken else (0, 0),
     )
+
+
+def said_span(is_said: Any) -> tuple[int, int]:
+    """Returns the first and the count of the true values, which stand together: bool [n]."""
+    (places,) = np.nonzero(np.asarray(is_said))
+    return (int(places[0]), len(places)) if len(places) else (0, 0)
 
 
 def in_text(reference: Reference, said: Sequence[int]) -> Reference:
@@ -92,7 +102,9 @@ def in_text(reference: Reference, said: Sequence[int]) -> Reference:
         return reference
     before, after = reference.inputs[: places[0]], reference.inputs[places[0] + 1 :]
     inputs = np.concatenate([before, np.asarray(said, np.int32), after])
-    return dataclasses.replace(reference, audio=None, samples=0, inputs=inputs)
+    return dataclasses.replace(
+        reference, audio=None, samples=0, inputs=inputs, said=(int(places[0]), len(said))
+    )
 
 
 def _text(value: bytes | str | None) -> str:

@@ -31,7 +31,7 @@ _REPORT_SECONDS = 2.0
 _MOST_WARP_OCTAVES = 0.25
 # One sentence of so many in train has an invented name.
 _NAMED_EVERY = 7
-# Names, at least, that phrase lists are filled up with.
+# Names that phrase lists of spoken sentences are filled up with.
 _OTHERS = 500
 # Lines of text with a phrase list, for each sentence of text. A T5 that reads fewer learns their names by
 # heart, and copies none that it has not read.
@@ -160,8 +160,8 @@ def build_corpus(
         records = _text_records(draw(split, count, config.seed), config.seed)
         _write_jsonl(building / f"text_{split}.jsonl", records)
         listed = draw_named(split, _LISTED_TEXT * count, config.seed)
-        # Of as many names as are said: none is known for being listed and not said.
-        others = names.invented_names(split, max(_OTHERS, len(listed)))
+        # The names that are said, no others: none is known for being listed and not said.
+        others = names.invented_names(split, max(names.LISTED, len(listed)))
         _write_jsonl(building / f"text_names_{split}.jsonl", _text_records(listed, config.seed, others))
     building.replace(directory)
     return directory

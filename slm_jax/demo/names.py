@@ -44,9 +44,9 @@ def invented_names(split: str, count: int) -> tuple[str, ...]:
 
 
 def misheard(name: str, rng: random.Random) -> str:
-    """Returns an invented name with one or two letters that sound otherwise."""
+    """Returns an invented name as it may be heard: with none, one or two letters that sound otherwise."""
     letters = list(name)
-    for at in rng.sample(range(len(letters)), rng.choice((1, 2))):
+    for at in rng.sample(range(len(letters)), rng.choice((0, 1, 2))):
         letters[at] = rng.choice(_ALIKE[letters[at]])
     return "".join(letters)
 

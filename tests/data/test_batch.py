@@ -140,8 +140,14 @@ def test_bad_load_leaves_its_place_empty_and_the_row_as_planned(rng: np.random.G
 
 def test_text_only_shape_has_no_speech(rng: np.random.Generator):
     shape = BatchShape.from_feature_lengths({"inputs": 8, "targets": 4}, rows=2, samples_per_position=SPP)
-    reference = Reference("t", None, 0, np.array([5, 6, 1], np.int32), np.array([7, 1], np.int32), "task", "")
+    tokens = np.array([5, 6, 1], np.int32)
+    reference = Reference("t", None, 0, tokens, np.array([7, 1], np.int32), "task", "", said=(1, 2))
     arrays = collate([[Placed(reference)], []], shape, lambda _: pytest.fail("there is no audio to load"))
+    assert arrays["inputs_said"].tolist() == [[False, True, True, *[False] * 5], [False] * 8]
+    packed = collate(
+        [[Placed(reference), Placed(dataclasses.replace(reference, said=(0, 1)))]], shape, pytest.fail
+    )
+    assert np.flatnonzero(packed["inputs_said"][0]).tolist() == [1, 2, 3]
     assert "speech" not in arrays and "speech_segments" not in arrays
     assert arrays["layout"].tolist() == [[0, 1, 2, -1, -1, -1, -1, -1], [-1] * 8]
     assert arrays["loss_weights"].tolist() == [[1, 1, 0, 0], [0, 0, 0, 0]]

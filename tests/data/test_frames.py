@@ -4,6 +4,7 @@ import dataclasses
 import threading
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -113,7 +114,7 @@ def test_any_row_is_a_start(make_plan, sharding):
 def test_bad_audio_is_counted_where_its_rows_are(make_plan, sharding):
     plan = make_plan()
     bad = tuple(reference.id for reference in plan.tables[0].take(np.array([3, 17])))
-    options = {"max_bad_share": 0.5}
+    options: dict[str, Any] = {"max_bad_share": 0.5}
     read = Reader(bad)
     source = EncodedBatches(plan, SHAPE, sharding, encoder=lambda: encode, load=read, **options)
     samples = TrainBatches(

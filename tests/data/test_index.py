@@ -32,7 +32,7 @@ def test_table_holds_what_the_pipeline_gives(write_corpus, vocabulary_path, tmp_
     assert len(table) == len(examples) == 40
     for i, (example, found) in enumerate(zip(examples, table.references(), strict=True)):
         expected = reference_of(example, "t", str(path.parent))
-        for name in ("id", "audio", "samples", "task", "language"):
+        for name in ("id", "audio", "samples", "task", "language", "said"):
             assert getattr(found, name) == getattr(expected, name), name
         np.testing.assert_array_equal(found.inputs, expected.inputs)
         np.testing.assert_array_equal(found.targets, expected.targets)

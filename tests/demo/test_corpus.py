@@ -67,7 +67,7 @@ def test_questions_and_slots_agree_with_the_sentence(tiny_corpus: Path):
 def test_a_phrase_list_holds_the_name_that_is_said_and_what_is_heard_is_near_it(tiny_corpus: Path):
     for name, split in (("names_dev", "dev"), ("names_test", "test"), ("text_names_train", "train")):
         records = read(tiny_corpus / f"{name}.jsonl")
-        assert len(records) == (4 if name.startswith("names") else TINY.text // 4)
+        assert len(records) == (4 if name.startswith("names") else 2 * TINY.text)
         for record in records:
             phrases = record["phrases"].split(", ")
             (said,) = [phrase for phrase in phrases if f" {phrase} " in f" {record['text']} "]
@@ -76,6 +76,13 @@ def test_a_phrase_list_holds_the_name_that_is_said_and_what_is_heard_is_near_it(
             assert [w for w in words if w != said] == [
                 h for h, w in zip(heard, words, strict=True) if w != said
             ]
+
+
+def test_no_name_of_the_text_is_known_for_being_listed_and_not_said(tiny_corpus: Path):
+    records = read(tiny_corpus / "text_names_train.jsonl")
+    said = {dict(pair.split(": ") for pair in record["slots"].split("; "))["person"] for record in records}
+    assert len(said) == len(records)
+    assert {phrase for record in records for phrase in record["phrases"].split(", ")} == said
 
 
 def test_splits_are_disjoint_and_text_covers_what_is_spoken(tiny_corpus: Path):

@@ -1,6 +1,7 @@
 """The demonstration's SeqIO tasks on a tiny corpus."""
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,12 +19,14 @@ TEXT_TASKS = [*demo.TEXT_TASKS, *(f"{name}_noisy" for name in demo.TEXT_TASKS)]
 
 
 @pytest.fixture(scope="module")
-def corpus(tiny_corpus: Path) -> Iterator[Path]:
+def corpus(tiny_corpus: Path, tmp_path_factory) -> Iterator[Path]:
+    # Of its own, as other tests look at what a corpus is before vocabularies are added.
+    folder = shutil.copytree(tiny_corpus, tmp_path_factory.mktemp("tasks") / "corpus")
     registries = (seqio.TaskRegistry, seqio.MixtureRegistry)
     before = [set(registry.names()) for registry in registries]
-    vocabulary.place_vocabularies(tiny_corpus)
-    assert demo.register(tiny_corpus) == "demo_speech"
-    yield tiny_corpus
+    vocabulary.place_vocabularies(folder)
+    assert demo.register(folder) == "demo_speech"
+    yield folder
     # Other tests register other corpora under the same names.
     for registry, names in zip(registries, before, strict=True):
         for name in set(registry.names()) - names:
@@ -84,17 +87,24 @@ def test_text_tasks_hold_the_transcript_in_the_place_of_the_speech(corpus: Path,
     known = records(corpus, "text_names_train" if listed else "text_train")
     references = list(index(name, "train", tmp_path).references())
     assert len(references) == len(known)
-    heard = 0
+    heard = exact = 0
     for reference in references:
         record = known[reference.id]
         assert SPEECH not in reference.inputs and reference.samples == 0
         heard += decode(name, reference.inputs, "inputs").endswith(record["heard" if listed else "text"])
         if listed:
             assert decode(name, reference.targets) == record["text"]
+        # What stands in place of the speech is marked, and the instruction is not.
+        first, count = reference.said
+        said = decode(name, reference.inputs[first : first + count], "inputs")
+        exact += said == record["heard" if listed else "text"]
+        assert first + count == len(reference.inputs) - 1
+        asked = decode(name, reference.inputs[:first], "inputs")
+        assert asked and all(phrase in asked for phrase in record.get("phrases", "").split(", "))
     if name.endswith("_noisy"):
-        assert heard < 0.5 * len(known)
+        assert exact <= heard < 0.5 * len(known)
     else:
-        assert heard == len(known)
+        assert exact == heard == len(known)
 
 
 def test_spoken_and_text_tasks_share_their_prompts(corpus: Path, tmp_path: Path):

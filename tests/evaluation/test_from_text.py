@@ -26,8 +26,9 @@ def test_the_transcript_stands_where_the_speech_stood(rng):
     for at in range(3):
         inputs = [7, 8]
         inputs.insert(at, SPEECH)
-        found = in_text(reference(0, inputs), said).inputs.tolist()
-        assert found == [7, 8][:at] + said + [7, 8][at:]
+        found = in_text(reference(0, inputs), said)
+        assert found.inputs.tolist() == [7, 8][:at] + said + [7, 8][at:]
+        assert found.inputs.tolist()[found.said[0] :][: found.said[1]] == said
     text = reference(0, [7, 8], None)
     assert in_text(text, said) is text
 

@@ -54,6 +54,7 @@ def speech_batch(rng, lengths, targets, vocab=8):
 def text_batch(rng, rows=4, inputs=7, targets=5, vocab=32):
     batch = {
         "inputs": np.zeros((rows, inputs), np.int32),
+        "inputs_said": np.zeros((rows, inputs), bool),
         "layout": np.full((rows, inputs), -1, np.int32),
         "layout_segment_ids": np.zeros((rows, inputs), np.int32),
         "targets": np.zeros((rows, targets), np.int32),
@@ -63,6 +64,7 @@ def text_batch(rng, rows=4, inputs=7, targets=5, vocab=32):
     for row in range(rows):
         n, m = rng.integers(2, inputs + 1), rng.integers(1, targets + 1)
         batch["inputs"][row, :n] = rng.integers(2, vocab, n)
+        batch["inputs_said"][row, rng.integers(n) : n] = True
         batch["layout"][row, :n] = range(n)
         batch["layout_segment_ids"][row, :n] = 1
         batch["targets"][row, :m] = rng.integers(2, vocab, m)
@@ -181,6 +183,10 @@ def test_spoilt_embeddings_depend_on_the_step_key_alone(rng, name):
     first, again, other = (float(sums_of(loud, variables, batch, seed)[0]) for seed in (1, 1, 2))
     assert first == again != other
     assert float(sums_of(quiet, variables, batch, 1)[0]) != first
+    # An instruction stays exact: where nothing is said, nothing is spoilt.
+    asked = batch | {"inputs_said": jnp.zeros_like(batch["inputs_said"])}
+    exact = float(sums_of(quiet, variables, asked, 1)[0])
+    assert float(sums_of(loud, variables, asked, 1)[0]) == pytest.approx(exact, rel=1e-6)
     with pytest.raises(UserError, match=rf"{name} is -0.1"):
         TextObjective(t5.T5(TEXT), **{name: -0.1})
 

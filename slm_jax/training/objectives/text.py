@@ -27,8 +27,10 @@ class TextObjective:
         tolerates the output of a speech adapter, and tells a young adapter far more.
       embedding_blur: half of the rows have their embeddings averaged with those of neighbouring positions,
         by a Gaussian whose standard deviation in positions each row draws between 0 and this. A young
-        adapter knows what was said before it knows where: an LLM that reads blurred text tells it. Noise
-        and blur cover the whole input, the prompt too.
+        adapter knows what was said before it knows where: an LLM that reads blurred text tells it.
+
+    Noise and blur touch what stands in place of speech (`inputs_said`); the instruction around it stays
+    exact, as it is when an adapter's output takes that place.
 
     Raises:
       UserError: the noise or the blur is negative.
@@ -73,15 +75,16 @@ class TextObjective:
         return weighted_token_sums(losses_BT, correct_BT, batch["loss_weights"])
 
     def _spoiler(self, rng: jax.Array) -> Callable[[jax.Array, jax.Array], jax.Array]:
-        """Returns what blurs and adds noise to embeddings [B, L, D], given their segment ids [B, L]."""
+        """Returns what blurs and adds noise to embeddings [B, L, D] where segment ids [B, L] are not 0."""
         blur_rng, noise_rng = jax.random.split(rng)
 
         def spoil(embeddings_BLD: jax.Array, segment_ids_BL: jax.Array) -> jax.Array:
+            spoiled_BLD = embeddings_BLD
             if self.embedding_blur:
-                embeddings_BLD = blurred(embeddings_BLD, segment_ids_BL, self.embedding_blur, blur_rng)
+                spoiled_BLD = blurred(spoiled_BLD, segment_ids_BL, self.embedding_blur, blur_rng)
             if self.embedding_noise:
-                embeddings_BLD = noisy(embeddings_BLD, self.embedding_noise, noise_rng)
-            return embeddings_BLD
+                spoiled_BLD = noisy(spoiled_BLD, self.embedding_noise, noise_rng)
+            return jnp.where((segment_ids_BL > 0)[..., None], spoiled_BLD, embeddings_BLD)
 
         return spoil
 
@@ -96,8 +99,8 @@ def _score(
 ) -> tuple[jax.Array, jax.Array]:
     segment_ids_BL = batch["layout_segment_ids"]
     embeddings_BLD = lay_out(model.embed(batch["inputs"]), batch["layout"])
-    if spoil is not None:
-        embeddings_BLD = spoil(embeddings_BLD, segment_ids_BL)
+    said_BL = lay_out(batch["inputs_said"][..., None], batch["layout"])[..., 0]
+    embeddings_BLD = spoil(embeddings_BLD, jnp.where(said_BL, segment_ids_BL, 0))
     encoded_BLD = model.encode(embeddings_BLD, segment_ids_BL, deterministic)
     hidden_BTD = model.decode(
         encoded_BLD,
