@@ -144,9 +144,8 @@ def test_text_only_shape_has_no_speech(rng: np.random.Generator):
     reference = Reference("t", None, 0, tokens, np.array([7, 1], np.int32), "task", "", said=(1, 2))
     arrays = collate([[Placed(reference)], []], shape, lambda _: pytest.fail("there is no audio to load"))
     assert arrays["inputs_said"].tolist() == [[False, True, True, *[False] * 5], [False] * 8]
-    packed = collate(
-        [[Placed(reference), Placed(dataclasses.replace(reference, said=(0, 1)))]], shape, pytest.fail
-    )
+    both = [Placed(reference), Placed(dataclasses.replace(reference, said=(0, 1)))]
+    packed = collate([both], shape, lambda _: pytest.fail("there is no audio to load"))
     assert np.flatnonzero(packed["inputs_said"][0]).tolist() == [1, 2, 3]
     assert "speech" not in arrays and "speech_segments" not in arrays
     assert arrays["layout"].tolist() == [[0, 1, 2, -1, -1, -1, -1, -1], [-1] * 8]

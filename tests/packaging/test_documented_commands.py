@@ -87,6 +87,15 @@ def answered_from(what: str) -> Callable[[Path, str], None]:
     return check
 
 
+def probed(folder: Path, output: str) -> None:
+    results = json.loads((folder / "runs/best_rq/results.json").read_text())
+    asked = results.pop("asked")
+    assert asked["steps"] == 2
+    assert set(results) == {"probe/0", "probe/2", "few/8/nothing", "few/8/best_rq"}
+    assert all(found["wer"] > 0 for found in results.values())
+    assert (folder / "runs/best_rq/probe.png").stat().st_size > 10_000
+
+
 def scored(folder: Path, output: str) -> None:
     assert re.search(r"^my_asr wer \d+\.\d\d$", output, re.MULTILINE), output
     assert re.search(r"^my_ast_de bleu \d+\.\d\d$", output, re.MULTILINE), output
@@ -209,6 +218,11 @@ EXERCISES = [
         " --gin.SPEECH_ENCODER_OUTPUT=\"'runs/foundation/speech_encoder'\"",
         TWO_STEPS,
         wrote("runs/foundation/speech_encoder/foundation.json"),
+    ),
+    Exercise(
+        ".venv/bin/python benchmarks/best_rq_probe.py --corpus runs/foundation/corpus --work runs/best_rq",
+        "--steps 2 --checkpoints 1 --probe_steps 2 --few_steps 2 --few 8",
+        probed,
     ),
     Exercise(
         ".venv/bin/slm train --gin_file mine.gin --gin.run.MeshConfig.fsdp=4 --gin.run.MeshConfig.tensor=2",
