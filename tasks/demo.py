@@ -126,7 +126,7 @@ def _register_text(corpus: Path, vocabulary: Path, noise: Mapping[str, float]) -
         register_instruction(
             f"demo_text_slots{suffix}", templates=prompts.QUESTION, target="{answer}", **asked
         )
-        # What is heard is not what was said: the list tells how it is written.
+        # What is heard may not be what was said: the list tells how it is written.
         listed = {
             split: corpus / f"text_names_{path.stem.removeprefix('text_')}.jsonl"
             for split, path in manifests.items()

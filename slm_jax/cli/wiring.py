@@ -95,8 +95,7 @@ class Wiring:
 
         data = self.run.data
         shape = self.shape(data.batch_size)
-        if data.encode_once:
-            shape = dataclasses.replace(shape, frame_dim=self._frozen_encoder_dim())
+        shape = dataclasses.replace(shape, frame_dim=self._frame_dim(shape.has_speech))
         self.task_or_mixture(data.mixture_or_task)
         plan = plan_mixture(
             data.mixture_or_task,
@@ -108,15 +107,26 @@ class Wiring:
         )
         sharding = batch_sharding(self.mesh, self.run.mesh.rules)
         options: dict[str, Any] = {"threads": data.reader_threads, "max_bad_share": data.max_bad_share}
-        if data.encode_once:
+        if shape.frame_dim:
             return EncodedBatches(plan, shape, sharding, encoder=self._encode_speech, report=_say, **options)
         return TrainBatches(plan, shape, sharding, **options)
 
-    def _frozen_encoder_dim(self) -> int:
-        """Returns the features of the reduced frames of a run whose speech encoder is frozen."""
+    def _frame_dim(self, has_speech: bool) -> int:
+        """Returns the features of frames that are computed once; 0 where rows hold samples.
+
+        Raises:
+          UserError: the run asks for such frames, and its encoder trains or there is no speech.
+        """
+        if not self.run.data.encode_once or not has_speech:
+            return 0
         model = self.run.objective.model
-        if not isinstance(model, SLM) or "speech_encoder" in model.config.trainable:
-            raise UserError("DataConfig.encode_once needs an SLM whose speech encoder is frozen")
+        trainable = model.config.trainable if isinstance(model, SLM) else None
+        if trainable is None or "speech_encoder" in trainable:
+            found = f"a run of {type(model).__name__}" if trainable is None else f"trainable={trainable!r}"
+            raise UserError(
+                f"DataConfig.encode_once is for an SLM whose speech encoder is frozen, and this is {found}; "
+                "expected encode_once = False"
+            )
         return model.reduced_dim
 
     def _encode_speech(self) -> Callable[[jax.Array, jax.Array], jax.Array]:

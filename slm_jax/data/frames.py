@@ -17,7 +17,7 @@ from jax.sharding import Sharding
 
 from slm_jax.data import audio_files
 from slm_jax.data.batch import BatchShape
-from slm_jax.data.iterator import HostBatch, LoadUtterance, TrainBatches, Utterance
+from slm_jax.data.iterator import LoadUtterance, PlacedBatch, TrainBatches, Utterance
 from slm_jax.data.placement import place
 from slm_jax.data.plan import Plan
 from slm_jax.data.references import Reference
@@ -54,7 +54,7 @@ class EncodedBatches(TrainBatches):
       encoder: returns the frozen encoder with its reducer, for batches of `shape`'s rows on the mesh; called
         when there is something to encode, and what it returns is not kept.
       load: returns the audio of a reference; raises BadExample. An example that cannot be loaded is one
-        that the batches reject.
+        that the batches reject, and `max_bad_share` counts from the encoding on.
       report: takes a line of progress now and then.
       options: of `TrainBatches`.
 
@@ -82,20 +82,22 @@ class EncodedBatches(TrainBatches):
         self._encoder, self._load_audio, self._report, self._options = encoder, load, report, options
         self._utterances: dict[tuple[str, int], Encoded | BadExample] = {}
 
-    def host_batches(self, rows_consumed: int) -> Generator[HostBatch, None, None]:
-        """As of `TrainBatches`; the first call encodes every utterance of the plan."""
-        if not self._utterances:
-            self._encode_all()
-        yield from super().host_batches(rows_consumed)
+    def batches(self, rows_consumed: int) -> Generator[PlacedBatch, None, None]:
+        """As of `TrainBatches`; the first call encodes every utterance of the plan, before it returns."""
+        self._encode_all()
+        return super().batches(rows_consumed)
 
     def _encoded(self, reference: Reference) -> Encoded:
         found = self._utterances[_key(reference)]
         if isinstance(found, BadExample):
-            raise found
+            # A new one each time: an exception keeps alive what every place that raised it held.
+            raise BadExample(found.reason, found.detail)
         return found
 
     def _encode_all(self) -> None:
         table = _Utterances([table.take(np.arange(len(table))) for table in self.plan.tables])
+        if self._utterances or not len(table):
+            return
         audio: dict[tuple[str, int], Utterance] = {}
 
         def load(reference: Reference) -> Utterance:
@@ -105,10 +107,9 @@ class EncodedBatches(TrainBatches):
         began = told = time.monotonic()
         shape = dataclasses.replace(self.shape, frame_dim=0)
         plan = Plan([table], None, 0, shape.rows, shape, epochs=1, shuffle=False)
-        # What is bad is counted when the rows ask for it, as with samples.
-        options: dict[str, Any] = {**self._options, "max_bad_share": 1.0}
-        batches = TrainBatches(plan, shape, self.sharding, load=load, **options)
+        batches = TrainBatches(plan, shape, self.sharding, load=load, **self._options)
         encode = self._encoder()
+        utterances: dict[tuple[str, int], Encoded | BadExample] = {}
         for step, batch in enumerate(batches.host_batches(0)):
             arrays = place(batch.arrays, batch.rows, self.sharding, shape.rows)
             frames_BKPD = np.asarray(encode(arrays["speech"], arrays["speech_segments"]))
@@ -116,17 +117,18 @@ class EncodedBatches(TrainBatches):
             for row, reference in enumerate(table.references[step * shape.rows :][: shape.rows]):
                 key = _key(reference)
                 if key in bad:
-                    self._utterances[key] = BadExample(bad[key].reason, bad[key].detail)
+                    utterances[key] = BadExample(bad[key].reason, bad[key].detail)
                     continue
                 heard = audio.pop(key)
                 frames_PD = frames_BKPD[row, 0, : shape.speech_positions(heard.length)].copy()
-                self._utterances[key] = Encoded(frames_PD, heard.length, heard.clipped, heard.trimmed)
+                utterances[key] = Encoded(frames_PD, heard.length, heard.clipped, heard.trimmed)
             if time.monotonic() - told > _REPORT_SECONDS:
                 told = time.monotonic()
-                self._report(f"encoded {len(self._utterances)} of {len(table)} utterances")
-        held = sum(found.speech.nbytes for found in self._utterances.values() if isinstance(found, Encoded))
+                self._report(f"encoded {len(utterances)} of {len(table)} utterances")
+        held = sum(found.speech.nbytes for found in utterances.values() if isinstance(found, Encoded))
         seconds = time.monotonic() - began
         self._report(f"encoded {len(table)} utterances in {seconds:.0f} s; their frames take {held:,} bytes")
+        self._utterances = utterances
 
 
 class _Utterances:

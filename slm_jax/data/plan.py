@@ -110,7 +110,9 @@ class Plan:
             "rates": None if self.epochs is not None else self.rates,
             "seed": self.seed,
             "rows_per_step": self.rows_per_step,
-            "shape": dataclasses.asdict(self.shape),
+            "shape": {
+                name: size for name, size in dataclasses.asdict(self.shape).items() if name != "frame_dim"
+            },
             "epochs": self.epochs,
             "shuffle": self.shuffle,
             "block": self.block,

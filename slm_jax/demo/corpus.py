@@ -4,7 +4,7 @@ corpus.json                    the parameters, so that the same command reuses w
 {train,dev,test}.jsonl         id, audio (relative), duration, language, text, translations, question,
                                answer, slots; some of train with invented names
 names_{dev,test}.jsonl         the same and `phrases`, `heard`: each sentence with an invented name that train
-                               lacks, a list of names with this one among them, and the sentence misheard
+                               lacks, a list of names with this one among them, and the sentence as heard
 text_{train,dev}.jsonl         as {train,dev}.jsonl without audio: every spoken sentence, and more
 text_names_{train,dev}.jsonl   as names_*.jsonl without audio
 audio/<set>/<id>.flac          int16, 16 kHz
@@ -344,7 +344,7 @@ def _texts(sentence: sentences.Sentence, key: str) -> dict:
 
 
 def _phrase_list(sentence: sentences.Sentence, others: Sequence[str], key: str) -> dict:
-    """A list of the sentence's own name and of others, and the sentence with its name misheard."""
+    """A list of the sentence's own name and of others, and the sentence as it may be heard."""
     rng = random.Random(f"names/{key}")
     said = sentence.slots["person"]
     phrases = names.listed(said, others, rng)

@@ -198,8 +198,11 @@ def train(
         devices=mesh.size,
     )
     try:
+        # Before requests to stop are taken: a source that prepares for long can be stopped at once.
+        batches = source.batches(rows_consumed)
         with stop_requests() as stop_after:
             return run.go(
+                batches,
                 lambda state, arrays: _take(train_step, state, variables["frozen"], arrays, mesh, rules),
                 stop_after,
                 state,
@@ -241,6 +244,7 @@ class _Run:
 
     def go(
         self,
+        batches: Iterator[PlacedBatch],
         take: Callable[[TrainState, dict[str, jax.Array]], tuple[TrainState, dict[str, Any]]],
         stop_after: Callable[[int], bool],
         state: TrainState,
@@ -250,7 +254,6 @@ class _Run:
     ) -> TrainResult:
         """Takes the steps that are left."""
         config, first_step, stopping = self._config, step, False
-        batches = self._source.batches(rows_consumed)
         while step < config.train_steps and not stopping:
             placed = self._next(batches)
             if step == first_step:

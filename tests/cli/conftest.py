@@ -19,6 +19,8 @@ from slm_jax.models.slm import SLM
 # What makes the recipe small enough for a test.
 SMALL = (
     "LOG_PERIOD=1",
+    # Steps with the encoder in them, as runs have by default; a test of its own encodes once.
+    "run.DataConfig.encode_once=False",
     "WARMUP_STEPS=2",
     "BATCH_SIZE=8",
     "conformer.preset.layers=1",

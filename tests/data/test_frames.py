@@ -1,7 +1,9 @@
 """Frames that are computed once: the rows of the plan, each utterance encoded once, bad ones rejected."""
 
 import dataclasses
+import gc
 import threading
+import weakref
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -102,8 +104,11 @@ def test_rows_hold_the_frames_of_what_samples_they_would_hold(make_plan, shardin
     assert "encoded 30 utterances" in lines[-1]
 
 
-def test_any_row_is_a_start(make_plan, sharding):
-    source = EncodedBatches(make_plan(), SHAPE, sharding, encoder=lambda: encode)
+def test_any_row_is_a_start_and_all_is_encoded_before_the_first(make_plan, sharding):
+    read = Reader()
+    source = EncodedBatches(make_plan(), SHAPE, sharding, encoder=lambda: encode, load=read)
+    source.batches(0)
+    assert len(read.reads) == 30
     whole = take(source, 0, 6)
     for batch, again in zip(whole[3:], take(source, 3 * ROWS, 3), strict=True):
         assert batch.ids == again.ids
@@ -127,6 +132,13 @@ def test_bad_audio_is_counted_where_its_rows_are(make_plan, sharding):
         np.testing.assert_array_equal(found.arrays["loss_weights"], expected.arrays["loss_weights"])
         np.testing.assert_array_equal(found.arrays["layout"], expected.arrays["layout"])
     assert rejected > 2
+    # What is rejected again and again keeps no batch alive.
+    held, batches = [], source.host_batches(0)
+    for _ in range(60):
+        held.append(weakref.ref(next(batches).arrays["layout"]))
+    gc.collect()
+    batches.close()
+    assert sum(reference() is not None for reference in held) < 8
     source = EncodedBatches(plan, SHAPE, sharding, encoder=lambda: encode, load=read, min_examples=8)
     with pytest.raises(UserError, match="max_bad_share"):
         take(source, 0, 40)

@@ -328,6 +328,14 @@ def test_frames_computed_before_train_as_the_speech_itself(rng, reducer):
     found = step(variables["params"], variables["frozen"], encoded)
     expected = step(variables["params"], variables["frozen"], batch)
     np.testing.assert_allclose(found[0][1], expected[0][1], rtol=1e-5, atol=1e-5)
+    # As batches hold them.
+    rounded = frames.astype(jnp.bfloat16)
+    few_bits, same_values = (
+        step(variables["params"], variables["frozen"], encoded | {"speech_frames": values})
+        for values in (rounded, rounded.astype(jnp.float32))
+    )
+    np.testing.assert_allclose(few_bits[0][1], same_values[0][1], rtol=1e-5, atol=1e-5)
+    assert np.any(np.asarray(few_bits[0][1]) != np.asarray(expected[0][1]))
     norm = np.linalg.norm(flat(expected[1]))
     assert np.linalg.norm(flat(found[1]) - flat(expected[1])) <= 1e-5 * norm
     # The encoder's variables are there, for evaluation, and no part of the step.

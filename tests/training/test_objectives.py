@@ -64,7 +64,8 @@ def text_batch(rng, rows=4, inputs=7, targets=5, vocab=32):
     for row in range(rows):
         n, m = rng.integers(2, inputs + 1), rng.integers(1, targets + 1)
         batch["inputs"][row, :n] = rng.integers(2, vocab, n)
-        batch["inputs_said"][row, rng.integers(n) : n] = True
+        # At least two: a blur over one alone changes nothing.
+        batch["inputs_said"][row, rng.integers(n - 1) : n] = True
         batch["layout"][row, :n] = range(n)
         batch["layout_segment_ids"][row, :n] = 1
         batch["targets"][row, :m] = rng.integers(2, vocab, m)
@@ -187,6 +188,8 @@ def test_spoilt_embeddings_depend_on_the_step_key_alone(rng, name):
     asked = batch | {"inputs_said": jnp.zeros_like(batch["inputs_said"])}
     exact = float(sums_of(quiet, variables, asked, 1)[0])
     assert float(sums_of(loud, variables, asked, 1)[0]) == pytest.approx(exact, rel=1e-6)
+    with pytest.raises(UserError, match="has 'speech'"):
+        quiet.init(jax.random.key(0), batch | {"speech_segments": jnp.zeros((4, 1, 1, 3), jnp.int32)})
     with pytest.raises(UserError, match=rf"{name} is -0.1"):
         TextObjective(t5.T5(TEXT), **{name: -0.1})
 

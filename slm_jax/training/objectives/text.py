@@ -30,7 +30,8 @@ class TextObjective:
         adapter knows what was said before it knows where: an LLM that reads blurred text tells it.
 
     Noise and blur touch what stands in place of speech (`inputs_said`); the instruction around it stays
-    exact, as it is when an adapter's output takes that place.
+    exact, as it is when an adapter's output takes that place. Tasks in which nothing does so, as those of
+    span corruption, are never spoilt.
 
     Raises:
       UserError: the noise or the blur is negative.
@@ -55,7 +56,11 @@ class TextObjective:
         return 1
 
     def init(self, rng: jax.Array, batch: Batch) -> Variables:
-        """Boxed variables in the collection `params`."""
+        """Boxed variables in the collection `params`; raises UserError where rows have room for speech."""
+        if "speech_segments" in batch:
+            raise UserError(
+                "TASK_FEATURE_LENGTHS has 'speech', which a T5 on text alone cannot take; leave it out"
+            )
         return dict(self.model.init(rng, batch, method=_score))
 
     def loss(
