@@ -53,7 +53,11 @@ def save_safetensors(path: str | os.PathLike, params: Any, metadata: Mapping[str
     }
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     try:
+        # The library leaves a file that its owner alone may read; others may where they may read a usual one.
+        unfinished.touch()
+        mode = unfinished.stat().st_mode
         save_file(arrays, unfinished, header or None)
+        unfinished.chmod(mode)
         unfinished.replace(path)
     finally:
         unfinished.unlink(missing_ok=True)

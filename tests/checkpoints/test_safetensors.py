@@ -36,6 +36,12 @@ def test_the_same_parameters_give_the_same_bytes(tmp_path, rng):
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
 
 
+def test_others_may_read_it_as_any_file(tmp_path, rng):
+    save_safetensors(tmp_path / "a", params(rng))
+    (tmp_path / "usual").write_text("")
+    assert (tmp_path / "a").stat().st_mode == (tmp_path / "usual").stat().st_mode
+
+
 def test_unflatten_is_the_inverse(rng):
     tree = params(rng)
     assert flatten(unflatten(flatten(tree))).keys() == flatten(tree).keys()
