@@ -1,5 +1,5 @@
 # make quickstart   train the main job on the embedded default, from nothing, in minutes
-# make foundation   train the shipped encoder and T5 again, in half an hour, and score them as quickstart does
+# make foundation   train the shipped encoder and T5 again, in half an hour or more, and score them as quickstart does
 # make test         lint and the whole suite
 # make lint         ruff and pyright alone
 # PYTHON=...        a Python 3.11 or 3.12 to build .venv from; only its standard library is needed
