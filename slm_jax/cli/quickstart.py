@@ -128,7 +128,7 @@ def draw_curves(run_dir: Path, picture: Path, topline: "TaskMetrics") -> None:
     }
     trained = {"en-de BLEU": ("demo_ast_de", "bleu")}
     panels = [
-        Panel("word error rate, %", {"demo_asr": "demo_asr/wer"}, ceiling=100),
+        Panel("word error rate, %", {"demo_asr": "demo_asr/wer"}),
         *(
             Panel(
                 title,
