@@ -104,7 +104,7 @@ def main(args: argparse.Namespace) -> int:
         write_results(scored, run_dir / "evaluation" / _FOLDERS[name])
     write_summary(run_dir / "summary.json", columns, stages.seconds)
     picture = run_dir / "curves.png"
-    draw_curves(run_dir, picture, columns["topline"])
+    draw_curves(run_dir, picture, columns["topline"], run.evaluated().num_examples)
     print()
     print_report(columns, results["after"])
     example = next(iter(results["after"].values())).hypotheses[0]
@@ -117,8 +117,17 @@ def main(args: argparse.Namespace) -> int:
     return 0
 
 
-def draw_curves(run_dir: Path, picture: Path, topline: "TaskMetrics") -> None:
-    """Draws loss, error rate and what was never trained with speech over the steps of a quickstart."""
+def draw_curves(
+    run_dir: Path, picture: Path, topline: "TaskMetrics", num_examples: int | None = None
+) -> None:
+    """Draws loss, error rate and what was never trained with speech over the steps of a quickstart.
+
+    Args:
+      run_dir: of the run.
+      picture: the file.
+      topline: scores of the text topline, on test.
+      num_examples: of each task that were scored in training; None for all.
+    """
     from slm_jax.evaluation.picture import Panel, draw, losses, scores
 
     unseen = {
@@ -141,12 +150,13 @@ def draw_curves(run_dir: Path, picture: Path, topline: "TaskMetrics") -> None:
                 ceiling=105,
             )
             for title, shown in (
-                ("trained with speech (dotted: text topline)", trained),
-                ("never trained with speech (dotted: text topline)", unseen),
+                ("trained with speech (dotted: topline on test)", trained),
+                ("never trained with speech (dotted: topline on test)", unseen),
             )
         ),
     ]
-    draw(picture, losses(run_dir), scores(run_dir), panels, "Training the adapter; scores on dev")
+    examples = "dev" if num_examples is None else f"{num_examples} dev examples of each task"
+    draw(picture, losses(run_dir), scores(run_dir), panels, f"Training the adapter; scores on {examples}")
 
 
 class _Stages:

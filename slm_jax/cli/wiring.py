@@ -105,6 +105,10 @@ class Wiring:
             cache_dir=self.run.path(data.cache_dir or default_cache_dir()),
             seed=data.seed,
         )
+        tables: Any = plan.tables
+        for table in tables:
+            if table.report.rejected and jax.process_index() == 0:
+                _say(f"{table.task}, split {table.split}: {table.report}")
         sharding = batch_sharding(self.mesh, self.run.mesh.rules)
         options: dict[str, Any] = {"threads": data.reader_threads, "max_bad_share": data.max_bad_share}
         if shape.frame_dim:

@@ -1,6 +1,7 @@
 """Runs of the `slm` command in processes of their own: killed, resumed, on other meshes, stopped, used."""
 
 import json
+import re
 import shutil
 import signal
 import time
@@ -89,6 +90,16 @@ def test_frames_encoded_once_train_as_the_speech_and_resume_bit_for_bit(workshop
     resumed = curve(tmp_path / "run")
     assert sorted(resumed) == [10, 11, 12]
     assert resumed == {step: found[step] for step in resumed}
+
+
+def test_what_no_row_holds_is_told_before_training(workshop, tmp_path):
+    lengths = "TASK_FEATURE_LENGTHS={'speech': 44800, 'inputs': 40, 'targets': 40}"
+    done = workshop.slm(workshop.train_words(tmp_path / "run", 1, (lengths, "WARMUP_STEPS=0")))
+    assert done.status == 0, done.err
+    found = re.findall(
+        r"^demo_asr, split train: (\d+) references; rejected: speech_too_long (\d+)$", done.err, re.M
+    )
+    assert len(found) == 1 and int(found[0][0]) + int(found[0][1]) == 24, done.err
 
 
 def test_sigterm_saves_and_exits_0(workshop, whole, tmp_path):
