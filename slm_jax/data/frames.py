@@ -17,7 +17,7 @@ from jax.sharding import Sharding
 
 from slm_jax.data import audio_files
 from slm_jax.data.batch import BatchShape
-from slm_jax.data.iterator import LoadUtterance, PlacedBatch, TrainBatches, Utterance
+from slm_jax.data.iterator import HostBatch, LoadUtterance, PlacedBatch, TrainBatches, Utterance
 from slm_jax.data.placement import place
 from slm_jax.data.plan import Plan
 from slm_jax.data.references import Reference
@@ -87,6 +87,11 @@ class EncodedBatches(TrainBatches):
         self._encode_all()
         return super().batches(rows_consumed)
 
+    def host_batches(self, rows_consumed: int) -> Generator[HostBatch, None, None]:
+        """As of `TrainBatches`; encodes as `batches` does."""
+        self._encode_all()
+        return super().host_batches(rows_consumed)
+
     def _encoded(self, reference: Reference) -> Encoded:
         found = self._utterances[_key(reference)]
         if isinstance(found, BadExample):
@@ -95,8 +100,10 @@ class EncodedBatches(TrainBatches):
         return found
 
     def _encode_all(self) -> None:
+        if self._utterances:
+            return
         table = _Utterances([table.take(np.arange(len(table))) for table in self.plan.tables])
-        if self._utterances or not len(table):
+        if not len(table):
             return
         audio: dict[tuple[str, int], Utterance] = {}
 
