@@ -139,14 +139,17 @@ class Wiring:
         shapes = {"frozen": {"speech_encoder": self.shapes.frozen["speech_encoder"]}}
         variables = self._variables(shapes)
 
-        @jax.jit
         def encode(variables: Any, speech: jax.Array, speech_segments: jax.Array) -> jax.Array:
             frames_BKPD, _ = model.apply(variables, speech, speech_segments, method=SLM.reduced_speech)
             return frames_BKPD.astype(jnp.bfloat16)
 
+        rows = batch_sharding(self.mesh, self.run.mesh.rules)
+        where = jax.tree.map(lambda leaf: leaf.sharding, variables)
+        compiled = jax.jit(encode, in_shardings=(where, rows, rows), out_shardings=rows)
+
         def on_mesh(speech: jax.Array, speech_segments: jax.Array) -> jax.Array:
             with partitioned(self.mesh, self.run.mesh.rules):
-                return encode(variables, speech, speech_segments)
+                return compiled(variables, speech, speech_segments)
 
         return on_mesh
 
