@@ -135,6 +135,7 @@ def load_foundation(
     abstract: Any,
     dtype: DTypeLike | None = None,
     config: Mapping[str, Any] | None = None,
+    defaults: Mapping[str, Any] | None = None,
 ) -> Any:
     """Loads parameters straight onto their devices and verifies their fingerprint.
 
@@ -144,6 +145,7 @@ def load_foundation(
       abstract: unboxed tree of ShapeDtypeStruct, with shardings where the parameters are to be split.
       dtype: floating parameters are cast to it after the check; None keeps the dtype on disk.
       config: the expected configuration; None checks none.
+      defaults: what fields of the configuration are where a checkpoint, saved before they were, lacks them.
 
     Raises:
       UserError: no foundation model, another kind, another configuration (the field is named), another
@@ -153,7 +155,7 @@ def load_foundation(
     if record.kind != kind:
         raise UserError(f"{record.directory} holds a model of kind {record.kind!r}, expected {kind!r}")
     if config is not None:
-        _check_config(record, _plain(config))
+        _check_config(record, _plain(config), _plain(defaults or {}))
     check_parameters(record.parameters, parameter_table(abstract), str(record.directory), check_dtype=False)
     params = _read(record, abstract)
     found = fingerprint(params)
@@ -237,18 +239,28 @@ def _write(
     _barrier("foundation in place")
 
 
-def _check_config(record: FoundationRecord, expected: dict[str, Any]) -> None:
-    for name in sorted(record.config.keys() | expected.keys()):
-        if name not in record.config or name not in expected:
-            side, other = ("the model", record.config) if name in expected else ("this run", expected)
+def _check_config(record: FoundationRecord, expected: dict[str, Any], defaults: dict[str, Any]) -> None:
+    saved = _flat(defaults) | _flat(record.config)
+    expected = _flat(expected)
+    for name in sorted(saved.keys() | expected.keys()):
+        if name not in saved or name not in expected:
+            side, other = ("the model", saved) if name in expected else ("this run", expected)
             raise UserError(
                 f"{record.directory}: configuration field {name!r} is unknown to {side}{nearest(name, other)}"
             )
-        if record.config[name] != expected[name]:
+        if saved[name] != expected[name]:
             raise UserError(
-                f"{record.directory}: configuration field {name!r} is {record.config[name]!r}, "
+                f"{record.directory}: configuration field {name!r} is {saved[name]!r}, "
                 f"expected {expected[name]!r}"
             )
+
+
+def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The fields of a configuration, those of configurations inside it by dotted names."""
+    flat: dict[str, Any] = {}
+    for name, value in config.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return flat
 
 
 def _with_shardings(abstract: Any) -> Any:

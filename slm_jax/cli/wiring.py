@@ -314,6 +314,7 @@ class Wiring:
                     abstract,
                     dtype=self.run.frozen_dtype if collection == "frozen" else None,
                     config=architecture(place.config),
+                    defaults=architecture(type(place.config)()),
                 )
                 if collection == "params":
                     # What trains does so in its own dtype, whatever the one on disk.

@@ -16,7 +16,7 @@ from slm_jax.audio.log_mel import frame_segments
 from slm_jax.errors import UserError, nearest
 from slm_jax.models import conformer, t5
 from slm_jax.models.adapters import AdapterConfig, TransformerAdapter
-from slm_jax.models.conformer import ConformerConfig, ConformerEncoder
+from slm_jax.models.encoders import encoder_class
 from slm_jax.models.reducers import DropReducer, StackReducer
 from slm_jax.models.t5 import T5, T5Config
 
@@ -28,12 +28,13 @@ class SLMConfig:
     """What an SLM is made of.
 
     Attributes:
-      speech_encoder, llm, adapter: configurations of the parts.
+      speech_encoder: configuration of any encoder of `models.encoders.ENCODERS`.
+      llm, adapter: configurations of these parts.
       reducer: shortens the encoder's frames before the adapter.
       trainable: the parts that train, out of PARTS; their variables are in `params`, all others in `frozen`.
     """
 
-    speech_encoder: ConformerConfig
+    speech_encoder: Any
     llm: T5Config
     adapter: AdapterConfig
     reducer: DropReducer | StackReducer
@@ -87,7 +88,9 @@ class SLM(nn.Module):
 
     def setup(self):
         config = self.config
-        self.speech_encoder = self._place(ConformerEncoder, "speech_encoder")(config.speech_encoder)
+        self.speech_encoder = self._place(encoder_class(config.speech_encoder), "speech_encoder")(
+            config.speech_encoder
+        )
         self.llm = self._place(T5, "llm")(config.llm)
         adapter = self._place(TransformerAdapter, "adapter")
         self.adapter = adapter(config.adapter, config.llm.emb_dim)
@@ -109,8 +112,7 @@ class SLM(nn.Module):
     @property
     def samples_per_position(self) -> int:
         """Samples of speech per position of the LLM's encoder."""
-        encoder = ConformerEncoder(self.config.speech_encoder, parent=None)
-        return encoder.samples_per_frame * self.config.reducer.factor
+        return self._encoder.samples_per_frame * self.config.reducer.factor
 
     def __call__(self, batch: Mapping[str, jax.Array], *, deterministic: bool = True) -> dict[str, jax.Array]:
         """Returns `token_losses`, float32 [B, T], and `correct` (target is the likeliest token), bool [B, T].
@@ -167,7 +169,13 @@ class SLM(nn.Module):
     @property
     def reduced_dim(self) -> int:
         """Features D of what `reduced_speech` returns."""
-        return self.config.reducer.out_dim(self.config.speech_encoder.dim)
+        return self.config.reducer.out_dim(self._encoder.dim)
+
+    @property
+    def _encoder(self) -> Any:
+        """The encoder outside of this module: what it says of itself, without variables."""
+        config = self.config.speech_encoder
+        return encoder_class(config)(config, parent=None)
 
     def _speech_of(self, batch: Mapping[str, jax.Array], deterministic: bool) -> tuple[jax.Array, jax.Array]:
         """Returns the reduced speech of a batch and its segment ids, computed now or before."""

@@ -5,6 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from slm_jax.models.encoders import encoder_kind
 from slm_jax.models.slm import SLM
 from slm_jax.training.objectives.base import Batch, Metrics, Part, Variables
 
@@ -24,7 +25,9 @@ class SLMObjective:
         """Encoder and LLM, in whichever collection they are."""
         config = self.model.config
         return {
-            "speech_encoder": Part("conformer", config.speech_encoder, ("speech_encoder",)),
+            "speech_encoder": Part(
+                encoder_kind(config.speech_encoder), config.speech_encoder, ("speech_encoder",)
+            ),
             "llm": Part("t5", config.llm, ("llm",)),
         }
 

@@ -1,0 +1,1 @@
+"""The published models that can be brought in: one file per family, each a table of names."""
