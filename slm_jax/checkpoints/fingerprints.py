@@ -2,7 +2,7 @@
 
 import hashlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,16 +31,46 @@ def fingerprint(tree: Any) -> str:
     Returns:
       32 hexadecimal digits.
     """
-    total = 0
-    structure = []
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
-        header = f"{name}|{np.dtype(leaf.dtype).name}|{tuple(leaf.shape)}"
-        structure.append(header)
-        total += _leaf_sum(header, leaf)
-    total = _sum_over_processes(total % _MODULUS)
-    text = "\n".join([*sorted(structure), f"{total:x}"])
-    return hashlib.blake2b(text.encode(), digest_size=_DIGEST_BYTES).hexdigest()
+    leaves = {
+        jax.tree_util.keystr(path, simple=True, separator="/"): leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
+    streamed = StreamedFingerprint(
+        {name: (tuple(leaf.shape), np.dtype(leaf.dtype).name) for name, leaf in leaves.items()}
+    )
+    for name, leaf in leaves.items():
+        for start, data in _own_parts(leaf, streamed.tile(name)):
+            streamed.add(name, start, data)
+    return streamed.result()
+
+
+class StreamedFingerprint:
+    """The fingerprint of arrays of which no more than a part is there at a time.
+
+    Args:
+      table: shape and dtype of every array by its path, as in `parameters.ParameterTable`.
+    """
+
+    def __init__(self, table: Mapping[str, tuple[tuple[int, ...], str]]):
+        self._shapes = {name: shape for name, (shape, _) in table.items()}
+        self._headers = {name: f"{name}|{dtype}|{shape}" for name, (shape, dtype) in table.items()}
+        self._total = 0
+
+    def tile(self, name: str) -> tuple[int, ...]:
+        """Sizes of an array's tiles; a part that is added is made of whole ones."""
+        return tuple(size // math.gcd(size, MAX_TILES_PER_DIM) if size else 0 for size in self._shapes[name])
+
+    def add(self, name: str, start: tuple[int, ...], data: np.ndarray) -> None:
+        """Adds the part of the array `name` that begins at index `start`; every part once, in any order."""
+        base = hashlib.blake2b(self._headers[name].encode(), digest_size=_DIGEST_BYTES)
+        for box, piece in _tiles_of(data, start, self.tile(name)):
+            self._total += _tile_digest(base, box, piece)
+
+    def result(self) -> str:
+        """Returns 32 hexadecimal digits: those of `fingerprint` for the same arrays."""
+        total = _sum_over_processes(self._total % _MODULUS)
+        text = "\n".join([*sorted(self._headers.values()), f"{total:x}"])
+        return hashlib.blake2b(text.encode(), digest_size=_DIGEST_BYTES).hexdigest()
 
 
 def fingerprint_file(path: str | Path) -> str:
@@ -54,32 +84,26 @@ def fingerprint_text(text: str) -> str:
     return hashlib.blake2b(text.encode(), digest_size=_DIGEST_BYTES).hexdigest()
 
 
-def _leaf_sum(header: str, leaf: Any) -> int:
-    base = hashlib.blake2b(header.encode(), digest_size=_DIGEST_BYTES)
-    tile = tuple(size // math.gcd(size, MAX_TILES_PER_DIM) if size else 0 for size in leaf.shape)
-    return sum(_tile_digest(base, box, data) for box, data in _own_tiles(leaf, tile))
-
-
-def _own_tiles(leaf: Any, tile: tuple[int, ...]) -> Iterator[tuple[Box, np.ndarray]]:
-    """The tiles that are this process's to hash; over all processes, every tile once."""
+def _own_parts(leaf: Any, tile: tuple[int, ...]) -> Iterator[tuple[tuple[int, ...], np.ndarray]]:
+    """The parts that are this process's to hash; over all processes, every tile once."""
     if not isinstance(leaf, jax.Array):
         if jax.process_index() == 0:
-            yield from _tiles_of(np.asarray(leaf), (0,) * leaf.ndim, tile)
+            yield (0,) * leaf.ndim, np.asarray(leaf)
         return
     if leaf.sharding.is_fully_replicated:
         if jax.process_index() == 0:
-            yield from _tiles_of(np.asarray(leaf.addressable_data(0)), (0,) * leaf.ndim, tile)
+            yield (0,) * leaf.ndim, np.asarray(leaf.addressable_data(0))
         return
     shard_shape = leaf.sharding.shard_shape(leaf.shape)
     if any(shard % size for shard, size in zip(shard_shape, tile, strict=True) if size):
         # Shards that cut through tiles: every process gets the whole array, one of them hashes it.
         whole = jax.jit(lambda x: x, out_shardings=_replicated_like(leaf))(leaf)
-        yield from _own_tiles(whole, tile)
+        yield from _own_parts(whole, tile)
         return
     for shard in leaf.addressable_shards:
         if shard.replica_id == 0:
             start = tuple(index.start or 0 for index in shard.index)
-            yield from _tiles_of(np.asarray(shard.data), start, tile)
+            yield start, np.asarray(shard.data)
 
 
 def _replicated_like(leaf: jax.Array) -> jax.sharding.Sharding:

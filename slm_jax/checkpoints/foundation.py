@@ -1,9 +1,13 @@
 """Foundation models on disk: saved once, referenced by runs, never copied."""
 
+import contextlib
+import dataclasses
+import fcntl
 import json
+import math
 import shutil
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,13 +26,22 @@ from slm_jax.checkpoints.parameters import (
     table_to_json,
 )
 from slm_jax.checkpoints.provenance import FORMAT_VERSION, check_format_version
-from slm_jax.checkpoints.safetensors import load_safetensors, save_safetensors
+from slm_jax.checkpoints.safetensors import load_safetensors, save_safetensors, unflatten
+from slm_jax.checkpoints.streaming import StreamedArray, save_streamed
 from slm_jax.errors import UserError, nearest
+from slm_jax.models.encoders import ENCODERS
+from slm_jax.models.t5 import T5Config
 
 RECORD_FILE = "foundation.json"
 PARAMS_FOLDER = "params"
 PARAMS_FILE = "params.safetensors"
 FORMATS = ("orbax", "safetensors")
+# Held by the process that writes a folder which is not in place yet.
+_LOCK_FILE = ".writing"
+# Fields of a model's configuration that do not change what its parameters mean.
+_RUN_TIME_FIELDS = {
+    "dropout", "dtype", "remat", "scan", "scan_unroll", "loss_chunk", "relative_bias_init_std",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -76,11 +89,7 @@ def save_foundation(
     Raises:
       UserError: the directory holds something, or cannot be written, or the format is unknown.
     """
-    directory = Path(directory).absolute()
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        raise UserError(
-            f"{directory} exists and is not an empty directory; a foundation model is never overwritten"
-        )
+    directory = _new_directory(directory)
     if format not in FORMATS:
         raise UserError(f"a foundation model has no format {format!r}{nearest(format, FORMATS)}")
     record = FoundationRecord(
@@ -91,13 +100,54 @@ def save_foundation(
         parameter_table(params),
         _plain(provenance or {}),
     )
-    partial = directory.with_name(f".{directory.name}.partial-{_shared_suffix()}")
-    try:
-        _write(partial, record, params, files, format)
-    except (OSError, ValueError) as error:
-        if jax.process_index() == 0:
-            shutil.rmtree(partial, ignore_errors=True)
-        raise UserError(f"cannot save the {kind} model to {directory}: {_first_line(error)}") from error
+    with _put_in_place(directory, kind) as partial:
+        if format == "orbax":
+            with ocp.StandardCheckpointer() as checkpointer:
+                checkpointer.save(partial / PARAMS_FOLDER, params)
+                checkpointer.wait_until_finished()
+        elif jax.process_index() == 0:
+            save_safetensors(partial / PARAMS_FILE, params, {"kind": kind, "fingerprint": record.fingerprint})
+        _barrier("foundation parameters")
+        _write_record(partial, record, files)
+    return record
+
+
+def save_foundation_streamed(
+    directory: str | Path,
+    arrays: Mapping[str, StreamedArray],
+    *,
+    kind: str,
+    config: Mapping[str, Any],
+    fingerprint: Callable[[], str],
+    files: Iterable[str | Path] = (),
+    provenance: Mapping[str, Any] | None = None,
+    written: Callable[[int], None] = lambda _: None,
+) -> FoundationRecord:
+    """Saves parameters that are made part by part, in one process; else as `save_foundation`.
+
+    Args:
+      directory, kind, config, files, provenance: of `save_foundation`.
+      arrays: the parameters by their paths.
+      fingerprint: returns that of the parameters once all of them were made.
+      written: told the bytes of each part when it is on disk.
+
+    Raises:
+      UserError: the directory holds something, has no room, or cannot be written. What the making of a part
+        raises goes through.
+    """
+    directory = _new_directory(directory)
+    table = {name: (tuple(array.shape), array.dtype.name) for name, array in arrays.items()}
+    with _put_in_place(directory, kind) as partial:
+        needed = sum(math.prod(shape) * np.dtype(dtype).itemsize for shape, dtype in table.values())
+        if needed > (free := shutil.disk_usage(partial).free):
+            raise UserError(
+                f"{directory.parent} has {free / 1e9:.2f} GB free, expected {needed / 1e9:.2f} for it"
+            )
+        save_streamed(partial / PARAMS_FOLDER, unflatten(arrays), written)
+        record = FoundationRecord(
+            directory, kind, _plain(config), fingerprint(), table, _plain(provenance or {})
+        )
+        _write_record(partial, record, files)
     return record
 
 
@@ -167,6 +217,37 @@ def load_foundation(
     return params if dtype is None else _cast(params, dtype)
 
 
+def architecture(config: Any) -> dict[str, Any]:
+    """Returns a model's configuration without the fields that do not change what its parameters mean."""
+    return {name: value for name, value in dataclasses.asdict(config).items() if name not in _RUN_TIME_FIELDS}
+
+
+def config_of(record: FoundationRecord) -> Any:
+    """Returns the configuration of a saved model, a dataclass of `models/`.
+
+    Raises:
+      UserError: no network is of that kind, or one of that kind has no such configuration.
+    """
+    classes = {kind: config for config, (kind, _) in ENCODERS.items()} | {"t5": T5Config}
+    if record.kind not in classes:
+        raise UserError(
+            f"{record.directory} holds a model of kind {record.kind!r}{nearest(record.kind, classes)}"
+        )
+    try:
+        return _with_fields(classes[record.kind](), record.config)
+    except TypeError as error:
+        raise UserError(f"{record.directory / RECORD_FILE}: {_first_line(error)}") from error
+
+
+def _with_fields(default: Any, fields: Mapping[str, Any]) -> Any:
+    """Returns the dataclass with these fields; those that are dataclasses themselves are objects there."""
+    values = {
+        name: _with_fields(getattr(default, name), value) if isinstance(value, dict) else value
+        for name, value in fields.items()
+    }
+    return dataclasses.replace(default, **values)
+
+
 def converted(params: Any, dtype: DTypeLike | None) -> Any:
     """Returns parameters with floating ones in `dtype`; None keeps theirs."""
 
@@ -203,40 +284,70 @@ def _read(record: FoundationRecord, abstract: Any) -> Any:
         raise UserError(f"{record.directory} is damaged: {_first_line(error)}") from error
 
 
-def _write(
-    partial: Path, record: FoundationRecord, params: Any, files: Sequence[str | Path], format: str
-) -> None:
-    if jax.process_index() == 0:
-        partial.mkdir(parents=True)
-    _barrier("foundation folder")
-    if format == "orbax":
-        with ocp.StandardCheckpointer() as checkpointer:
-            checkpointer.save(partial / PARAMS_FOLDER, params)
-            checkpointer.wait_until_finished()
-    elif jax.process_index() == 0:
-        save_safetensors(
-            partial / PARAMS_FILE, params, {"kind": record.kind, "fingerprint": record.fingerprint}
+def _new_directory(directory: str | Path) -> Path:
+    directory = Path(directory).absolute()
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise UserError(
+            f"{directory} exists and is not an empty directory; a foundation model is never overwritten"
         )
-    _barrier("foundation parameters")
-    if jax.process_index() == 0:
-        for file in files:
-            shutil.copyfile(file, partial / Path(file).name)
-        text = json.dumps(
-            {
-                "format_version": FORMAT_VERSION,
-                "kind": record.kind,
-                "config": record.config,
-                "fingerprint": record.fingerprint,
-                "parameters": table_to_json(record.parameters),
-                "provenance": record.provenance,
-            },
-            indent=1,
-        )
-        (partial / RECORD_FILE).write_text(text + "\n", encoding="utf-8")
-        if record.directory.exists():
-            record.directory.rmdir()
-        partial.rename(record.directory)
-    _barrier("foundation in place")
+    return directory
+
+
+@contextlib.contextmanager
+def _put_in_place(directory: Path, kind: str) -> Iterator[Path]:
+    """Gives a folder to write into, which takes the directory's name when all is written, or goes."""
+    partial = directory.with_name(f".{directory.name}.partial-{_shared_suffix()}")
+    lock = None
+    try:
+        if jax.process_index() == 0:
+            _remove_abandoned(directory)
+            partial.mkdir(parents=True)
+            lock = (partial / _LOCK_FILE).open("w")
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _barrier("foundation folder")
+        yield partial
+        if jax.process_index() == 0:
+            (partial / _LOCK_FILE).unlink()
+            if directory.exists():
+                directory.rmdir()
+            partial.rename(directory)
+        _barrier("foundation in place")
+    except BaseException as error:
+        if jax.process_index() == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+        if isinstance(error, (OSError, ValueError)):
+            raise UserError(f"cannot save the {kind} model to {directory}: {_first_line(error)}") from error
+        raise
+    finally:
+        if lock is not None:
+            lock.close()
+
+
+def _remove_abandoned(directory: Path) -> None:
+    """Removes what a killed process left unfinished beside the directory; a living one holds its lock."""
+    for partial in directory.parent.glob(f".{directory.name}.partial-*"):
+        with contextlib.suppress(OSError), (partial / _LOCK_FILE).open() as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def _write_record(partial: Path, record: FoundationRecord, files: Iterable[str | Path]) -> None:
+    if jax.process_index() != 0:
+        return
+    for file in files:
+        shutil.copyfile(file, partial / Path(file).name)
+    text = json.dumps(
+        {
+            "format_version": FORMAT_VERSION,
+            "kind": record.kind,
+            "config": record.config,
+            "fingerprint": record.fingerprint,
+            "parameters": table_to_json(record.parameters),
+            "provenance": record.provenance,
+        },
+        indent=1,
+    )
+    (partial / RECORD_FILE).write_text(text + "\n", encoding="utf-8")
 
 
 def _check_config(record: FoundationRecord, expected: dict[str, Any], defaults: dict[str, Any]) -> None:

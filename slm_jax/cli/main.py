@@ -17,11 +17,12 @@ _COMMANDS = {
     "evaluate": "Score a run's model on a split of its mixture.",
     "infer": "Answer a prompt about audio files, or a manifest of them.",
     "export": "Write a run's model as safetensors and StableHLO, checked against the live model.",
+    "convert": "Bring in a published checkpoint as a frozen foundation model, or write one back.",
     "demo": "Make the embedded corpus and its vocabularies.",
     "quickstart": "Corpus, adapter, evaluation: the main job on the embedded default.",
 }
 # Commands whose settings are all flags.
-_WITHOUT_GIN = ("demo",)
+_WITHOUT_GIN = ("convert", "demo")
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:

@@ -8,13 +8,19 @@ from typing import Any
 import jax
 
 from slm_jax.checkpoints.fingerprints import fingerprint
-from slm_jax.checkpoints.foundation import RECORD_FILE, converted, read_foundation, save_foundation
+from slm_jax.checkpoints.foundation import (
+    RECORD_FILE,
+    architecture,
+    converted,
+    read_foundation,
+    save_foundation,
+)
 from slm_jax.checkpoints.manager import claim_run_directory
 from slm_jax.checkpoints.provenance import Provenance
 from slm_jax.cli import gin_config
 from slm_jax.cli.main import add_gin_arguments, search_paths
 from slm_jax.cli.run import Run, save_config
-from slm_jax.cli.wiring import Wiring, architecture, subtree
+from slm_jax.cli.wiring import Wiring, subtree
 from slm_jax.errors import UserError, nearest
 from slm_jax.training.loop import TrainResult
 from slm_jax.training.loop import train as train_loop

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 
-from slm_jax.checkpoints.foundation import load_foundation, read_foundation
+from slm_jax.checkpoints.foundation import architecture, load_foundation, read_foundation
 from slm_jax.checkpoints.manager import RunCheckpoints
 from slm_jax.checkpoints.provenance import Provenance, make_provenance
 from slm_jax.cli.main import default_cache_dir
@@ -393,16 +393,6 @@ def _say(line: str) -> None:
 def _fits(reference: "Reference", shape: Any) -> bool:
     """Whether a row holds what is asked; the answer's length is not the model's business."""
     return shape.misfit(dataclasses.replace(reference, targets=reference.targets[:0])) is None
-
-
-def architecture(config: Any) -> dict[str, Any]:
-    """Returns a model's configuration without the fields that do not change what its parameters mean."""
-    return {name: value for name, value in dataclasses.asdict(config).items() if name not in _RUN_TIME_FIELDS}
-
-
-_RUN_TIME_FIELDS = {
-    "dropout", "dtype", "remat", "scan", "scan_unroll", "loss_chunk", "relative_bias_init_std",
-}  # fmt: skip
 
 
 def _register(run: Run) -> None:

@@ -13,7 +13,7 @@ from flax import linen as nn
 
 from slm_jax.checkpoints.foundation import save_foundation
 from slm_jax.cli import demo, gin_config
-from slm_jax.cli.wiring import architecture
+from slm_jax.checkpoints.foundation import architecture
 from slm_jax.models.slm import SLM
 
 # What makes the recipe small enough for a test.

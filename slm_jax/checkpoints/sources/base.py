@@ -22,9 +22,14 @@ class TensorSource(Protocol):
       tensors: shape and dtype by name. Nothing has been read of their values.
     """
 
-    where: str
-    config: Mapping[str, Any]
-    tensors: Mapping[str, TensorInfo]
+    @property
+    def where(self) -> str: ...
+
+    @property
+    def config(self) -> Mapping[str, Any]: ...
+
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]: ...
 
     def read(self, name: str, index: tuple[int | slice, ...] = ()) -> np.ndarray:
         """Returns the tensor `name`, or what `tensor[index]` is, reading no more of the file than that.

@@ -1,0 +1,131 @@
+"""`slm convert`: a published checkpoint becomes a frozen foundation model, or the other way round."""
+
+import argparse
+import math
+import resource
+import sys
+import time
+from pathlib import Path
+
+from slm_jax.errors import UserError, nearest
+
+_LAYOUTS = ("scan",)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags of the command."""
+    parser.add_argument(
+        "--from", dest="source", required=True, metavar="DIR",
+        help="a checkpoint of transformers or T5X; with --to_hf a foundation model of this project",
+    )  # fmt: skip
+    parser.add_argument("--to", metavar="DIR", help="new directory of the foundation model")
+    parser.add_argument(
+        "--to_hf",
+        "--to-hf",
+        metavar="DIR",
+        help="new directory that transformers loads: safetensors and config.json",
+    )
+    parser.add_argument(
+        "--dtype", metavar="NAME", help="float32, bfloat16 or int8; by default that of the checkpoint"
+    )
+    parser.add_argument(
+        "--layout",
+        default="scan",
+        metavar="NAME",
+        help="of the layers: scan stacks them along axis 0, as the models want",
+    )
+
+
+def main(args: argparse.Namespace) -> int:
+    """Runs the command."""
+    if args.layout not in _LAYOUTS:
+        raise UserError(f"slm convert: --layout is {args.layout!r}{nearest(args.layout, _LAYOUTS)}")
+    if (args.to is None) == (args.to_hf is None):
+        raise UserError("slm convert: expected one of --to and --to_hf")
+    return _to_foundation(args) if args.to else _to_huggingface(args)
+
+
+def _to_foundation(args: argparse.Namespace) -> int:
+    from slm_jax.checkpoints.conversion import companions, convert, open_source, plan_conversion
+
+    source = open_source(args.source)
+    plan = plan_conversion(source, args.dtype)
+    _say(
+        f"{source.where}: {type(plan.config).__name__} of {_parameters(plan.table)} parameters, "
+        f"{_gigabytes(plan.bytes)}"
+    )
+    for reason, names in _by_reason(plan.unused).items():
+        _say(f"left out, {reason}: {names}")
+    progress = _Progress(plan.bytes)
+    record = convert(plan, args.to, files=companions(args.source), written=progress)
+    _say(f"peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6:.2f} GB")
+    print(f"{record.directory} {record.kind} {record.fingerprint}")
+    return 0
+
+
+def _to_huggingface(args: argparse.Namespace) -> int:
+    from slm_jax.checkpoints.foundation import read_foundation
+    from slm_jax.checkpoints.to_huggingface import convert_to_huggingface
+
+    if args.dtype is not None:
+        raise UserError(
+            "slm convert: --dtype has no meaning with --to_hf, which writes the numbers that there are"
+        )
+    record = read_foundation(args.source)
+    total = sum(math.prod(shape) * _itemsize(dtype) for shape, dtype in record.parameters.values())
+    convert_to_huggingface(record, args.to_hf, written=_Progress(total))
+    _say(f"peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6:.2f} GB")
+    print(Path(args.to_hf).absolute())
+    return 0
+
+
+def _itemsize(dtype: str) -> int:
+    import jax.numpy as jnp
+
+    return jnp.dtype(dtype).itemsize
+
+
+def _parameters(table: dict) -> str:
+    count = sum(math.prod(shape) for shape, _ in table.values())
+    return f"{count / 1e9:.3f}B" if count >= 1e8 else f"{count / 1e6:.3f}M"
+
+
+def _by_reason(unused: dict[str, str]) -> dict[str, str]:
+    """Their tensors that are left out, by reason: the first by name, and how many more."""
+    names: dict[str, list[str]] = {}
+    for name, reason in sorted(unused.items()):
+        names.setdefault(reason, []).append(name)
+    return {
+        reason: found[0] + (f" and {len(found) - 1} more" if len(found) > 1 else "")
+        for reason, found in names.items()
+    }
+
+
+class _Progress:
+    """Tells how much is written, and how long the rest will take, every few seconds."""
+
+    _PERIOD = 5.0
+
+    def __init__(self, total: int):
+        self._total, self._done = total, 0
+        self._started = self._told = time.monotonic()
+
+    def __call__(self, written: int) -> None:
+        self._done += written
+        now = time.monotonic()
+        if now - self._told < self._PERIOD and self._done < self._total:
+            return
+        self._told, spent = now, now - self._started
+        left = spent * (self._total - self._done) / self._done
+        _say(
+            f"{_gigabytes(self._done)} of {_gigabytes(self._total)} written, "
+            f"{self._done / 1e6 / max(spent, 1e-9):.0f} MB/s, {left:.0f} s left"
+        )
+
+
+def _gigabytes(count: float) -> str:
+    return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.2f} MB"
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
