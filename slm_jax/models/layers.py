@@ -83,6 +83,8 @@ class Dense(nn.Module):
         # kernels in the backward pass, which then takes three times as long.
         flat = x.astype(self.dtype).reshape(-1, math.prod(inputs))
         y = flat @ jnp.asarray(kernel, self.dtype).reshape(math.prod(inputs), -1)
+        if (scale := scale_of(self, "kernel")) is not None:
+            y = y * scale.reshape(-1).astype(self.dtype)
         y = y.reshape(*x.shape[: x.ndim - self.contracted], *features)
         if self.use_bias:
             zeros = nn.with_logical_partitioning(nn.initializers.zeros, tuple(self.axes[self.contracted :]))
@@ -112,7 +114,20 @@ class Embed(nn.Module):
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
         # Taken first and cast after: a cast of the whole table would cost its size again.
-        return jnp.take(jnp.asarray(self.embedding), tokens, axis=0).astype(self.dtype)
+        rows = jnp.take(jnp.asarray(self.embedding), tokens, axis=0)
+        if (scale := self.scale) is not None:
+            rows = rows * jnp.take(scale, tokens, axis=0)
+        return rows.astype(self.dtype)
+
+    @property
+    def scale(self) -> jax.Array | None:
+        """The rows' scales, float32 [num_embeddings, 1], of a table that is int8; else None."""
+        return scale_of(self, "embedding")
+
+
+def scale_of(module: nn.Module, name: str) -> jax.Array | None:
+    """Returns the scales of a module's matrix `name` where it is int8 (see models/quantization.py), else None."""
+    return nn.unbox(module.get_variable("params", name + "_scale"))
 
 
 class Mlp(nn.Module):

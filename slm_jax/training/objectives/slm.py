@@ -5,9 +5,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from slm_jax.errors import UserError, nearest
 from slm_jax.models.encoders import encoder_kind
+from slm_jax.models.quantization import quantized
 from slm_jax.models.slm import SLM
 from slm_jax.training.objectives.base import Batch, Metrics, Part, Variables
+
+FROZEN_WEIGHTS = ("float", "int8")
 
 
 class SLMObjective:
@@ -15,10 +19,19 @@ class SLMObjective:
 
     Args:
       model: the SLM.
+      frozen_weights: "float", or "int8": frozen matrices are held as int8 with a scale per channel. Trained
+        parts are floats either way.
+
+    Raises:
+      UserError: `frozen_weights` is neither.
     """
 
-    def __init__(self, model: SLM):
+    def __init__(self, model: SLM, frozen_weights: str = "float"):
+        if frozen_weights not in FROZEN_WEIGHTS:
+            found = f"SLMObjective.frozen_weights is {frozen_weights!r}"
+            raise UserError(f"{found}{nearest(frozen_weights, FROZEN_WEIGHTS)}")
         self.model = model
+        self.frozen_weights = frozen_weights
 
     @property
     def parts(self) -> dict[str, Part]:
@@ -38,7 +51,10 @@ class SLMObjective:
 
     def init(self, rng: jax.Array, batch: Batch) -> Variables:
         """Boxed variables in the collections `params` and `frozen`."""
-        return dict(self.model.init(rng, batch))
+        variables = dict(self.model.init(rng, batch))
+        if self.frozen_weights == "int8" and "frozen" in variables:
+            variables["frozen"] = quantized(variables["frozen"])
+        return variables
 
     def loss(
         self, params: Any, frozen: Any, batch: Batch, rng: jax.Array
