@@ -268,6 +268,11 @@ class LogitsDense(nn.Module):
             jnp.float32,
         )
 
+    @property
+    def scale(self) -> jax.Array | None:
+        """The columns' scales, float32 [1, V], of a kernel that is int8; else None."""
+        return layers.scale_of(self, "kernel")
+
 
 class Decoder(nn.Module):
     """The decoder's stack, for all tokens at once or, with `cache_length`, one token per call."""
@@ -412,13 +417,17 @@ class T5(nn.Module):
         config, dtype = self.config, jnp.dtype(self.config.dtype)
         if config.tied_logits:
             product, kernel = "btd,vd->btv", jnp.asarray(self.token_embedder.embedding, dtype)
+            kernel_scale = self.token_embedder.scale
         else:
             product, kernel = "btd,dv->btv", jnp.asarray(self.decoder.logits_dense.kernel, dtype)
+            kernel_scale = self.decoder.logits_dense.scale
         scale = config.emb_dim**-0.5 if config.tied_logits and config.scale_tied_logits else 1.0
 
         def of_hidden(hidden_BTD: jax.Array) -> jax.Array:
             hidden_BTD = hidden_BTD.astype(dtype) * jnp.asarray(scale, dtype)
             logits_BTV = jnp.einsum(product, hidden_BTD, kernel, preferred_element_type=jnp.float32)
+            if kernel_scale is not None:
+                logits_BTV = logits_BTV * kernel_scale.reshape(-1)
             return with_logical_constraint(
                 logits_BTV, ("activation_batch", "activation_length", "activation_vocab")
             )
