@@ -22,6 +22,7 @@ MASKED_SCORE = -1e30
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu": nn.gelu,  # the tanh form, as in T5 v1.1, mT5 and mT0
+    "gelu_exact": lambda x: nn.gelu(x, approximate=False),
     "relu": nn.relu,
     "silu": nn.silu,
     "linear": lambda x: x,
