@@ -309,7 +309,7 @@ class Wiring:
             for collection, tree in shapes.items():
                 if (abstract := subtree(tree, place.path)) is None:
                     continue
-                # What is held as int8 is rounded from the numbers on disk, whatever dtype the rest is held in.
+                # What is held as int8 is rounded from the numbers on disk, whatever the rest is held in.
                 whole = unquantized_shapes(abstract) if is_quantized(abstract) else None
                 params = load_foundation(
                     self.run.path(name),

@@ -22,6 +22,7 @@ MASKED_SCORE = -1e30
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu": nn.gelu,  # the tanh form, as in T5 v1.1, mT5 and mT0
+    "gelu_exact": lambda x: nn.gelu(x, approximate=False),
     "relu": nn.relu,
     "silu": nn.silu,
     "linear": lambda x: x,
@@ -126,7 +127,7 @@ class Embed(nn.Module):
 
 
 def scale_of(module: nn.Module, name: str) -> jax.Array | None:
-    """Returns the scales of a module's matrix `name` where it is int8 (see models/quantization.py), else None."""
+    """Returns the scales of a module's int8 matrix (see models/quantization.py); None of a floating one."""
     return nn.unbox(module.get_variable("params", name + "_scale"))
 
 

@@ -1,7 +1,8 @@
-"""T5 of the mT5/mT0 kind (arXiv 1910.10683, 2010.11934), with embeddings as input and masks from segments.
+"""T5 (arXiv 1910.10683) as published since, with embeddings as input and masks from segments.
 
-Parameter names and kernel shapes follow T5X's scalable T5; the axis of the stacked layers is axis 0, and the
-relative position bias is one table per stack, as in the published T5 and mT5. Options cover T5 v1.0 too.
+By configuration it is T5 v1.0, T5 v1.1 and its LM-adapted and Flan forms (2210.11416), mT5 (2010.11934), mT0
+(2211.01786), ByT5 (2105.13626) and umT5 (2304.09151). Parameter names and kernel shapes follow T5X's scalable
+T5; the axis of the stacked layers is axis 0.
 
 Shape suffixes: B rows, L positions of the encoder, T decoder tokens, D features, V vocabulary.
 """
@@ -20,6 +21,7 @@ from slm_jax.models import layers
 from slm_jax.models.losses import chunked_cross_entropy
 
 REMAT = ("none", "full")
+RELATIVE_BIAS = ("shared", "layer")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,10 +33,14 @@ class T5Config:
       emb_dim: features of a position.
       num_heads, head_dim: of attention; their product need not be `emb_dim`.
       mlp_dim: hidden features of the MLP.
-      activation: a name of `layers.ACTIVATIONS`; "gelu" is the tanh form.
+      activation: a name of `layers.ACTIVATIONS`; "gelu" is the tanh form, "gelu_exact" the one with erf.
       gated: gated MLP (v1.1, mT5) or plain (v1.0).
       tied_logits: the logits use the embedding table (v1.0).
       scale_tied_logits: tied logits are scaled by emb_dim ** -0.5.
+      scale_untied_logits: so are logits that have a table of their own. No published T5 was trained so;
+        transformers 5 computes umT5 that way, and so was what it fine-tuned.
+      relative_bias: "shared" has one table of relative position biases per stack, that of its first layer
+        (T5, mT5, ByT5); "layer" has one per layer (umT5, and T5X's scalable T5).
       relative_bias_init_std: standard deviation of a fresh relative position bias. Larger helps a small model
         trained from scratch to find positions early.
       dropout: rate of a trained T5; a frozen one runs without.
@@ -55,6 +61,8 @@ class T5Config:
     gated: bool = True
     tied_logits: bool = False
     scale_tied_logits: bool = True
+    scale_untied_logits: bool = False
+    relative_bias: str = "shared"
     relative_buckets: int = 32
     relative_max_distance: int = 128
     relative_bias_init_std: float = 0.25
@@ -66,35 +74,65 @@ class T5Config:
     loss_chunk: int = 1024
 
     def __post_init__(self):
-        if self.activation not in layers.ACTIVATIONS:
-            raise UserError(
-                f"T5Config.activation is {self.activation!r}{nearest(self.activation, layers.ACTIVATIONS)}"
-            )
-        if self.remat not in REMAT:
-            raise UserError(f"T5Config.remat is {self.remat!r}{nearest(self.remat, REMAT)}")
+        for name, choices in (
+            ("activation", layers.ACTIVATIONS),
+            ("relative_bias", RELATIVE_BIAS),
+            ("remat", REMAT),
+        ):
+            if (value := getattr(self, name)) not in choices:
+                raise UserError(f"T5Config.{name} is {value!r}{nearest(value, choices)}")
 
+
+def _size(emb_dim: int, mlp_dim: int, encoder: int, decoder: int, heads: int) -> dict[str, int]:
+    return {
+        "emb_dim": emb_dim,
+        "mlp_dim": mlp_dim,
+        "encoder_layers": encoder,
+        "decoder_layers": decoder,
+        "num_heads": heads,
+    }
+
+
+_V1_1 = {
+    "small": _size(512, 1024, 8, 8, 6),
+    "base": _size(768, 2048, 12, 12, 12),
+    "large": _size(1024, 2816, 24, 24, 16),
+    "xl": _size(2048, 5120, 24, 24, 32),
+    "xxl": _size(4096, 10240, 24, 24, 64),
+}
+_V1_0 = {
+    "small": _size(512, 2048, 6, 6, 8),
+    "base": _size(768, 3072, 12, 12, 12),
+    "large": _size(1024, 4096, 24, 24, 16),
+}
+_BYT5 = {
+    "small": _size(1472, 3584, 12, 4, 6),
+    "base": _size(1536, 3968, 18, 6, 12),
+    "large": _size(1536, 3840, 36, 12, 16),
+    "xl": _size(2560, 6720, 36, 12, 32),
+    "xxl": _size(4672, 12352, 36, 12, 64),
+}
+_TINY = {**_size(128, 256, 3, 3, 4), "vocab_size": 1024, "head_dim": 32, "relative_bias_init_std": 0.5}
+_OF_V1_0 = {"vocab_size": 32128, "gated": False, "activation": "relu", "tied_logits": True}
+_OF_UMT5 = {"vocab_size": 256384, "relative_bias": "layer"}
 
 _PRESETS: dict[str, dict[str, Any]] = {
-    "tiny": {
-        "vocab_size": 1024,
-        "emb_dim": 128,
-        "num_heads": 4,
-        "head_dim": 32,
-        "mlp_dim": 256,
-        "encoder_layers": 3,
-        "decoder_layers": 3,
-        "relative_bias_init_std": 0.5,
-    },
-    "small": {"emb_dim": 512, "mlp_dim": 1024, "encoder_layers": 8, "decoder_layers": 8, "num_heads": 6},
-    "base": {"emb_dim": 768, "mlp_dim": 2048, "encoder_layers": 12, "decoder_layers": 12, "num_heads": 12},
-    "large": {"emb_dim": 1024, "mlp_dim": 2816, "encoder_layers": 24, "decoder_layers": 24, "num_heads": 16},
-    "xl": {"emb_dim": 2048, "mlp_dim": 5120, "encoder_layers": 24, "decoder_layers": 24, "num_heads": 32},
-    "xxl": {"emb_dim": 4096, "mlp_dim": 10240, "encoder_layers": 24, "decoder_layers": 24, "num_heads": 64},
+    "tiny": _TINY,
+    **_V1_1,  # with the defaults of `T5Config`: mT5 and mT0
+    **{f"t5_{name}": size | _OF_V1_0 for name, size in _V1_0.items()},
+    **{f"t5_v1_1_{name}": size | {"vocab_size": 32128} for name, size in _V1_1.items()},
+    **{f"flan_t5_{name}": size | {"vocab_size": 32128} for name, size in _V1_1.items()},
+    **{f"umt5_{name}": _V1_1[name] | _OF_UMT5 for name in ("small", "base", "xl", "xxl")},
+    **{f"byt5_{name}": size | {"vocab_size": 384} for name, size in _BYT5.items()},
 }
 
 
 def preset(name: str, **overrides: Any) -> T5Config:
-    """Returns mT5's published size `name`, or "tiny", with the fields in `overrides` replaced.
+    """Returns a published size by name, or "tiny", with the fields in `overrides` replaced.
+
+    Args:
+      name: `small` to `xxl` are mT5's and mT0's; the others say their family, such as `t5_small` (v1.0),
+        `t5_v1_1_base`, `flan_t5_base` (the same shape), `umt5_xl`, `byt5_large`.
 
     Raises:
       UserError: no preset has that name.
@@ -123,11 +161,20 @@ def _constrain(x_BLD: jax.Array) -> jax.Array:
     return with_logical_constraint(x_BLD, ("activation_batch", "activation_length", "activation_embed"))
 
 
+_Positions = tuple[jax.Array, jax.Array]  # int32 [Q] of the queries, [K] of the keys
+
+
 class _Layer(nn.Module):
     """What the layers of both stacks share: their parts, from the configuration."""
 
     config: T5Config
     deterministic: bool
+
+    def bias(self, shared: jax.Array | None, positions: _Positions, bidirectional: bool) -> jax.Array:
+        """The bias of self-attention: that of all layers, or where there is none, this layer's own."""
+        if shared is None:
+            return _relative_bias(self.config, bidirectional)(*positions)
+        return shared
 
     def norm(self, name: str) -> layers.RMSNorm:
         return layers.RMSNorm(self.config.norm_epsilon, dtype=jnp.dtype(self.config.dtype), name=name)
@@ -166,7 +213,10 @@ class EncoderLayer(_Layer):
     """Self-attention and MLP, each with a norm before and a residual around it."""
 
     @nn.compact
-    def __call__(self, x_BLD: jax.Array, mask: jax.Array, bias: jax.Array) -> tuple[jax.Array, None]:
+    def __call__(
+        self, x_BLD: jax.Array, mask: jax.Array, bias: jax.Array | None, positions: _Positions
+    ) -> tuple[jax.Array, None]:
+        bias = self.bias(bias, positions, bidirectional=True)
         y = self.norm("pre_attention_layer_norm")(x_BLD)
         y = self.attention("attention")(y, y, mask, bias, self.deterministic)
         x_BLD = _constrain(x_BLD + self.drop(y))
@@ -191,10 +241,12 @@ class DecoderLayer(_Layer):
         encoded_BLD: jax.Array,
         self_mask: jax.Array,
         cross_mask: jax.Array,
-        bias: jax.Array,
+        bias: jax.Array | None,
+        positions: _Positions,
         position: jax.Array | None = None,
     ) -> tuple[jax.Array, None]:
         stepping = position is not None
+        bias = self.bias(bias, positions, bidirectional=False)
         y = self.norm("pre_self_attention_layer_norm")(x_BTD)
         attention = self.attention("self_attention", "append" if stepping else "none", self.cache_length)
         y = attention(y, y, self_mask, bias, self.deterministic, position)
@@ -244,12 +296,14 @@ class Encoder(nn.Module):
     ) -> jax.Array:
         config = self.config
         dtype = jnp.dtype(config.dtype)
-        positions = jnp.arange(segment_ids_BL.shape[1])
-        bias = _relative_bias(config, bidirectional=True)(positions, positions)
+        indices = jnp.arange(segment_ids_BL.shape[1])
+        positions = (indices, indices)
+        shared = config.relative_bias == "shared"
+        bias = _relative_bias(config, bidirectional=True)(*positions) if shared else None
         mask = layers.segment_mask(segment_ids_BL, segment_ids_BL)
         x = _dropout(config, _constrain(embeddings_BLD.astype(dtype)), deterministic)
-        stack = _stack(EncoderLayer, config, config.encoder_layers, broadcast=2)
-        x, _ = stack(config, deterministic, name="encoder")(x, mask, bias)
+        stack = _stack(EncoderLayer, config, config.encoder_layers, broadcast=3)
+        x, _ = stack(config, deterministic, name="encoder")(x, mask, bias, positions)
         x = layers.RMSNorm(config.norm_epsilon, dtype=dtype, name="encoder_norm")(x)
         return _dropout(config, x, deterministic)
 
@@ -295,23 +349,24 @@ class Decoder(nn.Module):
     ) -> jax.Array:
         config = self.config
         dtype = jnp.dtype(config.dtype)
-        relative_bias = _relative_bias(config, bidirectional=False)
         if cache_length:
             index = self.variable("cache", "position", lambda: jnp.zeros((), jnp.int32))
             position, keys = index.value, jnp.arange(cache_length)
             index.value = position + 1
             self_mask = (keys <= position)[None, None, None, :]
-            bias = relative_bias(position[None], keys)
+            positions = (position[None], keys)
         else:
             assert target_segment_ids_BT is not None
             position, keys = None, jnp.arange(embeddings_BTD.shape[1])
             causal = keys[None, :] <= keys[:, None]
             self_mask = layers.segment_mask(target_segment_ids_BT, target_segment_ids_BT) & causal
-            bias = relative_bias(keys, keys)
+            positions = (keys, keys)
+        shared = config.relative_bias == "shared"
+        bias = _relative_bias(config, bidirectional=False)(*positions) if shared else None
         x = _dropout(config, _constrain(embeddings_BTD.astype(dtype)), deterministic)
-        stack = _stack(DecoderLayer, config, config.decoder_layers, broadcast=5)
+        stack = _stack(DecoderLayer, config, config.decoder_layers, broadcast=6)
         x, _ = stack(config, deterministic, cache_length, name="decoder")(
-            x, encoded_BLD.astype(dtype), self_mask, cross_mask, bias, position
+            x, encoded_BLD.astype(dtype), self_mask, cross_mask, bias, positions, position
         )
         x = layers.RMSNorm(config.norm_epsilon, dtype=dtype, name="decoder_norm")(x)
         return _dropout(config, x, deterministic)
@@ -421,7 +476,8 @@ class T5(nn.Module):
         else:
             product, kernel = "btd,dv->btv", jnp.asarray(self.decoder.logits_dense.kernel, dtype)
             kernel_scale = self.decoder.logits_dense.scale
-        scale = config.emb_dim**-0.5 if config.tied_logits and config.scale_tied_logits else 1.0
+        scaled = config.scale_tied_logits if config.tied_logits else config.scale_untied_logits
+        scale = config.emb_dim**-0.5 if scaled else 1.0
 
         def of_hidden(hidden_BTD: jax.Array) -> jax.Array:
             hidden_BTD = hidden_BTD.astype(dtype) * jnp.asarray(scale, dtype)
