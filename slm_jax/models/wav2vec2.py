@@ -1,8 +1,8 @@
 """wav2vec 2.0 and HuBERT, the large variety: waveform in, 20 ms frames out, one utterance per slot.
 
 The variety has a layer norm after each convolution of the front end and before each part of a transformer
-layer (transformers' `feat_extract_norm="layer"`, `do_stable_layer_norm=True`): HuBERT large and xlarge, wav2vec
-2.0 large lv60, XLS-R, MMS. References: arXiv 2006.11477, 2106.07447, 2111.09296, 2305.13516.
+layer (transformers' `feat_extract_norm="layer"`, `do_stable_layer_norm=True`): HuBERT large and xlarge,
+wav2vec 2.0 large lv60, XLS-R, MMS. References: arXiv 2006.11477, 2106.07447, 2111.09296, 2305.13516.
 
 Shape suffixes: B rows (slots folded in), K slots, S samples, E segments, L positions of a convolution, F
 frames, D features, W kernel taps, I features of a group, O output features.
