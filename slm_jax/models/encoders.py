@@ -4,6 +4,8 @@ from typing import Any
 
 from slm_jax.errors import UserError
 from slm_jax.models.conformer import ConformerConfig, ConformerEncoder
+from slm_jax.models.wav2vec2 import Wav2Vec2Config, Wav2Vec2Encoder
+from slm_jax.models.whisper import WhisperConfig, WhisperEncoder
 
 # Configuration -> (kind of its foundation checkpoint, network). A network is called with
 # (speech int16 [B, K, S], speech_segments int32 [B, K, E, 3]) and returns (frames [B, K, F, D], segment ids
@@ -11,6 +13,8 @@ from slm_jax.models.conformer import ConformerConfig, ConformerEncoder
 # methods `features(speech, speech_segments)` and `encode_features(features, segment_ids)`.
 ENCODERS: dict[type, tuple[str, type]] = {
     ConformerConfig: ("conformer", ConformerEncoder),
+    WhisperConfig: ("whisper", WhisperEncoder),
+    Wav2Vec2Config: ("wav2vec2", Wav2Vec2Encoder),
 }
 
 

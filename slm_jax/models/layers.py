@@ -1,11 +1,14 @@
-"""Layers shared by the networks: norm, dense, embedding, MLP, attention, T5's relative position bias.
+"""Layers shared by the networks: norms, dense, convolution, embedding, MLP, attention, T5's relative position
+bias, and the pre-norm transformer of Whisper and wav2vec 2.0.
 
 Parameter names, kernel shapes and logical axes follow T5X's scalable T5. Parameters are float32 unless
 given otherwise; `dtype` is the dtype of computation. Norms and softmax compute in float32.
 
-Shape suffixes: B rows, Q queries, K keys, L positions, D features, H heads, C features of a head.
+Shape suffixes: B rows, Q queries, K keys, L positions, D features, H heads, C features of a head, W taps of a
+kernel, I its inputs, O its outputs.
 """
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 
@@ -22,7 +25,7 @@ MASKED_SCORE = -1e30
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu": nn.gelu,  # the tanh form, as in T5 v1.1, mT5 and mT0
-    "gelu_exact": lambda x: nn.gelu(x, approximate=False),
+    "gelu_exact": functools.partial(nn.gelu, approximate=False),  # by erf, as in Whisper
     "relu": nn.relu,
     "silu": nn.silu,
     "linear": lambda x: x,
@@ -48,6 +51,29 @@ class RMSNorm(nn.Module):
         x = x.astype(jnp.float32)
         x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.epsilon)
         return (x * jnp.asarray(scale)).astype(self.dtype)
+
+
+class LayerNorm(nn.Module):
+    """Layer norm with scale and bias (https://arxiv.org/abs/1607.06450).
+
+    Args of the call:
+      x: [..., D] of any float dtype. The result has dtype `dtype`.
+    """
+
+    epsilon: float = 1e-5
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        def parameter(name: str, init: Initializer) -> jax.Array:
+            boxed = nn.with_logical_partitioning(init, ("norm",))
+            return jnp.asarray(self.param(name, boxed, (x.shape[-1],), jnp.float32))
+
+        x = x.astype(jnp.float32)
+        x = x - jnp.mean(x, axis=-1, keepdims=True)
+        x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.epsilon)
+        x = x * parameter("scale", nn.initializers.ones) + parameter("bias", nn.initializers.zeros)
+        return x.astype(self.dtype)
 
 
 class Dense(nn.Module):
@@ -91,6 +117,70 @@ class Dense(nn.Module):
             zeros = nn.with_logical_partitioning(nn.initializers.zeros, tuple(self.axes[self.contracted :]))
             y = y + jnp.asarray(self.param("bias", zeros, features, jnp.float32), self.dtype)
         return y
+
+
+class Conv(nn.Module):
+    """A convolution over positions with a kernel [W, I, O].
+
+    Args:
+      features: O, features of the result.
+      taps: W, size of the kernel.
+      axes: logical axis name of each kernel dim.
+      stride: positions from one output to the next.
+      padding: zeros put before the first position, and after the last.
+
+    Args of the call:
+      x_BLD: [B, L, D].
+    """
+
+    features: int
+    taps: int
+    axes: Sequence[str]
+    stride: int = 1
+    padding: int = 0
+    use_bias: bool = True
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x_BLD: jax.Array) -> jax.Array:
+        inputs = x_BLD.shape[-1]
+        # The variance that a ReLU or GELU after it keeps.
+        init = nn.initializers.normal(math.sqrt(2 / (self.taps * inputs)))
+        kernel_WIO = self.param(
+            "kernel",
+            nn.with_logical_partitioning(init, tuple(self.axes)),
+            (self.taps, inputs, self.features),
+            jnp.float32,
+        )
+        y_BLD = convolve(
+            x_BLD.astype(self.dtype),
+            jnp.asarray(kernel_WIO, self.dtype),
+            stride=self.stride,
+            padding=(self.padding, self.padding),
+        )
+        if self.use_bias:
+            zeros = nn.with_logical_partitioning(nn.initializers.zeros, (self.axes[-1],))
+            y_BLD = y_BLD + jnp.asarray(self.param("bias", zeros, (self.features,), jnp.float32), self.dtype)
+        return y_BLD
+
+
+def convolve(
+    x_BLD: jax.Array,
+    kernel_WIO: jax.Array,
+    *,
+    stride: int = 1,
+    padding: tuple[int, int] = (0, 0),
+    groups: int = 1,
+) -> jax.Array:
+    """Returns the convolution over positions, [B, L', O], of x [B, L, groups * I] with kernel [W, I, O]."""
+    return jax.lax.conv_general_dilated(
+        x_BLD,
+        kernel_WIO,
+        window_strides=(stride,),
+        padding=(padding,),
+        dimension_numbers=("NWC", "WIO", "NWC"),
+        feature_group_count=groups,
+    )
 
 
 class Embed(nn.Module):
@@ -176,6 +266,7 @@ class MultiHeadAttention(nn.Module):
       out_dim: features of the result; those of the queries where None.
       scale: factor of the scores. T5 has 1.0 (its query kernel starts smaller by sqrt(head_dim) instead),
         most others have head_dim ** -0.5. Either way the scores start with the same variance.
+      key_bias: with `use_bias`, whether the keys get one too; Whisper's have none.
       cache: what a decoding step keeps in the collection `cache`. "none"; "append" writes the key and value
         of its one position and attends to those of all `cache_length` positions (self-attention); "keep"
         projects the keys in the first step and takes them from the cache afterwards (cross-attention).
@@ -197,6 +288,7 @@ class MultiHeadAttention(nn.Module):
     dtype: DTypeLike = jnp.float32
     cache: str = "none"
     cache_length: int = 0
+    key_bias: bool = True
 
     @nn.compact
     def __call__(
@@ -212,7 +304,7 @@ class MultiHeadAttention(nn.Module):
             y = Dense(
                 (self.num_heads, self.head_dim),
                 ("embed", "heads", "kv"),
-                use_bias=self.use_bias,
+                use_bias=self.use_bias and (self.key_bias or name != "key"),
                 init_scale=init_scale,
                 dtype=self.dtype,
                 name=name,
@@ -349,3 +441,110 @@ def segment_mask(query_segments_BQ: jax.Array, key_segments_BK: jax.Array) -> ja
     """Returns bool [B, 1, Q, K]: True where query and key belong to the same segment; 0 is padding."""
     same = query_segments_BQ[:, :, None] == key_segments_BK[:, None, :]
     return (same & (key_segments_BK != 0)[:, None, :])[:, None]
+
+
+class PreNormLayer(nn.Module):
+    """Self-attention and MLP with biases, each with a layer norm before and a residual around it.
+
+    Args of the call:
+      x_BLD: [B, L, D].
+      mask: bool, broadcastable to [B, H, L, L], as of `MultiHeadAttention`.
+
+    Returns:
+      [B, L, D], and None as a scan wants it.
+    """
+
+    num_heads: int
+    mlp_dim: int
+    activation: str = "gelu_exact"
+    key_bias: bool = True
+    norm_epsilon: float = 1e-5
+    dropout: float = 0.0
+    dtype: DTypeLike = jnp.float32
+    deterministic: bool = True
+
+    @nn.compact
+    def __call__(self, x_BLD: jax.Array, mask: jax.Array | None) -> tuple[jax.Array, None]:
+        def drop(y_BLD: jax.Array) -> jax.Array:
+            return nn.Dropout(self.dropout)(y_BLD, deterministic=self.deterministic)
+
+        def norm(name: str) -> LayerNorm:
+            return LayerNorm(self.norm_epsilon, dtype=self.dtype, name=name)
+
+        head_dim = x_BLD.shape[-1] // self.num_heads
+        attention = MultiHeadAttention(
+            self.num_heads,
+            head_dim,
+            scale=head_dim**-0.5,
+            dropout=self.dropout,
+            use_bias=True,
+            key_bias=self.key_bias,
+            dtype=self.dtype,
+            name="attention",
+        )
+        mlp = Mlp(
+            self.mlp_dim,
+            activation=self.activation,
+            gated=False,
+            dropout=self.dropout,
+            use_bias=True,
+            dtype=self.dtype,
+            name="mlp",
+        )
+        y_BLD = norm("pre_attention_layer_norm")(x_BLD)
+        x_BLD = x_BLD + drop(attention(y_BLD, y_BLD, mask, deterministic=self.deterministic))
+        y_BLD = norm("pre_mlp_layer_norm")(x_BLD)
+        x_BLD = x_BLD + drop(mlp(y_BLD, deterministic=self.deterministic))
+        axes = ("activation_batch", "activation_length", "activation_embed")
+        return with_logical_constraint(x_BLD, axes), None
+
+
+class PreNormTransformer(nn.Module):
+    """A stack of `PreNormLayer` along axis 0 of its parameters, and a layer norm after the last.
+
+    Args:
+      layers: number of layers.
+      remat: `full` recomputes each layer in the backward pass.
+      scan_unroll: layers per iteration of the scan.
+
+    The others, and the call, are those of `PreNormLayer`; the result is [B, L, D].
+    """
+
+    layers: int
+    num_heads: int
+    mlp_dim: int
+    activation: str = "gelu_exact"
+    key_bias: bool = True
+    norm_epsilon: float = 1e-5
+    dropout: float = 0.0
+    remat: str = "none"
+    scan_unroll: int = 1
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x_BLD: jax.Array, mask: jax.Array | None, deterministic: bool = True) -> jax.Array:
+        layer = PreNormLayer
+        if self.remat == "full":
+            # Inside a scan nothing can be merged with its recomputation, so no barrier is needed.
+            layer = nn.remat(layer, prevent_cse=False)
+        stack = nn.scan(
+            layer,
+            variable_axes={"params": 0},
+            split_rngs={"params": True, "dropout": True},
+            in_axes=nn.broadcast,  # pyright: ignore[reportArgumentType]
+            length=self.layers,
+            unroll=self.scan_unroll,
+            metadata_params={nn.PARTITION_NAME: "layers"},
+        )(
+            num_heads=self.num_heads,
+            mlp_dim=self.mlp_dim,
+            activation=self.activation,
+            key_bias=self.key_bias,
+            norm_epsilon=self.norm_epsilon,
+            dropout=self.dropout,
+            dtype=self.dtype,
+            deterministic=deterministic,
+            name="layers",
+        )
+        x_BLD, _ = stack(x_BLD, mask)
+        return LayerNorm(self.norm_epsilon, dtype=self.dtype, name="norm")(x_BLD)

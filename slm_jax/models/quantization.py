@@ -2,8 +2,8 @@
 
 A kernel `kernel` [inputs, outputs] becomes int8 and gets a neighbour `kernel_scale` [1, outputs]; a table
 `embedding` [tokens, features] gets `embedding_scale` [tokens, 1]. Stacked layers keep their axis 0. The
-layers of `models.layers` take either form. Convolutions, norms and biases stay as they are. This is weight-only
-rounding to the nearest (as in arXiv 2208.07339, without its outliers in higher precision).
+layers of `models.layers` take either form. Convolutions, norms and biases stay as they are. This is
+weight-only rounding to the nearest (as in arXiv 2208.07339, without its outliers in higher precision).
 """
 
 import functools

@@ -1,0 +1,113 @@
+"""Whisper's encoder out of a published Whisper: tiny to large-v3, large-v3-turbo and Distil-Whisper."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax.core import meta
+
+from slm_jax.checkpoints.families import published
+from slm_jax.checkpoints.families.base import Tensors
+from slm_jax.checkpoints.families.mapping import Piece, same
+from slm_jax.checkpoints.families.pre_norm import LayerNames, conv_pieces, transformer_pieces
+from slm_jax.errors import UserError
+from slm_jax.models.whisper import WhisperConfig, WhisperEncoder
+
+_NAMES = LayerNames(
+    attention="self_attn",
+    attention_norm="self_attn_layer_norm",
+    mlp_in="fc1",
+    mlp_out="fc2",
+    mlp_norm="final_layer_norm",
+)
+# As in WhisperForConditionalGeneration, in WhisperModel and WhisperForAudioClassification, and alone.
+_PREFIXES = ("model.encoder.", "encoder.", "")
+_UNUSED = {
+    "decoder.": "the decoder",
+    "proj_out.": "the decoder's output",
+    "projector.": "a classification head",
+    "classifier.": "a classification head",
+    "layer_weights": "a classification head",
+}
+
+
+class WhisperFamily:
+    """See `base.Family`."""
+
+    kind = "whisper"
+    model_types = ("whisper",)
+
+    def config_of(self, config: Mapping[str, Any], tensors: Tensors) -> WhisperConfig:
+        del tensors
+        dim, heads = published.whole(config, "d_model"), published.whole(config, "encoder_attention_heads")
+        if dim % heads:
+            raise UserError(
+                f"config.json has encoder_attention_heads {heads}, expected a divisor of d_model, {dim}"
+            )
+        return WhisperConfig(
+            mel_bins=published.whole(config, "num_mel_bins"),
+            layers=published.whole(config, "encoder_layers"),
+            dim=dim,
+            heads=heads,
+            mlp_dim=published.whole(config, "encoder_ffn_dim"),
+            positions=published.whole(config, "max_source_positions"),
+            activation=published.activation(config, "activation_function"),
+        )
+
+    def abstract_params(self, config: WhisperConfig) -> Any:
+        encoder = WhisperEncoder(config)
+        speech = jnp.zeros((1, 1, encoder.samples_per_frame), jnp.int16)
+        segments = jnp.array([[[[1, 0, encoder.samples_per_frame]]]], jnp.int32)
+        return meta.unbox(jax.eval_shape(encoder.init, jax.random.key(0), speech, segments))["params"]
+
+    def pieces(self, config: WhisperConfig, tensors: Tensors) -> list[Piece]:
+        return self._pieces(config, published.prefix_of(tensors, _PREFIXES, "conv1.weight"))
+
+    def unused(self, name: str) -> str | None:
+        name = name.removeprefix("model.")
+        return next((why for start, why in _UNUSED.items() if name.startswith(start)), None)
+
+    def hf_config(self, config: WhisperConfig) -> dict[str, Any]:
+        return {
+            "architectures": ["WhisperEncoder"],
+            "model_type": "whisper",
+            "is_encoder_decoder": True,
+            "num_mel_bins": config.mel_bins,
+            "encoder_layers": config.layers,
+            "d_model": config.dim,
+            "encoder_attention_heads": config.heads,
+            "encoder_ffn_dim": config.mlp_dim,
+            "max_source_positions": config.positions,
+            "activation_function": published.activation_of(config.activation),
+            "dropout": config.dropout,
+            "attention_dropout": config.dropout,
+            "activation_dropout": config.dropout,
+            # Of a decoder put beside this encoder: of its width, or nothing could be built from this file.
+            "decoder_attention_heads": config.heads,
+            "decoder_ffn_dim": config.mlp_dim,
+        }
+
+    def hf_pieces(self, config: WhisperConfig) -> list[Piece]:
+        return self._pieces(config, "")
+
+    def _pieces(self, config: WhisperConfig, prefix: str) -> list[Piece]:
+        table = (config.positions, config.dim)
+        return [
+            *conv_pieces("conv_0", f"{prefix}conv1", 3, config.mel_bins, config.dim),
+            *conv_pieces("conv_1", f"{prefix}conv2", 3, config.dim, config.dim),
+            Piece("position_embedding", f"{prefix}embed_positions.weight", same(table)),
+            *transformer_pieces(
+                _NAMES,
+                theirs=prefix,
+                ours="encoder",
+                layers=config.layers,
+                dim=config.dim,
+                heads=config.heads,
+                mlp_dim=config.mlp_dim,
+                key_bias=False,
+            ),
+        ]
+
+
+FAMILY = WhisperFamily()
