@@ -89,7 +89,7 @@ def save_foundation(
     Raises:
       UserError: the directory holds something, or cannot be written, or the format is unknown.
     """
-    directory = _new_directory(directory)
+    directory = new_directory(directory)
     if format not in FORMATS:
         raise UserError(f"a foundation model has no format {format!r}{nearest(format, FORMATS)}")
     record = FoundationRecord(
@@ -135,7 +135,7 @@ def save_foundation_streamed(
       UserError: the directory holds something, has no room, or cannot be written. What the making of a part
         raises goes through.
     """
-    directory = _new_directory(directory)
+    directory = new_directory(directory)
     table = {name: (tuple(array.shape), array.dtype.name) for name, array in arrays.items()}
     with _put_in_place(directory, kind) as partial:
         needed = sum(math.prod(shape) * np.dtype(dtype).itemsize for shape, dtype in table.values())
@@ -284,12 +284,15 @@ def _read(record: FoundationRecord, abstract: Any) -> Any:
         raise UserError(f"{record.directory} is damaged: {_first_line(error)}") from error
 
 
-def _new_directory(directory: str | Path) -> Path:
+def new_directory(directory: str | Path) -> Path:
+    """Returns the absolute path of a directory that is not there, or is empty.
+
+    Raises:
+      UserError: it holds something.
+    """
     directory = Path(directory).absolute()
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        raise UserError(
-            f"{directory} exists and is not an empty directory; a foundation model is never overwritten"
-        )
+        raise UserError(f"{directory} exists and is not an empty directory; a model is never overwritten")
     return directory
 
 

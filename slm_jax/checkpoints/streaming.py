@@ -6,12 +6,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
 
-# Chunks are halved until they would be smaller than this.
-_LEAST_CHUNK_BYTES = 128 << 10
+# Chunks are at most so large, ...
+_CHUNK_BYTES = 1 << 20
+# ... and every dim is cut into so many, for the meshes of usual size, unless chunks become tiny.
+_WAYS = 8
+_LEAST_CHUNK_BYTES = 16 << 10
 
 
 @dataclass
@@ -47,7 +51,9 @@ def save_streamed(
     Raises:
       OSError, ValueError: it cannot be written. What `parts` raises goes through.
     """
-    registry = ocp.type_handlers.create_type_handler_registry((StreamedArray, _Handler(written)))
+    registry = ocp.type_handlers.create_type_handler_registry(
+        (StreamedArray, _Handler(written)), (jax.Array, ocp.type_handlers.ArrayHandler())
+    )
     handler = ocp.PyTreeCheckpointHandler(use_ocdbt=True, type_handler_registry=registry)
     with ocp.Checkpointer(handler) as checkpointer:
         checkpointer.save(Path(directory).absolute(), args=ocp.args.PyTreeSave(dict(tree)))
@@ -56,19 +62,18 @@ def save_streamed(
 def chunk_shape(shape: Sequence[int], itemsize: int, stacked: bool) -> tuple[int, ...]:
     """Returns the shape of an array's stored chunks.
 
-    A stacked layer is a chunk or several. Dims are halved in turn, the one that was halved least often first,
-    while they are even and the chunk stays of some size.
+    A stacked layer is a chunk or several. Dims are halved in turn, the one that is cut into the fewest parts
+    first, as long as they are even.
     """
-    chunk = [1, *shape[1:]] if stacked else list(shape)
-    halvings = [0] * len(chunk)
-    while math.prod(chunk) * itemsize >= 2 * _LEAST_CHUNK_BYTES:
-        even = [dim for dim, size in enumerate(chunk) if size % 2 == 0 and not (stacked and dim == 0)]
-        if not even:
-            break
-        dim = min(even, key=lambda dim: (halvings[dim], -chunk[dim]))
+    chunk, parts = ([1, *shape[1:]] if stacked else list(shape)), [1] * len(shape)
+    while True:
+        size = math.prod(chunk) * itemsize
+        even = [dim for dim, count in enumerate(chunk) if count % 2 == 0]
+        dim = min(even, key=lambda dim: (parts[dim], -chunk[dim]), default=None)
+        if dim is None or size < 2 * _LEAST_CHUNK_BYTES or (size <= _CHUNK_BYTES and parts[dim] >= _WAYS):
+            return tuple(chunk)
         chunk[dim] //= 2
-        halvings[dim] += 1
-    return tuple(chunk)
+        parts[dim] *= 2
 
 
 class _Handler(ocp.type_handlers.TypeHandler):

@@ -16,7 +16,13 @@ from slm_jax.checkpoints.families import FAMILIES
 from slm_jax.checkpoints.families.base import Family
 from slm_jax.checkpoints.families.mapping import Piece
 from slm_jax.checkpoints.fingerprints import StreamedFingerprint
-from slm_jax.checkpoints.foundation import PARAMS_FILE, PARAMS_FOLDER, FoundationRecord, config_of
+from slm_jax.checkpoints.foundation import (
+    PARAMS_FILE,
+    PARAMS_FOLDER,
+    FoundationRecord,
+    config_of,
+    new_directory,
+)
 from slm_jax.checkpoints.safetensors import flatten, load_safetensors, unflatten
 from slm_jax.checkpoints.sources.huggingface import CONFIG_FILE, INDEX_FILE, WEIGHTS_FILE
 from slm_jax.errors import UserError
@@ -39,11 +45,7 @@ def convert_to_huggingface(
       UserError: no family of published models is of this kind, the parameters are damaged, or the directory
         holds something or cannot be written.
     """
-    directory = Path(directory).absolute()
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        raise UserError(
-            f"{directory} exists and is not an empty directory; a checkpoint is never overwritten"
-        )
+    directory = new_directory(directory)
     family, config = _family(record), config_of(record)
     (dtype, *more) = sorted({dtype for _, dtype in record.parameters.values()})
     if more or dtype not in _WRITTEN_DTYPES:
@@ -122,7 +124,12 @@ def _write_tensors(
 def _write_shard(directory: Path, pending: dict[str, np.ndarray], shards: list[dict[str, int]]) -> None:
     from safetensors.numpy import save_file
 
-    save_file(pending, directory / f"{len(shards)}.safetensors", {"format": "pt"})
+    path = directory / f"{len(shards)}.safetensors"
+    # The library leaves a file that its owner alone may read; others may where they may read a usual one.
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(pending, path, {"format": "pt"})
+    path.chmod(mode)
     shards.append({name: tensor.nbytes for name, tensor in pending.items()})
     pending.clear()
 

@@ -42,6 +42,9 @@ def main(args: argparse.Namespace) -> int:
         raise UserError(f"slm convert: --layout is {args.layout!r}{nearest(args.layout, _LAYOUTS)}")
     if (args.to is None) == (args.to_hf is None):
         raise UserError("slm convert: expected one of --to and --to_hf")
+    from slm_jax.checkpoints.foundation import new_directory
+
+    new_directory(args.to or args.to_hf)
     return _to_foundation(args) if args.to else _to_huggingface(args)
 
 
