@@ -3,13 +3,21 @@
 import difflib
 from collections.abc import Iterable
 
+_LONGEST = 1200
+
 
 class UserError(Exception):
     """A user's mistake, told in one sentence; commands print it and exit with status 2.
 
     The sentence names the file, field or flag, what was found, what was expected and the
-    nearest valid choice.
+    nearest valid choice. What was found may be anything: the sentence stays one line, and of some length.
     """
+
+    def __init__(self, sentence: str):
+        line = " ".join(sentence.splitlines())
+        if len(line) > _LONGEST:
+            line = f"{line[: _LONGEST // 2]} ... {line[-_LONGEST // 2 :]}"
+        super().__init__(line)
 
 
 class BadExample(Exception):

@@ -1,6 +1,7 @@
 """Directories as transformers saves them: `config.json` and one or many `.safetensors` files."""
 
 import json
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -90,7 +91,7 @@ class HuggingFaceSource:
         for name, file in files.items():
             if not isinstance(file, str) or Path(file).name != file:
                 raise UserError(f"{path}: weight_map[{name!r}] is {file!r}, expected a file name beside it")
-            if not (self._directory / file).is_file():
+            if not os.path.isfile(self._directory / file):  # noqa: PTH113, False also for a name too long
                 raise UserError(f"{path} names {file}, and {self._directory} holds no such file")
         return files
 
