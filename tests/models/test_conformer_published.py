@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import os
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -16,7 +18,7 @@ from slm_jax.models.conformer import ConformerConfig, ConformerEncoder
 
 SAMPLES = 640 * 24
 
-GEMMA = {
+GEMMA: dict[str, Any] = {
     "three heads": {
         "hidden_size": 24, "conf_num_attention_heads": 3, "conf_num_hidden_layers": 2, "input_feat_size": 18,
         "conf_attention_chunk_size": 4, "conf_attention_context_left": 5, "conf_attention_context_right": 0,
@@ -37,7 +39,7 @@ GEMMA = {
         "sscp_conv_channel_size": (8, 4), "gradient_clipping": 2.0, "conf_reduction_factor": 1,
     },
 }  # fmt: skip
-W2V = {
+W2V: dict[str, Any] = {
     "shaw": {
         "hidden_size": 24, "num_hidden_layers": 3, "num_attention_heads": 3, "intermediate_size": 40,
         "feature_projection_input_dim": 20, "conv_depthwise_kernel_size": 7, "hidden_act": "swish",
@@ -61,7 +63,7 @@ CASES = [("gemma3n", name) for name in GEMMA] + [("w2v_bert", name) for name in 
 class Case:
     """A published model with its weights, and ours with the same."""
 
-    model: object
+    model: Any
     config: ConformerConfig
     variables: dict
 
@@ -110,8 +112,6 @@ def filled(family, config, state):
 
 @pytest.fixture
 def drawn(request, rng):
-    import os
-
     # The weights are drawn once for all tests of a run, the speech for each.
     return case(*request.param, seed=int(os.environ["SLM_TEST_SEED"]))
 
