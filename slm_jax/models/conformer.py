@@ -1,9 +1,12 @@
-"""The USM-style Conformer speech encoder: waveform in, 40 ms frames out, aware of packed segments.
+"""The Conformer speech encoder: waveform in, frames out, aware of packed segments.
 
-References: Conformer, arXiv 2005.08100; USM, arXiv 2303.01037; relative positions, arXiv 1901.02860.
+One network serves USM's sizes, Gemma 3n's audio tower and w2v-BERT 2.0 by configuration.
+
+References: Conformer, arXiv 2005.08100; USM, arXiv 2303.01037; w2v-BERT 2.0, arXiv 2312.05187; transformers'
+`Gemma3nAudioEncoder` and `Wav2Vec2BertModel`.
 
 Shape suffixes: B rows (slots folded in), K slots, S samples, E segments, T mel frames, M mel bins, F frames
-(as queries F, as keys G), P relative distances, D features, H heads, C features of a head, W kernel taps.
+(as queries F, as keys G), P relative distances, D features, H heads, W kernel taps.
 """
 
 import dataclasses
@@ -12,13 +15,22 @@ from typing import Any, Literal, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax.linen.spmd import with_logical_constraint
 
+from slm_jax.audio.kaldi_fbank import KaldiFbankConfig, kaldi_fbank
 from slm_jax.audio.log_mel import LogMelConfig, log_mel
 from slm_jax.errors import UserError, nearest
-from slm_jax.models.layers import MASKED_SCORE, Dense, Mlp, RMSNorm, segment_mask
-from slm_jax.models.subsampling import ConvSubsampling
+from slm_jax.models.conformer_attention import (
+    POSITIONS,
+    Positions,
+    RelativeAttention,
+    attention_mask_of,
+    position_inputs,
+)
+from slm_jax.models.conformer_attention import relative_shift as relative_shift
+from slm_jax.models.layers import ACTIVATIONS, Dense, Mlp
+from slm_jax.models.norms import NORM_TYPES, NormType, feature_norm
+from slm_jax.models.subsampling import ConvSubsampling, FeatureProjection
 
 ACTIVATION_AXES = ("activation_batch", "activation_length", "activation_embed")
 
@@ -30,15 +42,29 @@ class ConformerConfig:
     Attributes:
       layers, dim, heads: of the Conformer stack.
       ffn_multiplier: hidden features of each half-step FFN, as a multiple of `dim`.
-      conv_kernel: taps of the depthwise convolution, an odd number.
+      ffn_dim: the same as a number; None leaves it to `ffn_multiplier`.
+      activation: of the FFNs and the convolution, a name of `layers.ACTIVATIONS`.
+      use_bias: in the linear maps of FFNs and attention.
+      conv_kernel: taps of the depthwise convolution, an odd number unless it is causal.
+      conv_padding: `same` sees as many frames ahead as back, `causal` none ahead.
+      conv_gate: the gated linear unit has `separate` kernels, or one `joined`, as in published checkpoints.
       attention: `full` sees the whole segment; `local` sees `left_context` frames back and `right_context`
         ahead; `chunk` sees its own chunk of `chunk_frames`, counted from the segment's start, and
         `left_chunks` chunks before it.
+      positions, left_positions, right_positions, query_scale: see `RelativeAttention`.
       norm: `block` ends each layer in a norm, as published; `final` has one after the last layer instead,
         with which a small encoder learns faster.
+      norm_type: `rms`, or `layer` with mean and bias; `norm_epsilon` is added to its variance.
+      post_norm: FFNs and attention end in a norm, too, before they join the residual.
+      residual_weight: factor of an FFN's output.
+      clip: bound of the values before and after FFNs and attention, after the depthwise convolution and
+        before a layer's last norm; None sets none.
       logit_cap: scores s become cap * tanh(s / cap); None leaves them.
+      front_end: which features, `log_mel` or `kaldi_fbank`; the fields so named configure them.
+      subsampling: `centred` and `ahead` convolve with stride 2 (see `ConvSubsampling`), `projection` has
+        a norm and a linear map and leaves the frames' rate.
       subsampling_channels: output channels of the two stride-2 convolutions.
-      log_mel: the front end's features.
+      subsampling_epsilon: of the norm in `ahead`.
       dropout: rate where the encoder itself is trained.
       dtype: of computation; norms and softmax stay float32.
       remat: `full` recomputes each layer in the backward pass.
@@ -49,16 +75,34 @@ class ConformerConfig:
     dim: int = 128
     heads: int = 4
     ffn_multiplier: int = 4
+    ffn_dim: int | None = None
+    activation: str = "silu"
+    use_bias: bool = False
     conv_kernel: int = 5
+    conv_padding: Literal["same", "causal"] = "same"
+    conv_gate: Literal["separate", "joined"] = "separate"
     attention: Literal["full", "local", "chunk"] = "full"
     left_context: int = 128
     right_context: int = 128
     chunk_frames: int = 200
     left_chunks: int = 0
+    positions: Positions = "transformer_xl"
+    left_positions: int = 64
+    right_positions: int = 8
+    query_scale: Literal["constant", "per_dim"] = "constant"
     norm: Literal["block", "final"] = "block"
+    norm_type: NormType = "rms"
+    norm_epsilon: float = 1e-6
+    post_norm: bool = False
+    residual_weight: float = 0.5
+    clip: float | None = None
     logit_cap: float | None = None
+    front_end: Literal["log_mel", "kaldi_fbank"] = "log_mel"
+    subsampling: Literal["centred", "ahead", "projection"] = "centred"
+    subsampling_epsilon: float = 1e-3
     subsampling_channels: tuple[int, int] = (128, 32)
     log_mel: LogMelConfig = dataclasses.field(default_factory=LogMelConfig)
+    kaldi_fbank: KaldiFbankConfig = dataclasses.field(default_factory=KaldiFbankConfig)
     dropout: float = 0.0
     dtype: str = "float32"
     remat: Literal["none", "full"] = "none"
@@ -69,17 +113,40 @@ class ConformerConfig:
         object.__setattr__(self, "subsampling_channels", tuple(self.subsampling_channels))
         if self.dim % self.heads:
             raise UserError(f"ConformerConfig.heads is {self.heads}, which does not divide dim {self.dim}")
-        if self.dim % 2:
+        if self.dim % 2 and self.positions in ("transformer_xl", "usm"):
             raise UserError(f"ConformerConfig.dim is {self.dim}; sinusoidal positions need an even one")
-        if self.conv_kernel % 2 == 0:
+        if self.conv_kernel % 2 == 0 and self.conv_padding == "same":
             raise UserError(f"ConformerConfig.conv_kernel is {self.conv_kernel}; expected an odd number")
         for name, choices in (
+            ("activation", ACTIVATIONS),
+            ("conv_padding", ("same", "causal")),
+            ("conv_gate", ("separate", "joined")),
             ("attention", ("full", "local", "chunk")),
+            ("positions", POSITIONS),
+            ("query_scale", ("constant", "per_dim")),
             ("norm", ("block", "final")),
+            ("norm_type", NORM_TYPES),
+            ("front_end", ("log_mel", "kaldi_fbank")),
+            ("subsampling", ("centred", "ahead", "projection")),
             ("remat", ("none", "full")),
         ):
             if (found := getattr(self, name)) not in choices:
                 raise UserError(f"ConformerConfig.{name} is {found!r}{nearest(found, choices)}")
+
+    @property
+    def conv_reach(self) -> tuple[int, int]:
+        """How many frames the depthwise convolution sees back and ahead."""
+        half = self.conv_kernel // 2
+        return (half, half) if self.conv_padding == "same" else (self.conv_kernel - 1, 0)
+
+    @property
+    def samples_per_frame(self) -> int:
+        """Samples from the start of a frame to the start of the next."""
+        if self.front_end == "kaldi_fbank":
+            step = self.kaldi_fbank.hop_samples * self.kaldi_fbank.stack
+        else:
+            step = self.log_mel.hop_samples
+        return step if self.subsampling == "projection" else step * 2 ** len(self.subsampling_channels)
 
 
 _PRESETS = {
@@ -95,13 +162,47 @@ _PRESETS = {
     ),
     "600m": ConformerConfig(layers=24, dim=1024, heads=8),
     "2b": ConformerConfig(layers=32, dim=1536, heads=16),
+    "gemma3n": ConformerConfig(
+        layers=12,
+        dim=1536,
+        heads=8,
+        conv_padding="causal",
+        conv_gate="joined",
+        attention="local",
+        left_context=12,
+        right_context=0,
+        # The block in which transformers computes the window; the frames do not depend on it.
+        chunk_frames=12,
+        positions="usm",
+        query_scale="per_dim",
+        post_norm=True,
+        clip=1e10,
+        logit_cap=50.0,
+        subsampling="ahead",
+    ),
+    "w2v_bert": ConformerConfig(
+        layers=24,
+        dim=1024,
+        heads=16,
+        ffn_dim=4096,
+        use_bias=True,
+        conv_kernel=31,
+        conv_padding="causal",
+        conv_gate="joined",
+        positions="shaw",
+        norm_type="layer",
+        norm_epsilon=1e-5,
+        front_end="kaldi_fbank",
+        subsampling="projection",
+    ),
 }
 
 
 def preset(name: str, **overrides: Any) -> ConformerConfig:
     """The configuration of a published size, with the fields in `overrides` replaced.
 
-    `600m` and `2b` are USM's, `tiny` is for tests and the demo.
+    `600m` and `2b` are USM's, `gemma3n` is the audio tower of google/gemma-3n-E2B and -E4B (whose language
+    model takes every fourth frame), `w2v_bert` is facebook/w2v-bert-2.0, `tiny` is for tests and the demo.
 
     Raises:
       UserError: there is no such preset.
@@ -112,14 +213,22 @@ def preset(name: str, **overrides: Any) -> ConformerConfig:
 
 
 class ConformerEncoder(nn.Module):
-    """Speech in slots of rows to frames; a packed utterance gets the frames that it gets alone."""
+    """Speech in slots of rows to frames; a packed utterance gets the frames that it gets alone.
+
+    An utterance of n samples covers `ceil(n / samples_per_frame)` frames. With `log_mel` all of them hold
+    speech. `kaldi_fbank` has, as published, neither partial windows nor partial stacks, so that the last one
+    or two of them do not exist: their segment id is 0, their features are zero, and no other frame sees them.
+    Of w2v-BERT 2.0's frames of 320 samples there are `(n - 240) // 320`.
+
+    All frames are returned: what a published model drops or stacks afterwards is a reducer's part.
+    """
 
     config: ConformerConfig
 
     @property
     def samples_per_frame(self) -> int:
         """Samples from the start of a frame to the start of the next."""
-        return self.config.log_mel.hop_samples * 2 ** len(self.config.subsampling_channels)
+        return self.config.samples_per_frame
 
     @property
     def dim(self) -> int:
@@ -152,11 +261,13 @@ class ConformerEncoder(nn.Module):
         return self.encode_features(mel, mel_segment_ids, deterministic=deterministic)
 
     def features(self, speech: jax.Array, speech_segments: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Log-mel float32 [B, K, T, M] and int32 [B, K, T] segment ids; arguments as of the call."""
+        """Features float32 [B, K, T, M] and int32 [B, K, T] segment ids; arguments as of the call."""
         if speech.shape[-1] % self.samples_per_frame:
             raise ValueError(
                 f"speech has {speech.shape[-1]} samples, no multiple of the frame's {self.samples_per_frame}"
             )
+        if self.config.front_end == "kaldi_fbank":
+            return kaldi_fbank(speech, speech_segments, self.config.kaldi_fbank)
         return log_mel(speech, speech_segments, self.config.log_mel)
 
     @nn.compact
@@ -167,10 +278,7 @@ class ConformerEncoder(nn.Module):
         config = self.config
         slots = mel.shape[:2]
         mel_BTM, ids_BT = mel.reshape(-1, *mel.shape[2:]), mel_segment_ids.reshape(-1, mel.shape[2])
-        subsampling = ConvSubsampling(
-            config.dim, config.subsampling_channels, dtype=config.dtype, name="subsampling"
-        )
-        x_BFD, ids_BF = subsampling(mel_BTM, ids_BT)
+        x_BFD, ids_BF = self._subsampled(mel_BTM, ids_BT)
         x_BFD = nn.Dropout(config.dropout)(x_BFD, deterministic=deterministic)
         x_BFD = with_logical_constraint(x_BFD, ACTIVATION_AXES)
 
@@ -189,16 +297,35 @@ class ConformerEncoder(nn.Module):
         )
         x_BFD, _ = stack(config, deterministic, name="layers")(x_BFD, _surroundings(ids_BF, config))
         if config.norm == "final":
-            x_BFD = RMSNorm(dtype=config.dtype, name="norm")(x_BFD)
+            x_BFD = _norm(config, "norm")(x_BFD)
         x_BFD = jnp.where((ids_BF > 0)[..., None], x_BFD, 0)
         return x_BFD.reshape(*slots, *x_BFD.shape[1:]), ids_BF.reshape(*slots, -1)
+
+    def _subsampled(self, mel_BTM: jax.Array, ids_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Features to [B, F, D] and their segment ids."""
+        config = self.config
+        if config.subsampling == "projection":
+            projection = FeatureProjection(
+                config.dim, config.norm_type, config.norm_epsilon, dtype=config.dtype, name="projection"
+            )
+            return projection(mel_BTM), ids_BT
+        convolutions = ConvSubsampling(
+            config.dim,
+            config.subsampling_channels,
+            taps=config.subsampling,
+            epsilon=config.subsampling_epsilon,
+            dtype=config.dtype,
+            name="subsampling",
+        )
+        return convolutions(mel_BTM, ids_BT)
 
 
 class Surroundings(NamedTuple):
     """What each frame may see; the same for all layers.
 
     mask_BHFG: bool [B, 1, F, G], frames to attend to. near_BFW: bool [B, F, W], taps of the depthwise
-    convolution that lie in the frame's segment. positions_PD: sinusoids of distances F-1 to -(F-1).
+    convolution that lie in the frame's segment. positions_PD: distances F-1 to -(F-1), as `RelativeAttention`
+    takes them.
     """
 
     mask_BHFG: jax.Array
@@ -207,35 +334,31 @@ class Surroundings(NamedTuple):
 
 
 def _surroundings(ids_BF: jax.Array, config: ConformerConfig) -> Surroundings:
-    half = config.conv_kernel // 2
     frames = ids_BF.shape[1]
-    padded = jnp.pad(ids_BF, ((0, 0), (half, half)))
+    padded = jnp.pad(ids_BF, ((0, 0), config.conv_reach))
     near = [(padded[:, w : w + frames] == ids_BF) & (ids_BF > 0) for w in range(config.conv_kernel)]
-    # Not NumPy's: an exported model leaves the number of frames open.
-    positions_PD = sinusoids(frames - 1 - jnp.arange(2 * frames - 1), config.dim).astype(config.dtype)
+    positions_PD = position_inputs(frames, config.dim, config.positions, config.dtype)
     return Surroundings(attention_mask(ids_BF, config), jnp.stack(near, axis=-1), positions_PD)
 
 
 def attention_mask(ids_BF: jax.Array, config: ConformerConfig) -> jax.Array:
     """Which frames G each frame F may attend to: bool [B, 1, F, G], by segment and `config.attention`."""
-    mask_BHFG = segment_mask(ids_BF, ids_BF)
-    if config.attention == "local":
-        frame = jnp.arange(ids_BF.shape[1])
-        ahead_FG = frame[None, :] - frame[:, None]
-        return mask_BHFG & ((ahead_FG >= -config.left_context) & (ahead_FG <= config.right_context))
-    if config.attention == "chunk":
-        first_BF = jnp.argmax(mask_BHFG[:, 0], axis=-1)
-        chunk_BF = (jnp.arange(ids_BF.shape[1]) - first_BF) // config.chunk_frames
-        back_BFG = chunk_BF[:, :, None] - chunk_BF[:, None, :]
-        return mask_BHFG & ((back_BFG >= 0) & (back_BFG <= config.left_chunks))[:, None]
-    return mask_BHFG
+    return attention_mask_of(
+        ids_BF,
+        config.attention,
+        left_context=config.left_context,
+        right_context=config.right_context,
+        chunk_frames=config.chunk_frames,
+        left_chunks=config.left_chunks,
+    )
 
 
-def sinusoids(distances_P: jax.Array | np.ndarray, dim: int) -> jax.Array:
-    """Transformer-XL's encoding of signed distances: float32 [P, dim], sines then cosines."""
-    rates = np.exp(-np.log(10_000.0) * np.arange(0, dim, 2) / dim)
-    angles = jnp.asarray(distances_P, jnp.float32)[:, None] * jnp.asarray(rates, jnp.float32)
-    return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
+def _norm(config: ConformerConfig, name: str) -> nn.Module:
+    return feature_norm(config.norm_type, config.norm_epsilon, config.dtype, name)
+
+
+def _clip(x_BFD: jax.Array, config: ConformerConfig) -> jax.Array:
+    return x_BFD if config.clip is None else jnp.clip(x_BFD, -config.clip, config.clip)
 
 
 class ConformerLayer(nn.Module):
@@ -246,110 +369,91 @@ class ConformerLayer(nn.Module):
 
     @nn.compact
     def __call__(self, x_BFD: jax.Array, around: Surroundings) -> tuple[jax.Array, None]:
-        config, dtype = self.config, self.config.dtype
-
-        def drop(y_BFD: jax.Array) -> jax.Array:
-            return nn.Dropout(config.dropout)(y_BFD, deterministic=self.deterministic)
-
-        def half_step(name: str) -> jax.Array:
-            y_BFD = RMSNorm(dtype=dtype, name=f"{name}_norm")(x_BFD)
-            ffn = Mlp(
-                config.ffn_multiplier * config.dim,
-                activation="silu",
-                gated=False,
-                dropout=config.dropout,
-                dtype=dtype,
-                name=name,
-            )
-            return 0.5 * drop(ffn(y_BFD, deterministic=self.deterministic))
-
-        x_BFD = x_BFD + half_step("ffn_start")
-        y_BFD = RMSNorm(dtype=dtype, name="attention_norm")(x_BFD)
-        attention = RelativeAttention(config, self.deterministic, name="attention")
-        x_BFD = x_BFD + drop(attention(y_BFD, around))
-        y_BFD = RMSNorm(dtype=dtype, name="conv_norm")(x_BFD)
-        x_BFD = x_BFD + drop(ConvModule(config, name="conv")(y_BFD, around.near_BFW))
-        x_BFD = x_BFD + half_step("ffn_end")
+        config = self.config
+        x_BFD = x_BFD + config.residual_weight * self._ffn(x_BFD, "ffn_start")
+        x_BFD = x_BFD + self._attention(x_BFD, around)
+        conv = ConvModule(config, name="conv")
+        x_BFD = x_BFD + self._drop(conv(_norm(config, "conv_norm")(x_BFD), around.near_BFW))
+        x_BFD = x_BFD + config.residual_weight * self._ffn(x_BFD, "ffn_end")
         if config.norm == "block":
-            x_BFD = RMSNorm(dtype=dtype, name="norm")(x_BFD)
+            x_BFD = _norm(config, "norm")(_clip(x_BFD, config))
         return with_logical_constraint(x_BFD, ACTIVATION_AXES), None
 
-
-class RelativeAttention(nn.Module):
-    """Multi-head self-attention with Transformer-XL's relative positions; [B, F, D] to [B, F, D]."""
-
-    config: ConformerConfig
-    deterministic: bool = True
-
-    @nn.compact
-    def __call__(self, x_BFD: jax.Array, around: Surroundings) -> jax.Array:
-        config, dtype = self.config, self.config.dtype
-        heads, head_dim = config.heads, config.dim // config.heads
-
-        def project(x: jax.Array, name: str) -> jax.Array:
-            return Dense((heads, head_dim), ("embed", "heads", "kv"), dtype=dtype, name=name)(x)
-
-        def bias(name: str) -> jax.Array:
-            zeros = nn.with_logical_partitioning(nn.initializers.zeros, ("heads", "kv"))
-            return jnp.asarray(self.param(name, zeros, (heads, head_dim)), dtype)
-
-        axes = ("activation_batch", "activation_length", "activation_heads", "activation_kv")
-        query_BFHC, key_BGHC, value_BGHC = (
-            with_logical_constraint(project(x_BFD, name), axes) for name in ("query", "key", "value")
+    def _ffn(self, x_BFD: jax.Array, name: str) -> jax.Array:
+        config = self.config
+        ffn = Mlp(
+            config.ffn_dim or config.ffn_multiplier * config.dim,
+            activation=config.activation,
+            gated=False,
+            dropout=config.dropout,
+            use_bias=config.use_bias,
+            dtype=config.dtype,
+            name=name,
         )
-        position_PHC = project(around.positions_PD, "position")
-        by_content = jnp.einsum(
-            "bfhc,bghc->bhfg",
-            query_BFHC + bias("content_bias"),
-            key_BGHC,
-            preferred_element_type=jnp.float32,
-        )
-        by_position = jnp.einsum(
-            "bfhc,phc->bhfp",
-            query_BFHC + bias("position_bias"),
-            position_PHC,
-            preferred_element_type=jnp.float32,
-        )
-        scores_BHFG = (by_content + relative_shift(by_position)) * head_dim**-0.5
-        if config.logit_cap is not None:
-            scores_BHFG = config.logit_cap * jnp.tanh(scores_BHFG / config.logit_cap)
-        scores_BHFG = jnp.where(around.mask_BHFG, scores_BHFG, MASKED_SCORE)
-        weights_BHFG = jax.nn.softmax(scores_BHFG, axis=-1).astype(dtype)
-        weights_BHFG = nn.Dropout(config.dropout)(weights_BHFG, deterministic=self.deterministic)
-        mixed_BFHC = jnp.einsum("bhfg,bghc->bfhc", weights_BHFG, value_BGHC)
-        out = Dense(config.dim, ("heads", "kv", "embed"), contracted=2, dtype=dtype, name="out")
-        return out(with_logical_constraint(mixed_BFHC, axes))
+        y_BFD = ffn(self._before(x_BFD, name), deterministic=self.deterministic)
+        return self._drop(self._after(y_BFD, name))
 
+    def _attention(self, x_BFD: jax.Array, around: Surroundings) -> jax.Array:
+        config = self.config
+        attention = RelativeAttention(
+            config.dim,
+            config.heads,
+            config.positions,
+            left_positions=config.left_positions,
+            right_positions=config.right_positions,
+            query_scale=config.query_scale,
+            logit_cap=config.logit_cap,
+            use_bias=config.use_bias,
+            dropout=config.dropout,
+            deterministic=self.deterministic,
+            dtype=config.dtype,
+            name="attention",
+        )
+        y_BFD = attention(self._before(x_BFD, "attention"), around.mask_BHFG, around.positions_PD)
+        return self._drop(self._after(y_BFD, "attention"))
 
-def relative_shift(scores_BHFP: jax.Array) -> jax.Array:
-    """From scores per distance, [B, H, F, 2F-1] with F-1 first, to scores per key, [B, H, F, G]."""
-    frames = scores_BHFP.shape[2]
-    # Row f needs the columns from F-1-f on: in rows one longer, read as rows of the old length from
-    # F-1 on, each starts one column earlier than the one before. No gather is needed.
-    flat = jnp.pad(scores_BHFP, ((0, 0), (0, 0), (0, 0), (0, 1))).reshape(*scores_BHFP.shape[:2], -1)
-    flat = flat[..., frames - 1 : frames - 1 + frames * (2 * frames - 1)]
-    return flat.reshape(scores_BHFP.shape)[..., :frames]
+    def _before(self, x_BFD: jax.Array, name: str) -> jax.Array:
+        return _norm(self.config, f"{name}_norm")(_clip(x_BFD, self.config))
+
+    def _after(self, y_BFD: jax.Array, name: str) -> jax.Array:
+        y_BFD = _clip(y_BFD, self.config)
+        return _norm(self.config, f"{name}_post_norm")(y_BFD) if self.config.post_norm else y_BFD
+
+    def _drop(self, y_BFD: jax.Array) -> jax.Array:
+        return nn.Dropout(self.config.dropout)(y_BFD, deterministic=self.deterministic)
 
 
 class ConvModule(nn.Module):
-    """Gated linear unit, depthwise convolution inside the segment, norm, swish, linear; [B, F, D] to same."""
+    """Gated linear unit, depthwise convolution inside the segment, norm, activation, linear map.
+
+    Args of the call:
+      x_BFD: [B, F, D].
+      near_BFW: bool [B, F, W], the taps that count.
+
+    Returns:
+      [B, F, D].
+    """
 
     config: ConformerConfig
 
     @nn.compact
     def __call__(self, x_BFD: jax.Array, near_BFW: jax.Array) -> jax.Array:
         config, dtype = self.config, self.config.dtype
-        taps, half = config.conv_kernel, config.conv_kernel // 2
-        value_BFD = Dense(config.dim, ("embed", "mlp"), dtype=dtype, name="value")(x_BFD)
-        gate_BFD = Dense(config.dim, ("embed", "mlp"), dtype=dtype, name="gate")(x_BFD)
+        taps = config.conv_kernel
+        if config.conv_gate == "joined":
+            both = Dense((2, config.dim), ("embed", "conv_out", "mlp"), dtype=dtype, name="value_gate")(x_BFD)
+            value_BFD, gate_BFD = both[..., 0, :], both[..., 1, :]
+        else:
+            value_BFD = Dense(config.dim, ("embed", "mlp"), dtype=dtype, name="value")(x_BFD)
+            gate_BFD = Dense(config.dim, ("embed", "mlp"), dtype=dtype, name="gate")(x_BFD)
         y_BFD = value_BFD * nn.sigmoid(gate_BFD)
         init = nn.with_logical_partitioning(nn.initializers.normal(taps**-0.5), ("conv_kernel", "mlp"))
         kernel_WD = jnp.asarray(self.param("depthwise", init, (taps, config.dim)), dtype)
-        padded = jnp.pad(y_BFD, ((0, 0), (half, half), (0, 0)))
+        padded = jnp.pad(y_BFD, ((0, 0), config.conv_reach, (0, 0)))
         y_BFD = sum(
             jnp.where(near_BFW[..., w, None], padded[:, w : w + x_BFD.shape[1]], 0) * kernel_WD[w]
             for w in range(taps)
         )
         y_BFD = with_logical_constraint(y_BFD, ("activation_batch", "activation_length", "activation_mlp"))
-        y_BFD = nn.silu(RMSNorm(dtype=dtype, name="norm")(y_BFD))
+        y_BFD = ACTIVATIONS[config.activation](_norm(config, "norm")(_clip(y_BFD, config)))
         return Dense(config.dim, ("mlp", "embed"), dtype=dtype, name="out")(y_BFD)
