@@ -21,7 +21,7 @@ from slm_jax.models import wav2vec2
 from slm_jax.models.encoders import encoder_class, encoder_kind
 from slm_jax.models.wav2vec2 import Wav2Vec2Config, Wav2Vec2Encoder
 
-LARGE = {
+LARGE: dict[str, Any] = {
     "feat_extract_norm": "layer",
     "do_stable_layer_norm": True,
     "mask_time_prob": 0.05,
@@ -36,7 +36,7 @@ FIELDS = (
     "hidden_act", "feat_extract_activation", "layer_norm_eps",
 )  # fmt: skip
 TAPS, STRIDES = [10, 3, 3, 3, 3, 2, 2], [5, 2, 2, 2, 2, 2, 2]
-CONFIGS = {
+CONFIGS: dict[str, dict[str, Any]] = {
     name: LARGE | dict(zip(FIELDS, values, strict=True))
     for name, values in {
         "hubert": ("hubert", 2, 36, 3, 40, [8] * 7, TAPS, STRIDES, True, 16, 4, "gelu", "gelu", 1e-5),
@@ -91,15 +91,17 @@ def expected_frames(model, waves: list[np.ndarray], normalize: bool = True) -> l
     return found
 
 
-@pytest.mark.parametrize("normalize", [True, False])
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize(
+    ("name", "normalize"),
+    [("hubert", True), ("wav2vec2", True), ("other strides", True), ("wav2vec2", False)],
+)
 def test_encoder_matches_transformers(rng, name, normalize):
     model = theirs(rng, name)
     config = FAMILY.config_of(model.config.to_dict() | {"do_normalize": normalize}, infos(named(model)))
     assert config.published_as == model.config.model_type and config.normalize == normalize
     params = to_ours(FAMILY, config, named(model))
-    samples = config.stride * int(rng.integers(10, 40))
-    speech, segments = ragged(rng, max(samples, 1280))
+    samples = config.stride * 25
+    speech, segments = ragged(rng, samples)
     frames, ids = encode(config, params, speech, segments)
     assert frames.shape == (2, 2, speech.shape[-1] // config.stride, config.dim) and ids.dtype == jnp.int32
     indices = [(0, 0), (0, 1), (1, 0)]
@@ -202,10 +204,10 @@ def test_base_variety_is_refused_though_config_does_not_say(rng):
 
 
 def test_remat_and_unrolling_change_nothing(rng):
-    model = theirs(rng, "wav2vec2")
+    model = theirs(rng, "other strides", num_hidden_layers=3)
     config = FAMILY.config_of(model.config.to_dict(), {})
     params = to_ours(FAMILY, config, named(model))
-    speech, segments = ragged(rng, 3200)
+    speech, segments = ragged(rng, 1600)
 
     def gradients(config):
         loss = jax.grad(lambda p: jnp.sum(encode(config, p, speech, segments)[0] ** 2))
@@ -233,9 +235,29 @@ def test_speech_that_does_not_fit_is_refused():
         encoder.features(jnp.zeros((1, 1, 640), jnp.int16), jnp.zeros((1, 1, 2, 3), jnp.int32))
 
 
+def test_bfloat16_computes_close_to_float32(rng):
+    model = theirs(rng, "other strides")
+    config = FAMILY.config_of(model.config.to_dict(), {})
+    params = to_ours(FAMILY, config, named(model))
+    speech, segments = ragged(rng, 6400)
+    exact: Any = encode(config, params, speech, segments)[0]
+    rough: Any = encode(dataclasses.replace(config, dtype="bfloat16"), params, speech, segments)[0]
+    assert rough.dtype == jnp.bfloat16
+    error = np.abs(np.asarray(rough, np.float32) - np.asarray(exact))
+    assert 0 < error.mean() < 0.03 * np.abs(exact).mean()
+
+
 def test_encoder_in_an_slm(rng):
     config = Wav2Vec2Config(
-        layers=2, dim=12, heads=3, mlp_dim=16, conv_dims=(8,) * 7, position_kernel=6, position_groups=2
+        layers=2,
+        dim=12,
+        heads=3,
+        mlp_dim=16,
+        conv_dims=(8, 8, 8),
+        conv_kernels=(10, 8, 5),
+        conv_strides=(5, 8, 8),
+        position_kernel=6,
+        position_groups=2,
     )
     assert encoder_kind(config) == "wav2vec2" and encoder_class(config) is Wav2Vec2Encoder
     check_in_slm(rng, config)

@@ -1,17 +1,18 @@
 """An SLM around any speech encoder that takes one utterance per slot."""
 
-import functools
 from typing import Any
 
 import jax
 import numpy as np
 from flax.core import meta
+from flax.linen.spmd import LogicallyPartitioned
 
 from slm_jax.models.adapters import AdapterConfig
 from slm_jax.models.encoders import encoder_class
 from slm_jax.models.reducers import DropReducer
 from slm_jax.models.slm import SLM, SLMConfig
 from slm_jax.models.t5 import T5Config
+from slm_jax.partitioning.rules import DEFAULT_RULES
 
 SLOTS, POSITIONS, TEXT, TARGETS = 2, 5, 6, 4
 
@@ -29,7 +30,13 @@ def check_in_slm(rng: np.random.Generator, encoder: Any) -> None:
     model = SLM(config)
     assert not encoder_class(encoder)(encoder).packs
     batch = draw_batch(rng, model.samples_per_position)
-    variables = meta.unbox(jax.jit(model.init)(jax.random.key(0), batch))
+    boxed: Any = jax.jit(model.init)(jax.random.key(0), batch)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(
+        boxed["frozen"]["speech_encoder"], is_leaf=is_boxed
+    ):
+        assert set(leaf.names) <= set(dict(DEFAULT_RULES)), path
+        assert (leaf.names[0] == "layers") == any(getattr(key, "key", "") == "layers" for key in path), path
+    variables = meta.unbox(boxed)
     assert set(variables) == {"params", "frozen"}
     assert set(variables["params"]) == {"adapter"}
     assert set(variables["frozen"]) == {"speech_encoder", "llm"}
@@ -39,7 +46,7 @@ def check_in_slm(rng: np.random.Generator, encoder: Any) -> None:
     from_text = jax.eval_shape(model.init, jax.random.key(0), text)
     assert jax.tree.structure(meta.unbox(from_text)) == jax.tree.structure(variables)
 
-    score = jax.jit(functools.partial(SLM(config).apply))
+    score = jax.jit(model.apply)
     losses: Any = score(variables, batch)
     assert np.isfinite(losses["token_losses"]).all()
     noise = rng.integers(-32000, 32000, batch["speech"].shape).astype(np.int16)
@@ -48,6 +55,10 @@ def check_in_slm(rng: np.random.Generator, encoder: Any) -> None:
     np.testing.assert_array_equal(louder["token_losses"], losses["token_losses"])
     changed: Any = score(variables, batch | {"speech": np.where(behind, batch["speech"], noise)})
     assert np.abs(changed["token_losses"] - losses["token_losses"]).max() > 1e-6
+
+
+def is_boxed(leaf: Any) -> bool:
+    return isinstance(leaf, LogicallyPartitioned)
 
 
 def draw_batch(rng: np.random.Generator, step: int) -> dict[str, np.ndarray]:
