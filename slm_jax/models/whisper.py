@@ -66,6 +66,11 @@ class WhisperConfig:
             if (found := getattr(self, name)) not in choices:
                 raise UserError(f"WhisperConfig.{name} is {found!r}{nearest(found, choices)}")
 
+    @property
+    def window_samples(self) -> int:
+        """Most samples of an utterance."""
+        return self.positions * MEL_FRAMES_PER_FRAME * HOP
+
 
 def _size(layers: int, dim: int, heads: int, mel_bins: int = 80) -> WhisperConfig:
     return WhisperConfig(mel_bins=mel_bins, layers=layers, dim=dim, heads=heads, mlp_dim=4 * dim)
@@ -147,7 +152,7 @@ class WhisperEncoder(nn.Module):
         T is two per position of the window whatever S is: what lies behind the utterance is silence, which
         the network hears.
         """
-        window = self.config.positions * self.samples_per_frame
+        window = self.config.window_samples
         if speech.shape[-1] % self.samples_per_frame:
             raise ValueError(
                 f"speech has {speech.shape[-1]} samples, no multiple of the frame's {self.samples_per_frame}"

@@ -13,7 +13,7 @@ from slm_jax.audio.whisper_mel import slaney_mel_filters, whisper_mel
 
 
 def rows_of(rng, lengths, samples: int) -> tuple[np.ndarray, list[np.ndarray]]:
-    """int16 [N, samples], an utterance from the start of each and loud noise behind it; and the utterances."""
+    """int16 [N, samples], each an utterance with loud noise behind it, and the utterances."""
     utterances = [speech_like(rng, n) for n in lengths]
     speech = rng.integers(-32000, 32000, (len(lengths), samples)).astype(np.int16)
     for row, wave in zip(speech, utterances, strict=True):

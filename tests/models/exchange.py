@@ -1,4 +1,4 @@
-"""A published model's tensors as our parameters and back, checking that nothing is left over on either side."""
+"""A published model's tensors as our parameters and back, with nothing left over on either side."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -69,6 +69,12 @@ def to_theirs(pieces: list[Piece], params: Mapping[str, Any]) -> dict[str, np.nd
             value = value[key]
         found[piece.source] = piece.layout.to_theirs(value if piece.layer is None else value[piece.layer])
     return found
+
+
+def check_shapes(family: Family, config: Any, theirs: torch.nn.Module) -> None:
+    """Asserts that a model, which may lie on the meta device, has just the tensors that would be written."""
+    shapes = {name: tuple(tensor.shape) for name, tensor in theirs.state_dict().items()}
+    assert {piece.source: piece.layout.theirs for piece in family.hf_pieces(config)} == shapes
 
 
 def nested(flat: Mapping[str, np.ndarray]) -> dict[str, Any]:

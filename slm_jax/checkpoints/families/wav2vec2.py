@@ -46,8 +46,8 @@ _UNUSED = {
 class Wav2Vec2Family:
     """See `base.Family`."""
 
-    kind = "wav2vec2"
-    model_types = ("hubert", "wav2vec2")
+    kind: str = "wav2vec2"
+    model_types: tuple[str, ...] = ("hubert", "wav2vec2")
 
     def config_of(self, config: Mapping[str, Any], tensors: Tensors) -> Wav2Vec2Config:
         del tensors

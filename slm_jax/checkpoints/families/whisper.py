@@ -35,8 +35,8 @@ _UNUSED = {
 class WhisperFamily:
     """See `base.Family`."""
 
-    kind = "whisper"
-    model_types = ("whisper",)
+    kind: str = "whisper"
+    model_types: tuple[str, ...] = ("whisper",)
 
     def config_of(self, config: Mapping[str, Any], tensors: Tensors) -> WhisperConfig:
         del tensors
