@@ -18,6 +18,7 @@ from slm_jax.checkpoints.foundation import FoundationRecord, architecture, save_
 from slm_jax.checkpoints.parameters import ParameterTable, parameter_table
 from slm_jax.checkpoints.sources.base import TensorInfo, TensorSource
 from slm_jax.checkpoints.sources.huggingface import HuggingFaceSource
+from slm_jax.checkpoints.sources.t5x import T5XSource, find_t5x
 from slm_jax.checkpoints.streaming import StreamedArray
 from slm_jax.errors import UserError, nearest
 
@@ -39,7 +40,7 @@ def open_source(directory: str | Path) -> TensorSource:
     Raises:
       UserError: it holds neither, or a damaged one.
     """
-    return HuggingFaceSource(directory)
+    return T5XSource(directory) if find_t5x(directory) else HuggingFaceSource(directory)
 
 
 def companions(directory: str | Path) -> list[Path]:
@@ -81,9 +82,19 @@ def family_of(config: Mapping[str, Any], where: str) -> Family:
     """
     known = {name: family for family in FAMILIES for name in family.model_types}
     found = config.get("model_type")
+    if found is None:
+        found = _of_architecture(config, known)
     if not isinstance(found, str) or found not in known:
         raise UserError(f"{where}: config.json has model_type {found!r}{nearest(found, known)}")
     return known[found]
+
+
+def _of_architecture(config: Mapping[str, Any], known: Collection[str]) -> str | None:
+    """Returns the model type that a class of transformers is named for: some files name no other."""
+    architectures = config.get("architectures")
+    first = architectures[0] if isinstance(architectures, list) and architectures else None
+    named = [name for name in known if isinstance(first, str) and first.lower().startswith(name)]
+    return max(named, key=len, default=None)
 
 
 def plan_conversion(source: TensorSource, dtype: str | None = None) -> Plan:
@@ -152,6 +163,7 @@ def convert(
         )
         for name, (shape, dtype) in plan.table.items()
     }
+    _check_copies(plan)
     origin = {
         "config": dict(plan.source.config),
         "unused_tensors": len(plan.unused),
@@ -307,6 +319,22 @@ def _unused(source: TensorSource, family: Family, used: set[str]) -> dict[str, s
             f"{source.where} holds {_names(unknown)}, for which a model of its configuration has no use"
         )
     return {name: reason for name, reason in reasons.items() if reason is not None}
+
+
+def _check_copies(plan: Plan) -> None:
+    """Raises UserError where a tensor that is left out as a copy is none."""
+    source = plan.source
+    for copy, original in plan.family.copies(plan.config, source.tensors):
+        shape, wanted = source.tensors[copy].shape, source.tensors[original].shape
+        step = max(1, _SLAB_BYTES // max(1, 8 * math.prod(wanted[1:])))
+        rows = [(slice(first, first + step),) for first in range(0, wanted[0], step)]
+        if shape != wanted or not all(
+            np.array_equal(source.read(copy, some), source.read(original, some)) for some in rows
+        ):
+            raise UserError(
+                f"{source.where}: tensor {copy} differs from {original}, and its configuration asks "
+                "for one table that is both"
+            )
 
 
 def _common_dtype(source: TensorSource, used: set[str]) -> str:

@@ -17,8 +17,11 @@ class Family(Protocol):
       model_types: values of `model_type` in `config.json` that are this family.
     """
 
-    kind: str
-    model_types: tuple[str, ...]
+    @property
+    def kind(self) -> str: ...
+
+    @property
+    def model_types(self) -> tuple[str, ...]: ...
 
     def config_of(self, config: Mapping[str, Any], tensors: Tensors) -> Any:
         """Returns our configuration, a dataclass of `models/`, for their `config.json`.
@@ -42,6 +45,10 @@ class Family(Protocol):
 
     def unused(self, name: str) -> str | None:
         """Returns why a tensor is deliberately left out, such as `the decoder`; None if it must be used."""
+        ...
+
+    def copies(self, config: Any, tensors: Tensors) -> list[tuple[str, str]]:
+        """Returns pairs of names, one left out and one used, whose tensors have to hold the same values."""
         ...
 
     def hf_config(self, config: Any) -> dict[str, Any]:

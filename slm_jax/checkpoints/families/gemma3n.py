@@ -113,6 +113,10 @@ class Gemma3n:
                 return reason
         return "a constant that config.json gives" if name.split(".")[-1] in _CONSTANTS else None
 
+    def copies(self, config: ConformerConfig, tensors: Tensors) -> list[tuple[str, str]]:
+        """Returns no pairs: nothing is stored twice."""
+        return []
+
     def hf_config(self, config: ConformerConfig) -> dict[str, Any]:
         """Returns the `config.json` of a bare audio tower that, as ours, returns all frames.
 

@@ -129,6 +129,10 @@ class Wav2Vec2Bert:
         bare = name.removeprefix("wav2vec2_bert.")
         return next((reason for prefix, reason in _UNUSED.items() if bare.startswith(prefix)), None)
 
+    def copies(self, config: ConformerConfig, tensors: Tensors) -> list[tuple[str, str]]:
+        """Returns no pairs: nothing is stored twice."""
+        return []
+
     def hf_config(self, config: ConformerConfig) -> dict[str, Any]:
         """Returns the `config.json` of a bare model.
 

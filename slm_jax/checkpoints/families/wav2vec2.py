@@ -109,6 +109,9 @@ class Wav2Vec2Family:
             name = name.removeprefix(prefix)
         return next((why for start, why in _UNUSED.items() if name.startswith(start)), None)
 
+    def copies(self, config: Wav2Vec2Config, tensors: Tensors) -> list[tuple[str, str]]:
+        return []
+
     def hf_config(self, config: Wav2Vec2Config) -> dict[str, Any]:
         return {
             "architectures": ["HubertModel" if config.published_as == "hubert" else "Wav2Vec2Model"],

@@ -68,6 +68,9 @@ class WhisperFamily:
         name = name.removeprefix("model.")
         return next((why for start, why in _UNUSED.items() if name.startswith(start)), None)
 
+    def copies(self, config: WhisperConfig, tensors: Tensors) -> list[tuple[str, str]]:
+        return []
+
     def hf_config(self, config: WhisperConfig) -> dict[str, Any]:
         return {
             "architectures": ["WhisperEncoder"],
