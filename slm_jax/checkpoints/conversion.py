@@ -26,7 +26,7 @@ DTYPES = ("float32", "bfloat16")
 # What a tensor that is not stacked may have before it is read in slabs.
 _SLAB_BYTES = 256 << 20
 # No size in a configuration is above the largest dim of the checkpoint's tensors, or this.
-_LEAST_LIMIT = 8192
+_LEAST_LIMIT = 16_384
 _NAMED = 3
 _COMPANIONS = (
     "spiece.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
@@ -272,7 +272,7 @@ def _check_sizes(config: Any, source: TensorSource) -> None:
 def _whole_numbers(config: Any, prefix: str = "") -> Iterator[tuple[str, int]]:
     if dataclasses.is_dataclass(config):
         for field in dataclasses.fields(config):
-            yield from _whole_numbers(getattr(config, field.name), f"{prefix}{field.name}")
+            yield from _whole_numbers(getattr(config, field.name), f"{prefix}.{field.name}".lstrip("."))
     elif isinstance(config, (tuple, list)):
         for item in config:
             yield from _whole_numbers(item, prefix)

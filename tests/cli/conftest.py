@@ -11,9 +11,8 @@ import jax
 import pytest
 from flax import linen as nn
 
-from slm_jax.checkpoints.foundation import save_foundation
+from slm_jax.checkpoints.foundation import architecture, save_foundation
 from slm_jax.cli import demo, gin_config
-from slm_jax.checkpoints.foundation import architecture
 from slm_jax.models.slm import SLM
 
 # What makes the recipe small enough for a test.

@@ -15,8 +15,7 @@ import pytest
 import sentencepiece
 
 from slm_jax.checkpoints.fingerprints import fingerprint
-from slm_jax.checkpoints.foundation import load_foundation, read_foundation
-from slm_jax.checkpoints.foundation import architecture
+from slm_jax.checkpoints.foundation import architecture, load_foundation, read_foundation
 from slm_jax.decoding.greedy import greedy_decode_encoded
 from slm_jax.demo import corpus, foundation, names, prompts, vocabulary
 from slm_jax.models import conformer, t5
