@@ -1,6 +1,7 @@
 """Content fingerprints of weights that do not depend on how the weights are spread over a mesh."""
 
 import hashlib
+import itertools
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -13,9 +14,6 @@ import numpy as np
 MAX_TILES_PER_DIM = 128
 _DIGEST_BYTES = 16
 _MODULUS = 1 << (8 * _DIGEST_BYTES)
-
-# The part of an array that one shard or tile covers: (start, stop) of every dim.
-Box = tuple[tuple[int, int], ...]
 
 
 def fingerprint(tree: Any) -> str:
@@ -63,8 +61,7 @@ class StreamedFingerprint:
     def add(self, name: str, start: tuple[int, ...], data: np.ndarray) -> None:
         """Adds the part of the array `name` that begins at index `start`; every part once, in any order."""
         base = hashlib.blake2b(self._headers[name].encode(), digest_size=_DIGEST_BYTES)
-        for box, piece in _tiles_of(data, start, self.tile(name)):
-            self._total += _tile_digest(base, box, piece)
+        self._total += _sum_of_tiles(base, start, data, self.tile(name))
 
     def result(self) -> str:
         """Returns 32 hexadecimal digits: those of `fingerprint` for the same arrays."""
@@ -112,25 +109,37 @@ def _replicated_like(leaf: jax.Array) -> jax.sharding.Sharding:
     return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
 
 
-def _tiles_of(
-    data: np.ndarray, start: tuple[int, ...], tile: tuple[int, ...]
-) -> Iterator[tuple[Box, np.ndarray]]:
+def _sum_of_tiles(base: Any, start: tuple[int, ...], data: np.ndarray, tile: tuple[int, ...]) -> int:
+    """The sum of the hashes of the tiles of a part that begins at index `start`."""
+    if data.ndim == 0:
+        return _digest(base, "()", data.tobytes())
     if data.size == 0:
-        return
-    counts = tuple(size // step for size, step in zip(data.shape, tile, strict=True))
-    for index in np.ndindex(*counts):
-        local = tuple(number * step for number, step in zip(index, tile, strict=True))
-        piece = data[tuple(slice(low, low + step) for low, step in zip(local, tile, strict=True))]
-        box = tuple(
-            (offset + low, offset + low + step) for offset, low, step in zip(start, local, tile, strict=True)
-        )
-        yield box, piece
+        return 0
+    places = [
+        [f"({low}, {low + step})" for low in range(offset, offset + size, step)]
+        for offset, size, step in zip(start, data.shape, tile, strict=True)
+    ]
+    # A tuple of one has a comma at its end.
+    end = ",)" if data.ndim == 1 else ")"
+    split = [number for step, names in zip(tile, places, strict=True) for number in (len(names), step)]
+    split[0] = 1
+    tile_bytes = math.prod(tile) * data.itemsize
+    total = 0
+    for number, first in enumerate(places[0]):
+        slab = data[number * tile[0] : (number + 1) * tile[0]]
+        # Tile after tile in memory, so that each is one stretch of bytes; a slab of them at a time.
+        tiles = slab.reshape(split).transpose(*range(0, 2 * data.ndim, 2), *range(1, 2 * data.ndim, 2))
+        stretch = memoryview(np.ascontiguousarray(tiles).reshape(-1).view(np.uint8))
+        for index, names in enumerate(itertools.product([first], *places[1:])):
+            values = stretch[index * tile_bytes : (index + 1) * tile_bytes]
+            total += _digest(base, f"({', '.join(names)}{end}", values)
+    return total
 
 
-def _tile_digest(base: Any, box: Box, data: np.ndarray) -> int:
+def _digest(base: Any, box: str, values: bytes | memoryview) -> int:
     digest = base.copy()
-    digest.update(repr(box).encode())
-    digest.update(np.ascontiguousarray(data).tobytes())
+    digest.update(box.encode())
+    digest.update(values)
     return int.from_bytes(digest.digest(), "little")
 
 
