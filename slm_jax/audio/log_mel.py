@@ -31,6 +31,9 @@ class LogMelConfig:
       spectrum: whether filters weigh magnitudes or their squares.
       input_scale: factor on samples in [-1, 1]; int16 samples are divided by 32768 first.
       mean, stddev: constants of the normalisation (x - mean) / stddev: one number, or one per mel bin.
+      padded_to: None gives every hop that starts in the utterance a frame. A number k gives those alone whose
+        window, and one sample more, lie in the utterance padded with zeros to a multiple of k samples: what
+        Gemma 3n's extractor, with 128, makes of an utterance alone.
     """
 
     sample_rate: int = 16_000
@@ -46,6 +49,7 @@ class LogMelConfig:
     input_scale: float = 1.0
     mean: float | tuple[float, ...] = 0.0
     stddev: float | tuple[float, ...] = 1.0
+    padded_to: int | None = None
 
     def __post_init__(self):
         if self.fft_length < self.window_samples:
@@ -90,7 +94,8 @@ def log_mel(
     """Log-mel features of utterances packed into rows; each equals that of its utterance alone.
 
     Frame i starts at sample i * hop and belongs to the segment that holds that sample; samples under
-    its window past that segment's end count as zero. An utterance of n samples has `ceil(n / hop)` frames.
+    its window past that segment's end count as zero. An utterance of n samples has `ceil(n / hop)` frames,
+    less those that `config.padded_to` leaves out.
 
     Args:
       speech: int16 or float [..., S]; floats lie in [-1, 1]. S is a multiple of the hop.
@@ -107,6 +112,8 @@ def log_mel(
     if speech.shape[-1] % hop:
         raise ValueError(f"speech has {speech.shape[-1]} samples, which is no multiple of the hop of {hop}")
     segment_ids, remaining = frame_segments(speech_segments, speech.shape[-1] // hop, hop)
+    if config.padded_to is not None:
+        segment_ids = jnp.where(_window_fits(speech_segments, segment_ids.shape[-1], config), segment_ids, 0)
     frames = _windows(_scaled(speech, config), remaining, config)
     spectrum = jnp.abs(jnp.fft.rfft(frames, n=config.fft_length))
     if config.spectrum == "power":
@@ -139,6 +146,16 @@ def frame_segments(
     segment_ids = jnp.max(jnp.where(inside_ET, number, 0), axis=-2, initial=0)
     remaining = jnp.max(jnp.where(inside_ET, remaining_ET, 0), axis=-2, initial=0)
     return segment_ids.astype(jnp.int32), remaining.astype(jnp.int32)
+
+
+def _window_fits(speech_segments: jax.Array | np.ndarray, frames: int, config: LogMelConfig) -> jax.Array:
+    """Which frames' windows, and one sample more, lie in their padded utterance: bool [..., T]."""
+    first_sample_T = jnp.arange(frames, dtype=jnp.int32) * config.hop_samples
+    number, start, samples = (jnp.asarray(speech_segments)[..., index][..., None] for index in range(3))
+    assert config.padded_to is not None
+    end = start + -(-samples // config.padded_to) * config.padded_to
+    inside_ET = (first_sample_T >= start) & (first_sample_T < start + samples)
+    return jnp.any((number > 0) & inside_ET & (first_sample_T + config.window_samples + 1 <= end), axis=-2)
 
 
 def _scaled(speech: jax.Array | np.ndarray, config: LogMelConfig) -> jax.Array:

@@ -178,6 +178,7 @@ _PRESETS = {
         post_norm=True,
         clip=1e10,
         logit_cap=50.0,
+        log_mel=LogMelConfig(padded_to=128),
         subsampling="ahead",
     ),
     "w2v_bert": ConformerConfig(
@@ -215,10 +216,11 @@ def preset(name: str, **overrides: Any) -> ConformerConfig:
 class ConformerEncoder(nn.Module):
     """Speech in slots of rows to frames; a packed utterance gets the frames that it gets alone.
 
-    An utterance of n samples covers `ceil(n / samples_per_frame)` frames. With `log_mel` all of them hold
-    speech. `kaldi_fbank` has, as published, neither partial windows nor partial stacks, so that the last one
-    or two of them do not exist: their segment id is 0, their features are zero, and no other frame sees them.
-    Of w2v-BERT 2.0's frames of 320 samples there are `(n - 240) // 320`.
+    An utterance of n samples covers `ceil(n / samples_per_frame)` frames, and in USM's sizes all of them hold
+    speech. Where the published front end has no partial windows, the last of them may not exist: their
+    segment id is 0, they are zero, and no other frame sees them. Of w2v-BERT 2.0's frames of 320 samples
+    there are `(n - 240) // 320`, one or two fewer; of Gemma 3n's of 640 there are `ceil(m / 4)`, none or one
+    fewer, with `m = (128 * ceil(n / 128) - 353) // 160`.
 
     All frames are returned: what a published model drops or stacks afterwards is a reducer's part.
     """

@@ -95,6 +95,21 @@ def test_power_is_the_square_of_magnitude_for_one_bin_filters(rng):
     np.testing.assert_allclose(power[:, single] - weight, 2 * (magnitude[:, single] - weight), atol=1e-3)
 
 
+def test_padding_of_an_utterance_alone_matches_transformers(rng):
+    """The number of frames is the extractor's too, for every residue of the length."""
+    extractor, config = Gemma3nAudioFeatureExtractor(), LogMelConfig(padded_to=128)
+    lengths = [*rng.integers(1000, 5000, 6), 513, 512, 640, 641]
+    utterances = [speech_like(rng, n) for n in lengths]
+    speech, segments = packed(rng, utterances, 51_200)
+    mel, ids = log_mel(speech, segments, config)
+    for number, utterance in enumerate(utterances, start=1):
+        expected = extractor([utterance / 32768], return_tensors="np")["input_features"][0]
+        found = np.asarray(mel)[np.asarray(ids) == number]
+        assert len(found) == len(expected)
+        assert np.sum(np.abs(found - expected) <= 1e-3) >= 0.999 * found.size
+    assert not np.any(np.asarray(mel)[np.asarray(ids) == 0])
+
+
 def test_packed_equals_alone(rng):
     utterances = [speech_like(rng, n) for n in (rng.integers(200, 9000, 3) * 2 + 1)]
     speech, segments = packed(rng, utterances, 64_000)

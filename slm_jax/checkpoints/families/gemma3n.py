@@ -12,6 +12,9 @@ from slm_jax.models.conformer import ConformerConfig
 
 _ANCHOR = "subsample_conv_projection.input_proj_linear.weight"
 
+# Samples to a multiple of which transformers' extractor pads an utterance.
+_PADDED_TO = 128
+
 # Fields of ours that no Gemma 3n reads.
 _INERT = ("left_chunks", "left_positions", "right_positions")
 
@@ -90,7 +93,9 @@ class Gemma3n:
             subsampling="ahead",
             subsampling_channels=tuple(channels),
             subsampling_epsilon=float(conformer.number(config, "sscp_conv_group_norm_eps", 1e-3)),
-            log_mel=LogMelConfig(mel_bins=conformer.whole(config, "input_feat_size", 128)),
+            log_mel=LogMelConfig(
+                mel_bins=conformer.whole(config, "input_feat_size", 128), padded_to=_PADDED_TO
+            ),
         )
 
     def abstract_params(self, config: ConformerConfig) -> Any:
