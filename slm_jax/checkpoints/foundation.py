@@ -239,6 +239,22 @@ def config_of(record: FoundationRecord) -> Any:
         raise UserError(f"{record.directory / RECORD_FILE}: {_first_line(error)}") from error
 
 
+def saved_config(directory: str | Path, **overrides: Any) -> Any:
+    """Returns the configuration of the model in a directory, with the fields in `overrides` replaced.
+
+    For gin: with it a run fits whatever checkpoint it is given.
+
+    Raises:
+      UserError: no foundation model lies there, or it has no such field.
+    """
+    config = config_of(read_foundation(directory))
+    for name in overrides:
+        if not hasattr(config, name):
+            fields = [field.name for field in dataclasses.fields(config)]
+            raise UserError(f"{type(config).__name__} has no field {name!r}{nearest(name, fields)}")
+    return dataclasses.replace(config, **overrides)
+
+
 def _with_fields(default: Any, fields: Mapping[str, Any]) -> Any:
     """Returns the dataclass with these fields; those that are dataclasses themselves are objects there."""
     values = {

@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from tokenize import TokenError
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import gin
 from gin import config as gin_internals
@@ -93,6 +93,14 @@ def build(configurable: Callable[..., T]) -> T:
         )
     with _user_errors():
         return gin.get_configurable(configurable)()
+
+
+def bound(name: str) -> Any:
+    """Returns the value that is bound to a parameter, such as `run.Run.working_dir`; None where none is."""
+    try:
+        return gin.query_parameter(name)
+    except ValueError:
+        return None
 
 
 def resolved_config() -> str:

@@ -1,5 +1,6 @@
 """What a run is: the one object that gin builds and every command reads."""
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -187,7 +188,10 @@ def load_run(directory: str | Path, bindings: Sequence[str] = ()) -> Run:
         found = f"has no {CONFIG_FILE}" if directory.is_dir() else "does not exist"
         raise UserError(f"--run: {directory} is no run: it {found}{nearest(directory.name, near)}")
     gin_config.parse([str(config)], bindings)
-    return dataclasses.replace(gin_config.build(Run), model_dir=str(directory))
+    # What is built may read files, such as a checkpoint's record, by paths relative to where training ran.
+    with contextlib.chdir(gin_config.bound("run.Run.working_dir") or "."):
+        built = gin_config.build(Run)
+    return dataclasses.replace(built, model_dir=str(directory))
 
 
 def save_config(directory: Path, working_dir: str | None = None) -> None:

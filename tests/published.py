@@ -14,11 +14,11 @@ from slm_jax.models.whisper import WhisperConfig
 WHISPER = WhisperConfig(mel_bins=16, layers=3, dim=24, heads=3, mlp_dim=40, positions=20)
 
 
-def tensors_of(family: Any, config: Any, seed: int = 0) -> dict[str, np.ndarray]:
+def tensors_of(family: Any, config: Any, seed: int = 0, scale: float = 1.0) -> dict[str, np.ndarray]:
     """Returns random tensors by the names that transformers writes."""
     rng = np.random.default_rng(seed)
     return {
-        piece.source: rng.standard_normal(piece.layout.theirs).astype(np.float32)
+        piece.source: np.float32(scale) * rng.standard_normal(piece.layout.theirs).astype(np.float32)
         for piece in family.hf_pieces(config)
     }
 
