@@ -190,8 +190,8 @@ def _leaves(path: Path, root: Any, root_name: str) -> Iterator[tuple[str, Any]]:
             yield name, _whole(path, name, node)
         elif isinstance(node, dict) and not _is_spec(node):
             for key, value in node.items():
-                if not isinstance(key, str):
-                    raise UserError(f"{path} is damaged: {name} has the name {key!r} in it")
+                if not isinstance(key, str) or not key.isprintable():
+                    raise UserError(f"{path} is damaged: {name} has the name {str(key)[:80]!r} in it")
                 stack.append((f"{name}.{key}", value))
         elif node is not None:
             yield name, node
@@ -241,7 +241,7 @@ def _place(folder: Path, name: str, leaf: Any) -> _Inline | _Folder:
     if not isinstance(leaf, dict):
         raise UserError(f"{folder / INDEX} is damaged: {name} is {str(leaf)[:80]!r}, expected an array")
     last = _folder_name(leaf)
-    if last in ("", ".", "..") or "\0" in last:
+    if last in ("", ".", "..") or not last.isprintable():
         raise UserError(f"{folder / INDEX} is damaged: {name} has no path")
     info = _check_folder(folder / last)
     stated = _info_of_spec(leaf)
