@@ -19,6 +19,7 @@ from slm_jax.checkpoints.safetensors import flatten, unflatten
 from slm_jax.checkpoints.sources.base import TensorInfo
 from slm_jax.decoding.greedy import greedy_decode_encoded
 from slm_jax.errors import UserError
+from slm_jax.models import t5
 from slm_jax.models.t5 import T5, T5Config
 
 with warnings.catch_warnings():
@@ -349,3 +350,62 @@ def test_exact_gelu_is_named_so_that_no_version_takes_it_for_another(names):
     assert FAMILY.config_of(config, names) == shape
     tanh = FAMILY.hf_config(T5Config())
     assert (tanh["feed_forward_proj"], tanh["model_type"]) == ("gated-gelu", "mt5")
+
+
+# Parameters in millions, as published or counted from the published checkpoints' tensors.
+SIZES = {
+    "t5_small": 60.5,
+    "t5_base": 222.9,
+    "t5_large": 737.7,
+    "t5_v1_1_small": 77.0,
+    "flan_t5_base": 247.6,
+    "flan_t5_large": 783.2,
+    "flan_t5_xl": 2849.8,
+    "flan_t5_xxl": 11135.3,
+    "umt5_small": 306.6,
+    "byt5_small": 299.6,
+    "byt5_base": 581.7,
+    "byt5_large": 1228.2,
+    "byt5_xl": 3737.8,
+    "byt5_xxl": 12906.9,
+}
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_presets_have_the_published_sizes(name):
+    params = FAMILY.abstract_params(t5.preset(name))
+    assert sum(leaf.size for leaf in jax.tree.leaves(params)) == pytest.approx(SIZES[name] * 1e6, rel=1e-3)
+
+
+def test_every_published_preset_has_its_gin_file():
+    folder = Path(__file__).parent.parent.parent / "gin" / "models" / "llms"
+    for path in folder.glob("*.gin"):
+        name = path.stem.removeprefix("mt5_") if path.stem != "t5_tiny" else "tiny"
+        assert f"t5.preset.name = {name!r}\n" in path.read_text(encoding="utf-8"), path
+        assert t5.preset(name)
+    assert {f"{name}.gin" for name in SIZES} <= {path.name for path in folder.iterdir()}
+
+
+def test_tables_per_layer_are_stacked_and_all_of_them_learn(rng):
+    sizes: Any = {"vocab_size": 30, "emb_dim": 16, "num_heads": 3, "head_dim": 4, "mlp_dim": 8}
+    shape = T5Config(**sizes, encoder_layers=3, decoder_layers=2, relative_bias="layer")
+    tokens = jnp.asarray(rng.integers(2, 30, (2, 9)), jnp.int32)
+    ones = jnp.ones_like(tokens)
+    boxed: Any = jax.eval_shape(T5(shape).init, jax.random.key(0), tokens, ones, tokens, ones)["params"]
+    for stack, layers in (("encoder", 3), ("decoder", 2)):
+        table = boxed[stack][stack]["relpos_bias"]["rel_embedding"]
+        assert table.names == ("layers", "heads", "relpos_buckets")
+        assert table.unbox().shape == (layers, 3, 32)
+        assert "relpos_bias" not in boxed[stack]
+    params = jax.tree.map(
+        lambda leaf: jnp.asarray(rng.normal(0, 0.5, leaf.shape), leaf.dtype), FAMILY.abstract_params(shape)
+    )
+
+    @jax.jit
+    @jax.grad
+    def gradient(params):
+        return T5(shape).apply({"params": params}, tokens, ones, tokens, ones)[0].sum()
+
+    plain: Any = gradient(params)
+    for stack in ("encoder", "decoder"):
+        assert (np.abs(plain[stack][stack]["relpos_bias"]["rel_embedding"]).sum(axis=(1, 2)) > 0).all()
