@@ -4,6 +4,7 @@ import math
 import os
 import shutil
 import tarfile
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 import tensorstore as ts
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -24,6 +26,10 @@ from slm_jax.checkpoints.safetensors import flatten, unflatten
 from slm_jax.checkpoints.sources.t5x import T5XSource, find_t5x
 from slm_jax.errors import UserError
 from slm_jax.models.t5 import T5, T5Config
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    import transformers
 
 DATA = Path(__file__).parent / "data" / "t5x"
 # Which archive holds the logits of which.
@@ -87,6 +93,38 @@ def test_logits_are_those_of_t5x(checkpoints, name):
     assert source.where == str(checkpoints / name / "checkpoint_7")
     assert source.config["relative_bias"] == ("layer" if "scan" in name else "shared")
     assert any(other.startswith("state.") for other in source.tensors)
+
+
+@pytest.mark.parametrize("name", ["t5_legacy", "scalable_scan_legacy"])
+def test_transformers_computes_the_same_from_what_is_written_for_it(checkpoints, name):
+    """Through T5, and umT5 where each layer has a table of relative positions."""
+    config, params = filled(T5XSource(checkpoints / name))
+    table, state = flatten(params), {}
+    for piece in FAMILY.hf_pieces(config):
+        values = table[piece.parameter][() if piece.layer is None else piece.layer]
+        state[piece.source] = torch.tensor(np.ascontiguousarray(piece.layout.to_theirs(values)))
+    fields = FAMILY.hf_config(config)
+    umt5 = config.relative_bias == "layer"
+    kind: Any = transformers.UMT5ForConditionalGeneration if umt5 else transformers.T5ForConditionalGeneration
+    assert kind.__name__ == fields["architectures"][0]
+    theirs = kind(kind.config_class.from_dict(fields))
+    theirs.lm_head = torch.nn.Linear(config.emb_dim, config.vocab_size, bias=False)
+    missing, unexpected = theirs.load_state_dict(state, strict=False)
+    assert not unexpected
+    assert set(missing) == {"encoder.embed_tokens.weight", "decoder.embed_tokens.weight"}  # tied to `shared`
+    reference = np.load(DATA / f"{name}_logits.npz")
+    inputs = torch.tensor(reference["encoder_input_tokens"]).long()
+    with torch.no_grad():
+        found = theirs.eval()(
+            input_ids=inputs,
+            attention_mask=(inputs > 0).long(),
+            decoder_input_ids=torch.tensor(reference["decoder_input_tokens"]).long(),
+            use_cache=False,
+        ).logits.numpy()
+    # transformers 5 scales the logits of every umT5; T5X does not.
+    found = found * config.emb_dim**0.5 if umt5 else found
+    real = reference["decoder_target_tokens"] > 0
+    np.testing.assert_allclose(found[real], reference["logits"][real], atol=2e-5)
 
 
 def test_a_part_of_a_tensor_is_what_numpy_gives(checkpoints):

@@ -18,6 +18,7 @@ times those of T5X, of transformers 4 and of this model. Greedy decoding is the 
 Shape suffixes: D features, H heads, C features of a head, V vocabulary.
 """
 
+import functools
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -28,7 +29,7 @@ from flax.core import meta
 
 from slm_jax.checkpoints.families.base import Tensors
 from slm_jax.checkpoints.families.mapping import Layout, Piece, same, transposed
-from slm_jax.checkpoints.safetensors import flatten
+from slm_jax.checkpoints.safetensors import flatten, unflatten
 from slm_jax.errors import UserError, check_whole, nearest
 from slm_jax.models.t5 import T5, T5Config
 
@@ -191,9 +192,7 @@ class T5Family:
 
     def abstract_params(self, config: T5Config) -> Any:
         """Returns T5's parameters as an unboxed tree of ShapeDtypeStruct."""
-        tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-        variables: Any = jax.eval_shape(T5(config).init, jax.random.key(0), *[tokens] * 4)
-        return meta.unbox(variables)["params"]
+        return unflatten(_shapes(config))
 
     def pieces(self, config: T5Config, tensors: Tensors) -> list[Piece]:
         """Returns where every parameter comes from, for names of transformers or of T5X."""
@@ -273,7 +272,7 @@ class T5Family:
 
     def _hf_pieces(self, config: T5Config, prefix: str, embedding: str) -> list[Piece]:
         pieces = []
-        for parameter, leaf in flatten(self.abstract_params(config)).items():
+        for parameter, leaf in _shapes(config).items():
             stack, inner, *rest = parameter.split("/")
             if stack == inner:
                 source = _OF_STACK[stack]["/".join(rest)]
@@ -291,7 +290,7 @@ class T5Family:
 
     def _t5x_pieces(self, config: T5Config, tensors: Tensors) -> list[Piece]:
         pieces = []
-        for parameter, leaf in flatten(self.abstract_params(config)).items():
+        for parameter, leaf in _shapes(config).items():
             stack, inner, *rest = parameter.split("/")
             if stack != inner:
                 pieces.append(Piece(parameter, _T5X + parameter.replace("/", "."), same(leaf.shape)))
@@ -312,6 +311,14 @@ class T5Family:
                     dims = len(tensors[source].shape) if source in tensors else len(shape)
                     pieces.append(Piece(parameter, source, _fused(parameter, tuple(shape), dims), layer))
         return pieces
+
+
+@functools.cache
+def _shapes(config: T5Config) -> dict[str, jax.ShapeDtypeStruct]:
+    """Our parameters by path. Tracing takes a second, and a conversion asks several times."""
+    tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    variables: Any = jax.eval_shape(T5(config).init, jax.random.key(0), *[tokens] * 4)
+    return flatten(meta.unbox(variables)["params"])
 
 
 def _from_torch(parameter: str, shape: tuple[int, ...]) -> Layout:
