@@ -32,6 +32,16 @@ TOKENIZER_CONFIG = "tokenizer_config.json"
 _SENTINELS = ("<extra_id_0>", "▁<extra_id_0>")
 
 
+class ByteVocabulary(seqio.ByteVocabulary):
+    """ByT5's vocabulary: the bytes of UTF-8 plus 3; 0 is padding, 1 the end (arXiv 2105.13626).
+
+    SeqIO's prints as its place in memory, so that an index table of one process would be another's stranger.
+    """
+
+    def __repr__(self) -> str:
+        return f"ByteVocabulary(extra_ids={self.extra_ids})"
+
+
 def vocabulary_of(directory: str | Path, extra_ids: int | None = None) -> seqio.Vocabulary:
     """Returns the vocabulary of a model, from its published folder or a converted one.
 
@@ -49,7 +59,7 @@ def vocabulary_of(directory: str | Path, extra_ids: int | None = None) -> seqio.
     name = str(described.get("tokenizer_class") or "")
     file = next((directory / name for name in PIECES_FILES if (directory / name).is_file()), None)
     if file is None and name.startswith("ByT5"):
-        vocabulary = byte_vocabulary(extra_ids or 0)
+        vocabulary = ByteVocabulary(extra_ids or 0)
     elif file is None:
         raise UserError(
             f"{directory} has no vocabulary, expected {PIECES_FILES[0]} or the {TOKENIZER_CONFIG} of ByT5"
@@ -64,11 +74,6 @@ def vocabulary_of(directory: str | Path, extra_ids: int | None = None) -> seqio.
             "expected at least as many"
         )
     return vocabulary
-
-
-def byte_vocabulary(extra_ids: int = 0) -> seqio.ByteVocabulary:
-    """Returns ByT5's vocabulary: the bytes of UTF-8 plus 3; 0 is padding, 1 the end (arXiv 2105.13626)."""
-    return seqio.ByteVocabulary(extra_ids=extra_ids)
 
 
 def sentencepiece_vocabulary(

@@ -1,6 +1,7 @@
 """Ids of SeqIO's vocabularies against transformers' tokenizers and sentencepiece itself, on awkward text."""
 
 import json
+import pickle
 import shutil
 import warnings
 from pathlib import Path
@@ -12,7 +13,7 @@ import seqio
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from slm_jax.data.vocabularies import sentencepiece_vocabulary, vocabulary_of
+from slm_jax.data.vocabularies import ByteVocabulary, sentencepiece_vocabulary, vocabulary_of
 from slm_jax.errors import UserError
 
 with warnings.catch_warnings():
@@ -157,6 +158,11 @@ def test_how_many_sentinels(tmp_path, files, expected):
         (tmp_path / name).write_text(json.dumps(content), encoding="utf-8")
     assert vocabulary_of(tmp_path).extra_ids == expected
     assert vocabulary_of(tmp_path, extra_ids=3).extra_ids == 3
+
+
+def test_byte_vocabularies_describe_themselves():
+    assert repr(ByteVocabulary()) == repr(ByteVocabulary()) != repr(ByteVocabulary(3))
+    assert ByteVocabulary() == pickle.loads(pickle.dumps(ByteVocabulary())) == seqio.ByteVocabulary()
 
 
 @pytest.mark.parametrize("text", [*TEXTS[:-3], "\x00\x7f", "🏳️‍🌈"])

@@ -12,6 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
 from slm_jax.checkpoints.families.t5 import FAMILY
@@ -259,7 +261,7 @@ def names() -> dict[str, TensorInfo]:
 @pytest.mark.parametrize(("model_type", "fields", "has_table", "expected"), PUBLISHED)
 def test_head_of_published_files(names, model_type, fields, has_table, expected):
     tensors = {name: info for name, info in names.items() if has_table or name != "lm_head.weight"}
-    found = FAMILY.config_of({"model_type": model_type, **fields}, tensors)
+    found = FAMILY.config_of({"model_type": model_type, "num_layers": 8, **fields}, tensors)
     scaled = found.scale_tied_logits if found.tied_logits else found.scale_untied_logits
     assert (found.tied_logits, scaled) == expected
 
@@ -310,6 +312,9 @@ def test_copies_and_prefixes(names):
         ({"model_type": "t6"}, "model_type is 't6'; choose from mt5, t5"),
         ({"d_kv": "64"}, "d_kv is '64', expected a whole number"),
         ({"num_layers": 0}, "num_layers is 0"),
+        ({"num_layers": 12}, "num_layers is 12, but the checkpoint has 8 blocks in encoder"),
+        ({"num_decoder_layers": 7}, "num_decoder_layers is 7, but the checkpoint has 8 blocks in decoder"),
+        ({"d_ff": 1 << 40}, f"d_ff is {1 << 40}, expected less than"),
         ({"num_decoder_layers": 2.5}, "num_decoder_layers is 2.5"),
         ({"layer_norm_epsilon": "1e-6"}, "layer_norm_epsilon is '1e-6', expected a number"),
         ({"feed_forward_proj": "gated-gelo"}, "feed_forward_proj is 'gelo'; did you mean 'gelu'"),
@@ -325,7 +330,7 @@ def test_copies_and_prefixes(names):
 )
 def test_what_is_not_computed_is_refused_by_name(names, fields, told):
     with pytest.raises(UserError, match=told):
-        FAMILY.config_of({"model_type": "t5", **fields}, names)
+        FAMILY.config_of({"model_type": "t5", "num_layers": 8, **fields}, names)
 
 
 def test_parts_of_a_model_are_refused(names):
@@ -334,7 +339,7 @@ def test_parts_of_a_model_are_refused(names):
         FAMILY.config_of({"model_type": "t5"}, encoder)
     headless = {name: info for name, info in names.items() if name != "lm_head.weight"}
     with pytest.raises(UserError, match=r"has no lm_head\.weight"):
-        FAMILY.config_of({"model_type": "mt5", "tie_word_embeddings": False}, headless)
+        FAMILY.config_of({"model_type": "mt5", "num_layers": 8, "tie_word_embeddings": False}, headless)
     with pytest.raises(UserError, match="holds no tensor"):
         FAMILY.config_of({"model_type": "t5"}, {})
     with pytest.raises(UserError, match="several T5s"):
@@ -409,3 +414,50 @@ def test_tables_per_layer_are_stacked_and_all_of_them_learn(rng):
     plain: Any = gradient(params)
     for stack in ("encoder", "decoder"):
         assert (np.abs(plain[stack][stack]["relpos_bias"]["rel_embedding"]).sum(axis=(1, 2)) > 0).all()
+
+
+VALUES = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(-2, 300),
+    st.just(10**40),
+    st.floats(),
+    st.text(max_size=8),
+    st.sampled_from(["gated-gelu", "relu", "t5", "umt5", "t5x", "5.2.0"]),
+    st.lists(st.text(max_size=3), max_size=2),
+    st.dictionaries(st.text(max_size=3), st.integers(), max_size=2),
+)
+FIELDS = (
+    *("model_type", "architectures", "vocab_size", "d_model", "d_kv", "d_ff", "num_layers", "num_heads"),
+    *("num_decoder_layers", "relative_attention_num_buckets", "relative_attention_max_distance"),
+    *("layer_norm_epsilon", "feed_forward_proj", "dense_act_fn", "is_gated_act", "tie_word_embeddings"),
+    *("scale_decoder_outputs", "transformers_version", "pad_token_id", "is_encoder_decoder"),
+    *("emb_dim", "head_dim", "mlp_dim", "mlp_activations", "logits_via_embedding", "relative_bias"),
+)
+SOUND = {
+    "vocab_size": 64,
+    "emb_dim": 16,
+    "num_heads": 2,
+    "head_dim": 8,
+    "mlp_dim": 16,
+    "num_layers": 8,
+    "num_encoder_layers": 2,
+    "num_decoder_layers": 8,
+    "mlp_activations": ["gelu", "linear"],
+    "logits_via_embedding": False,
+    "relative_bias": "layer",
+    "relative_attention_num_buckets": 32,
+    "relative_attention_max_distance": 128,
+}
+
+
+@settings(max_examples=400, deadline=None)
+@given(
+    st.sampled_from(["t5", "mt5", "umt5", "t5x"]),
+    st.dictionaries(st.sampled_from(FIELDS), VALUES, max_size=3),
+)
+def test_any_configuration_is_taken_or_refused(names, model_type, fields):
+    try:
+        assert isinstance(FAMILY.config_of({**SOUND, "model_type": model_type, **fields}, names), T5Config)
+    except UserError as error:
+        assert "\n" not in str(error)

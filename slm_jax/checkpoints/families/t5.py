@@ -117,6 +117,7 @@ _HEAD = "lm_head.weight"
 _FIRST_OF_ENCODER = "encoder.block.0.layer.0.SelfAttention.q.weight"
 _FIRST_OF_DECODER = "decoder.block.0.layer.0.SelfAttention.q.weight"
 _T5X = "target."
+_TOO_LARGE = 1 << 24
 _UNUSED = (
     (
         re.compile(r"(^|\.)lm_head\.weight"),
@@ -151,7 +152,7 @@ class T5Family:
             for name, default in _DEFAULTS[model_type].items()
         }
         for name in values.keys() - {"layer_norm_epsilon", "feed_forward_proj"}:
-            check_whole(f"config.json: {name}", values[name])
+            _check_size(f"config.json: {name}", values[name])
         epsilon = values["layer_norm_epsilon"]
         if isinstance(epsilon, bool) or not isinstance(epsilon, int | float) or not 0 <= epsilon < 1:
             raise UserError(f"config.json: layer_norm_epsilon is {epsilon!r}, expected a number from 0 to 1")
@@ -163,7 +164,9 @@ class T5Family:
         decoder_layers = config.get("num_decoder_layers")
         if decoder_layers is None:
             decoder_layers = values["num_layers"]
-        check_whole("config.json: num_decoder_layers", decoder_layers)
+        _check_size("config.json: num_decoder_layers", decoder_layers)
+        _check_layers(tensors, f"{prefix}encoder", "num_layers", values["num_layers"])
+        _check_layers(tensors, f"{prefix}decoder", "num_decoder_layers", decoder_layers)
         activation, gated = _activation(config, values["feed_forward_proj"])
         tied, scaled = _head(config, model_type, f"{prefix}{_HEAD}" in tensors)
         if not tied and f"{prefix}{_HEAD}" not in tensors:
@@ -421,6 +424,21 @@ def _head(config: Mapping[str, Any], model_type: str, has_table: bool) -> tuple[
     return tie, tie
 
 
+def _check_size(name: str, value: Any) -> None:
+    """Refuses what is no size of a network, before memory or time is asked for it."""
+    check_whole(name, value)
+    if value >= _TOO_LARGE:
+        raise UserError(f"{name} is {value}, expected less than {_TOO_LARGE}")
+
+
+def _check_layers(tensors: Tensors, stack: str, field: str, layers: int) -> None:
+    """Refuses a configuration with another number of layers than the checkpoint."""
+    name = re.compile(rf"{re.escape(stack)}\.block\.(\d+)\.layer\.0\.SelfAttention\.q\.weight")
+    found = sum(1 for tensor in tensors if name.fullmatch(tensor))
+    if found != layers:
+        raise UserError(f"config.json: {field} is {layers}, but the checkpoint has {found} blocks in {stack}")
+
+
 def _check_buckets(where: str, buckets: int, distance: int) -> None:
     """Refuses what leaves no bucket between the exact distances and the last one, in either stack."""
     check_whole(f"{where}relative_attention_num_buckets", buckets, least=4)
@@ -446,7 +464,7 @@ def _of_t5x(config: Mapping[str, Any]) -> T5Config:
     }
     fields: dict[str, Any] = {}
     for theirs, ours in whole.items():
-        check_whole(theirs, config.get(theirs))
+        _check_size(theirs, config.get(theirs))
         fields[ours] = config[theirs]
     _check_buckets("", fields["relative_buckets"], fields["relative_max_distance"])
     activations = config.get("mlp_activations")
