@@ -98,7 +98,8 @@ def test_another_encoder_takes_its_place_by_its_checkpoint_alone(brought, tmp_pa
 
 
 def test_frozen_int8_trains_the_same_adapter_and_resumes_bit_for_bit(brought, whole, tmp_path):
-    int8 = ("FROZEN_WEIGHTS='int8'",)
+    # The same learning rates, whatever the last step is.
+    int8 = ("FROZEN_WEIGHTS='int8'", f"optimizers.ScheduleConfig.total_steps={STEPS}")
     for name, steps in (("once", (STEPS,)), ("twice", (3, STEPS))):
         for last in steps:
             done = brought.train(tmp_path / name, last, more=int8)
