@@ -136,15 +136,24 @@ class SLM(nn.Module):
     def encode(
         self, batch: Mapping[str, jax.Array], *, deterministic: bool = True
     ) -> tuple[jax.Array, jax.Array]:
-        """Returns the LLM encoder's states [B, L, D] of the batch, and its `layout_segment_ids` [B, L]."""
+        """Returns the LLM encoder's states [B, L, D] of the batch, and its segment ids [B, L].
+
+        These are `layout_segment_ids`, but 0 where the layout names speech that the encoder has no frame for.
+        """
         sources_BPD = self.llm.embed(batch["inputs"])
         if self.is_initializing() and "speech" not in batch:
             self._adapt(*self.reduced_speech(*self._silence()), deterministic)
-        if "speech_segments" in batch:
-            speech_BPD = self._adapt(*self._speech_of(batch, deterministic), deterministic)
-            sources_BPD = jnp.concatenate([speech_BPD.astype(sources_BPD.dtype), sources_BPD], axis=1)
-        embeddings_BLD = lay_out(sources_BPD, batch["layout"])
         segment_ids_BL = batch["layout_segment_ids"]
+        if "speech_segments" in batch:
+            frames_BKPD, ids_BKP = self._speech_of(batch, deterministic)
+            speech_BPD = self._adapt(frames_BKPD, ids_BKP, deterministic)
+            present_BP = ids_BKP.reshape(speech_BPD.shape[:2]) > 0
+            present_BP = jnp.concatenate([present_BP, jnp.ones(sources_BPD.shape[:2], bool)], axis=1)
+            sources_BPD = jnp.concatenate([speech_BPD.astype(sources_BPD.dtype), sources_BPD], axis=1)
+            # The layout counts positions by samples; an encoder without partial windows may lack the last.
+            present_BL = jnp.take_along_axis(present_BP, jnp.maximum(batch["layout"], 0), axis=1)
+            segment_ids_BL = jnp.where(present_BL, segment_ids_BL, 0)
+        embeddings_BLD = lay_out(sources_BPD, batch["layout"])
         frozen = "llm" not in self.config.trainable
         return self.llm.encode(embeddings_BLD, segment_ids_BL, deterministic or frozen), segment_ids_BL
 
@@ -183,7 +192,9 @@ class SLM(nn.Module):
         if "speech_frames" not in batch:
             return self.reduced_speech(batch["speech"], segments, deterministic=deterministic)
         frames_BKPD = batch["speech_frames"]
-        return frames_BKPD, frame_segments(segments, frames_BKPD.shape[2], self.samples_per_position)[0]
+        ids_BKP = frame_segments(segments, frames_BKPD.shape[2], self.samples_per_position)[0]
+        # What the encoder has no frame for was kept as zeros, which no frame is.
+        return frames_BKPD, jnp.where(jnp.any(frames_BKPD != 0, axis=-1), ids_BKP, 0)
 
     def _adapt(self, frames_BKPD: jax.Array, segment_ids_BKP: jax.Array, deterministic: bool) -> jax.Array:
         """Returns the adapted speech of all slots, [B, P, D]."""
