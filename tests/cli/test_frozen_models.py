@@ -85,10 +85,11 @@ def test_a_converted_encoder_and_a_converted_t5_train_and_answer(brought, whole,
     assert np.isfinite(list(curve.values())).all()
     table = json.loads((whole / f"checkpoints/{STEPS}/record/metadata").read_text())["parameters"]
     assert {name.split("/")[1] for name in table if name.startswith("params/")} == {"adapter"}
-    recording = next((brought.workshop.folder / "corpus").rglob("*.wav"))
-    words = ["infer", "--run", str(whole), "--audio", str(recording), "--prompt", "Transcribe: {speech}"]
-    done = brought.workshop.slm(words)
+    recording = min((brought.workshop.folder / "corpus" / "audio" / "test").glob("*.flac"))
+    words = ["infer", "--run", str(whole), "--prompt", "Transcribe the speech:", "--max_tokens", "4"]
+    done = brought.workshop.slm([*words, "--audio", str(recording)])
     assert done.status == 0, done.err
+    assert done.out.count("\n") == 1
 
 
 def test_another_encoder_takes_its_place_by_its_checkpoint_alone(brought, tmp_path):
