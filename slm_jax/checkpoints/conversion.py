@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -21,8 +23,11 @@ from slm_jax.checkpoints.sources.huggingface import HuggingFaceSource
 from slm_jax.checkpoints.sources.t5x import T5XSource, find_t5x
 from slm_jax.checkpoints.streaming import StreamedArray
 from slm_jax.errors import UserError, nearest
+from slm_jax.models.networks import boxed_params
+from slm_jax.models.quantization import SCALE, quantized, rounded
 
-DTYPES = ("float32", "bfloat16")
+# int8 is of matrices; what else there is stays in the checkpoint's dtype.
+DTYPES = ("float32", "bfloat16", "int8")
 # What a tensor that is not stacked may have before it is read in slabs.
 _SLAB_BYTES = 256 << 20
 # No size in a configuration is above the largest dim of the checkpoint's tensors, or this.
@@ -115,11 +120,12 @@ def plan_conversion(source: TensorSource, dtype: str | None = None) -> Plan:
     config = family.config_of(source.config, source.tensors)
     _check_sizes(config, source)
     try:
-        shapes = {name: shape for name, (shape, _) in parameter_table(family.abstract_params(config)).items()}
+        boxed = boxed_params(config)
     except (TypeError, ValueError, OverflowError, ZeroDivisionError) as error:
         raise UserError(
             f"{source.where}: config.json describes no network that can be built: {error}"
         ) from error
+    shapes = {name: shape for name, (shape, _) in parameter_table(nn.unbox(boxed)).items()}
     pieces: dict[str, list[Piece]] = {name: [] for name in shapes}
     for piece in family.pieces(config, source.tensors):
         assert piece.parameter in pieces, piece
@@ -129,8 +135,18 @@ def plan_conversion(source: TensorSource, dtype: str | None = None) -> Plan:
     used = {piece.source for found in pieces.values() for piece in found}
     _check_used(source, used, pieces)
     unused = _unused(source, family, used)
-    written = dtype or _common_dtype(source, used)
-    table: ParameterTable = {name: (shape, written) for name, shape in shapes.items()}
+    if dtype == "int8":
+        small = parameter_table(nn.unbox(jax.eval_shape(quantized, boxed)))
+        floating = _common_dtype(source, used)
+        table: ParameterTable = {
+            name: (shape, floating if name in shapes and kind != "int8" else kind)
+            for name, (shape, kind) in small.items()
+        }
+        # A scale is made of the same tensors as its matrix.
+        pieces |= {name: pieces[name.removesuffix(SCALE)] for name in table if name not in pieces}
+    else:
+        written = dtype or _common_dtype(source, used)
+        table = {name: (shape, written) for name, shape in shapes.items()}
     return Plan(source, family, config, table, pieces, unused)
 
 
@@ -209,7 +225,7 @@ class _Parts:
         for first in range(0, len(pieces), step):
             part = np.empty((step, *shape[1:]), dtype)
             for place, piece in zip(part, pieces[first : first + step], strict=True):
-                place[...] = piece.layout.to_ours(self._read(piece))
+                place[...] = self._stored(piece.layout.to_ours(self._read(piece)), stacked=True)
             yield (first, *(0 for _ in shape[1:])), part
 
     def _slabs(self, piece: Piece, dtype: np.dtype) -> Iterator[tuple[tuple[int, ...], np.ndarray]]:
@@ -217,8 +233,9 @@ class _Parts:
         dim = slab_dim(layout)
         rows = layout.theirs[0] if layout.theirs else 0
         row_bytes = math.prod(layout.theirs[1:]) * 4
-        if dim is None or rows * row_bytes <= _SLAB_BYTES:
-            yield (0,) * len(layout.ours), layout.to_ours(self._read(piece)).astype(dtype)
+        if dim is None or rows * row_bytes <= _SLAB_BYTES or self._is_summed(dim):
+            values = self._stored(layout.to_ours(self._read(piece)), stacked=False)
+            yield (0,) * len(layout.ours), values.astype(dtype)
             return
         step = max(1, _SLAB_BYTES // row_bytes // self.tile[dim]) * self.tile[dim]
         for first in range(0, rows, step):
@@ -226,8 +243,28 @@ class _Parts:
             ours = tuple(count if index == dim else size for index, size in enumerate(layout.ours))
             part = dataclasses.replace(layout, theirs=(count, *layout.theirs[1:]), ours=ours, split=())
             start = tuple(first if index == dim else 0 for index in range(len(ours)))
-            values = self._read(piece, slice(first, first + count))
-            yield start, part.to_ours(values).astype(dtype)
+            values = part.to_ours(self._read(piece, slice(first, first + count)))
+            yield start, self._stored(values, stacked=False).astype(dtype)
+
+    def _stored(self, values: np.ndarray, stacked: bool) -> np.ndarray:
+        """Returns what is written of a parameter's values, or of one layer's: themselves, int8, or scales."""
+        table = self.plan.table
+        if table[self.name][1] == "int8":
+            small, _ = rounded(values, self._scale_shape(values, self.name + SCALE, stacked))
+            return small
+        if table.get(self.name.removesuffix(SCALE), ("", ""))[1] == "int8":
+            _, scale = rounded(values, self._scale_shape(values, self.name, stacked))
+            return scale
+        return values
+
+    def _is_summed(self, dim: int) -> bool:
+        """Whether int8 scales are taken over a dim, so that no part of it will do."""
+        scale = self.plan.table.get(self.name.removesuffix(SCALE) + SCALE)
+        return scale is not None and scale[0][dim] == 1
+
+    def _scale_shape(self, values: np.ndarray, name: str, stacked: bool) -> tuple[int, ...]:
+        whole = self.plan.table[name][0][stacked:]
+        return tuple(1 if scale == 1 else size for size, scale in zip(values.shape, whole, strict=True))
 
     def _read(self, piece: Piece, rows: slice | None = None) -> np.ndarray:
         index: tuple[int | slice, ...] = () if rows is None else (rows,)

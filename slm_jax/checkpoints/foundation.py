@@ -26,10 +26,11 @@ from slm_jax.checkpoints.parameters import (
     table_to_json,
 )
 from slm_jax.checkpoints.provenance import FORMAT_VERSION, check_format_version
-from slm_jax.checkpoints.safetensors import load_safetensors, save_safetensors, unflatten
+from slm_jax.checkpoints.safetensors import flatten, load_safetensors, save_safetensors, unflatten
 from slm_jax.checkpoints.streaming import StreamedArray, save_streamed
 from slm_jax.errors import UserError, nearest
 from slm_jax.models.encoders import ENCODERS
+from slm_jax.models.quantization import is_quantized, is_scale, quantized_like, unquantized_shapes
 from slm_jax.models.t5 import T5Config
 
 RECORD_FILE = "foundation.json"
@@ -192,8 +193,10 @@ def load_foundation(
     Args:
       directory: of `save_foundation`.
       kind: the expected sort of model.
-      abstract: unboxed tree of ShapeDtypeStruct, with shardings where the parameters are to be split.
-      dtype: floating parameters are cast to it after the check; None keeps the dtype on disk.
+      abstract: unboxed tree of ShapeDtypeStruct, with shardings where the parameters are to be split. Where
+        it has int8 matrices (`models.quantization`), those on disk are rounded, or are int8 already.
+      dtype: floating parameters are cast to it after the check, apart from the scales of int8 matrices; None
+        keeps the dtype on disk.
       config: the expected configuration; None checks none.
       defaults: what fields of the configuration are where a checkpoint, saved before they were, lacks them.
 
@@ -206,14 +209,25 @@ def load_foundation(
         raise UserError(f"{record.directory} holds a model of kind {record.kind!r}, expected {kind!r}")
     if config is not None:
         _check_config(record, _plain(config), _plain(defaults or {}))
-    check_parameters(record.parameters, parameter_table(abstract), str(record.directory), check_dtype=False)
-    params = _read(record, abstract)
+    int8_on_disk = "int8" in {stored for _, stored in record.parameters.values()}
+    if int8_on_disk and not is_quantized(abstract):
+        raise UserError(
+            f"{record.directory} holds int8 weights, and this run wants floats of it; "
+            "expected FROZEN_WEIGHTS = 'int8' and a part that is frozen"
+        )
+    # What is held as int8 is rounded from the numbers on disk, whatever the rest is held in.
+    rounding = is_quantized(abstract) and not int8_on_disk
+    stored = unquantized_shapes(abstract) if rounding else abstract
+    check_parameters(record.parameters, parameter_table(stored), str(record.directory), check_dtype=False)
+    params = _read(record, stored)
     found = fingerprint(params)
     if found != record.fingerprint:
         raise UserError(
             f"{record.directory} is damaged: its parameters have fingerprint {found}, "
             f"{RECORD_FILE} says {record.fingerprint}"
         )
+    if rounding:
+        return quantized_like(params, abstract, dtype)
     return params if dtype is None else _cast(params, dtype)
 
 
@@ -402,15 +416,19 @@ def _with_shardings(abstract: Any) -> Any:
 
 
 def _cast(params: Any, dtype: DTypeLike) -> Any:
-    def cast(leaf: jax.Array) -> jax.Array:
-        if not jax.numpy.issubdtype(leaf.dtype, jax.numpy.floating) or leaf.dtype == np.dtype(dtype):
+    names = flatten(params)
+
+    def cast(path: Any, leaf: jax.Array) -> jax.Array:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        floating = jax.numpy.issubdtype(leaf.dtype, jax.numpy.floating)
+        if not floating or leaf.dtype == np.dtype(dtype) or is_scale(name, names):
             return leaf
         # One array at a time: never is the whole model held in both dtypes.
         smaller = leaf.astype(dtype)
         leaf.delete()
         return smaller
 
-    return jax.tree.map(cast, params)
+    return jax.tree_util.tree_map_with_path(cast, params)
 
 
 def _plain(config: Mapping[str, Any]) -> dict[str, Any]:

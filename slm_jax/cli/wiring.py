@@ -19,7 +19,6 @@ from slm_jax.cli.run import Run
 from slm_jax.cli.scoring import Evaluation
 from slm_jax.errors import UserError, check_whole, nearest
 from slm_jax.evaluation.predictor import Prediction, Predictor
-from slm_jax.models.quantization import is_quantized, quantized_like, unquantized_shapes
 from slm_jax.models.slm import SLM
 from slm_jax.partitioning.mesh import make_mesh
 from slm_jax.partitioning.sharding import batch_sharding, batch_shards, partitioned, plan_text
@@ -316,18 +315,14 @@ class Wiring:
             for collection, tree in shapes.items():
                 if (abstract := subtree(tree, place.path)) is None:
                     continue
-                # What is held as int8 is rounded from the numbers on disk, whatever the rest is held in.
-                whole = unquantized_shapes(abstract) if is_quantized(abstract) else None
                 params = load_foundation(
                     self.run.path(name),
                     place.kind,
-                    whole or abstract,
-                    dtype=self.run.frozen_dtype if collection == "frozen" and not whole else None,
+                    abstract,
+                    dtype=self.run.frozen_dtype if collection == "frozen" else None,
                     config=architecture(place.config),
                     defaults=architecture(type(place.config)()),
                 )
-                if whole:
-                    params = quantized_like(params, abstract, self.run.frozen_dtype)
                 if collection == "params":
                     # What trains does so in its own dtype, whatever the one on disk.
                     params = jax.tree.map(lambda leaf, shape: leaf.astype(shape.dtype), params, abstract)

@@ -7,12 +7,13 @@ weight-only rounding to the nearest (as in arXiv 2208.07339, without its outlier
 """
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 
 SCALE = "_scale"
@@ -93,6 +94,20 @@ def unquantized_shapes(shapes: Mapping[str, Any]) -> dict[str, Any]:
     return {name: of_leaf(name, leaf) for name, leaf in shapes.items() if not is_scale(name, shapes)}
 
 
+def rounded(matrix: np.ndarray, scale_shape: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    """Returns int8 values and float32 scales of a matrix on the host, the same numbers as on a device.
+
+    Args:
+      matrix: of any floating dtype.
+      scale_shape: its shape, but 1 in the dims over which a product sums.
+    """
+    reduced = tuple(dim for dim, size in enumerate(scale_shape) if size == 1)
+    matrix = matrix.astype(np.float32)
+    largest = np.max(np.abs(matrix), axis=reduced, keepdims=True)
+    scale = np.where(largest > 0, largest, np.float32(1)) / np.float32(_LARGEST)
+    return np.round(matrix / scale).astype(np.int8), scale
+
+
 def is_quantized(shapes: Any) -> bool:
     """Whether a tree of shapes or arrays holds int8 matrices."""
     return any(leaf.dtype == jnp.int8 for leaf in jax.tree.leaves(shapes))
@@ -122,5 +137,5 @@ def _split(matrix: jax.Array, reduced: tuple[int, ...]) -> tuple[jax.Array, jax.
     """Returns int8 values and float32 scales, whose product is nearest to the matrix."""
     matrix = matrix.astype(jnp.float32)
     largest = jnp.max(jnp.abs(matrix), axis=reduced, keepdims=True)
-    scale = jnp.where(largest > 0, largest, 1.0) / _LARGEST
+    scale = jnp.where(largest > 0, largest, 1.0) / jnp.float32(_LARGEST)
     return jnp.round(matrix / scale).astype(jnp.int8), scale

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,13 +18,16 @@ from safetensors.numpy import load_file, save_file
 
 from slm_jax.checkpoints import conversion
 from slm_jax.checkpoints.conversion import convert, open_source, plan_conversion, slab_dim
-from slm_jax.checkpoints.families import wav2vec2, whisper
+from slm_jax.checkpoints.families import t5, wav2vec2, whisper
 from slm_jax.checkpoints.families.mapping import Layout, same, transposed
 from slm_jax.checkpoints.fingerprints import fingerprint
 from slm_jax.checkpoints.foundation import config_of, load_foundation, read_foundation
 from slm_jax.checkpoints.safetensors import flatten
 from slm_jax.checkpoints.to_huggingface import convert_to_huggingface
 from slm_jax.errors import UserError
+from slm_jax.models.networks import abstract_params, boxed_params
+from slm_jax.models.quantization import quantized
+from slm_jax.models.t5 import T5Config
 from slm_jax.models.wav2vec2 import Wav2Vec2Config
 
 
@@ -32,7 +36,7 @@ def converted(source, directory, dtype=None):
 
 
 def loaded(record, sharding=None):
-    abstract = whisper.FAMILY.abstract_params(WHISPER)
+    abstract = abstract_params(WHISPER)
     if sharding is not None:
         abstract = jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding(leaf)), abstract
@@ -78,6 +82,39 @@ class TestForth:
             exact,
             rounded,
         )
+
+    @pytest.mark.parametrize("slab_bytes", [256 << 20, 64])
+    def test_int8_on_disk_is_what_a_run_would_round(self, tmp_path, monkeypatch, slab_bytes):
+        monkeypatch.setattr(conversion, "_SLAB_BYTES", slab_bytes)
+        config = T5Config(
+            vocab_size=64, emb_dim=24, num_heads=3, head_dim=5, mlp_dim=40, encoder_layers=3, decoder_layers=2
+        )
+        write_checkpoint(tmp_path / "hf", tensors_of(t5.FAMILY, config), t5.FAMILY.hf_config(config))
+        floats = converted(tmp_path / "hf", tmp_path / "floats")
+        small = converted(tmp_path / "hf", tmp_path / "int8", "int8")
+        boxed = jax.eval_shape(quantized, boxed_params(config))
+        abstract = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(
+                leaf.shape, leaf.dtype, sharding=jax.sharding.SingleDeviceSharding(jax.devices()[0])
+            ),
+            nn.unbox(boxed),
+        )
+        rounded = load_foundation(floats.directory, "t5", abstract, dtype="bfloat16")
+        stored = load_foundation(small.directory, "t5", abstract, dtype="bfloat16")
+        assert flatten(rounded).keys() == flatten(stored).keys()
+        for name, leaf in flatten(rounded).items():
+            assert leaf.dtype == flatten(stored)[name].dtype, name
+            np.testing.assert_array_equal(np.asarray(leaf), np.asarray(flatten(stored)[name]), err_msg=name)
+        assert flatten(stored)["decoder/logits_dense/kernel_scale"].dtype == np.float32
+        size = [
+            sum(np.prod(shape) * np.dtype(dtype).itemsize for shape, dtype in record.parameters.values())
+            for record in (floats, small)
+        ]
+        assert size[1] < 0.35 * size[0]
+        with pytest.raises(UserError, match=r"holds int8 weights.*FROZEN_WEIGHTS"):
+            load_foundation(small.directory, "t5", abstract_params(config))
+        with pytest.raises(UserError, match="transformers is given those of one dtype"):
+            convert_to_huggingface(small, tmp_path / "back")
 
     def test_slabs_give_the_same_as_the_whole(self, tmp_path, monkeypatch):
         write_whisper(tmp_path / "hf")

@@ -25,6 +25,7 @@ from slm_jax.checkpoints.families.t5 import FAMILY
 from slm_jax.checkpoints.safetensors import flatten, unflatten
 from slm_jax.checkpoints.sources.t5x import T5XSource, find_t5x
 from slm_jax.errors import UserError
+from slm_jax.models.networks import abstract_params
 from slm_jax.models.t5 import T5, T5Config
 
 with warnings.catch_warnings():
@@ -54,7 +55,7 @@ def checkpoints(tmp_path_factory) -> Path:
 def filled(source: T5XSource) -> tuple[T5Config, dict[str, Any]]:
     """Our configuration and parameters; every one filled, every tensor used or explained."""
     config = FAMILY.config_of(source.config, source.tensors)
-    shapes = flatten(FAMILY.abstract_params(config))
+    shapes = flatten(abstract_params(config))
     params = {name: np.full(leaf.shape, np.nan, leaf.dtype) for name, leaf in shapes.items()}
     used = set()
     for piece in FAMILY.pieces(config, source.tensors):

@@ -10,6 +10,7 @@ import torch
 from slm_jax.checkpoints.families.base import Family
 from slm_jax.checkpoints.families.mapping import Piece
 from slm_jax.checkpoints.sources.base import TensorInfo
+from slm_jax.models.networks import abstract_params
 
 
 def perturb(model: torch.nn.Module, rng: np.random.Generator) -> None:
@@ -47,7 +48,7 @@ def to_ours(family: Family, config: Any, tensors: Mapping[str, np.ndarray]) -> d
     assert not any(family.unused(name) for name in sources)
     abstract = {
         "/".join(key.key for key in path): leaf
-        for path, leaf in jax.tree_util.tree_leaves_with_path(family.abstract_params(config))
+        for path, leaf in jax.tree_util.tree_leaves_with_path(abstract_params(config))
     }
     ours = {name: np.full(leaf.shape, np.nan, leaf.dtype) for name, leaf in abstract.items()}
     assert {piece.parameter for piece in pieces} == set(ours)

@@ -15,6 +15,7 @@ from slm_jax.audio.kaldi_fbank import KaldiFbankConfig
 from slm_jax.checkpoints.families import gemma3n, w2v_bert
 from slm_jax.models import conformer
 from slm_jax.models.conformer import ConformerConfig, ConformerEncoder
+from slm_jax.models.networks import abstract_params
 
 SAMPLES = 640 * 24
 
@@ -105,9 +106,7 @@ def case(family: str, name: str, seed: int) -> Case:
 
 def filled(family, config, state):
     """Our parameters with the values of a torch state, through the family's pieces."""
-    params = jax.tree.map(
-        lambda leaf: np.full(leaf.shape, np.nan, np.float32), family.abstract_params(config)
-    )
+    params = jax.tree.map(lambda leaf: np.full(leaf.shape, np.nan, np.float32), abstract_params(config))
     for piece in family.pieces(config, dict.fromkeys(state)):
         target = functools.reduce(lambda tree, key: tree[key], piece.parameter.split("/"), params)
         target[... if piece.layer is None else piece.layer] = piece.layout.to_ours(

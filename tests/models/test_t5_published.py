@@ -22,6 +22,7 @@ from slm_jax.checkpoints.sources.base import TensorInfo
 from slm_jax.decoding.greedy import greedy_decode_encoded
 from slm_jax.errors import UserError
 from slm_jax.models import t5
+from slm_jax.models.networks import abstract_params
 from slm_jax.models.t5 import T5, T5Config
 
 with warnings.catch_warnings():
@@ -103,7 +104,7 @@ def infos(tensors: dict[str, np.ndarray]) -> dict[str, TensorInfo]:
 
 def filled(config: T5Config, tensors: dict[str, np.ndarray]) -> dict[str, Any]:
     """Our parameters from their tensors, each filled once, and every tensor of theirs used or explained."""
-    table = flatten(FAMILY.abstract_params(config))
+    table = flatten(abstract_params(config))
     params = {name: np.zeros(leaf.shape, leaf.dtype) for name, leaf in table.items()}
     times = {name: np.zeros(leaf.shape, int) for name, leaf in table.items()}
     used = set()
@@ -378,7 +379,7 @@ SIZES = {
 
 @pytest.mark.parametrize("name", SIZES)
 def test_presets_have_the_published_sizes(name):
-    params = FAMILY.abstract_params(t5.preset(name))
+    params = abstract_params(t5.preset(name))
     assert sum(leaf.size for leaf in jax.tree.leaves(params)) == pytest.approx(SIZES[name] * 1e6, rel=1e-3)
 
 
@@ -403,7 +404,7 @@ def test_tables_per_layer_are_stacked_and_all_of_them_learn(rng):
         assert table.unbox().shape == (layers, 3, 32)
         assert "relpos_bias" not in boxed[stack]
     params = jax.tree.map(
-        lambda leaf: jnp.asarray(rng.normal(0, 0.5, leaf.shape), leaf.dtype), FAMILY.abstract_params(shape)
+        lambda leaf: jnp.asarray(rng.normal(0, 0.5, leaf.shape), leaf.dtype), abstract_params(shape)
     )
 
     @jax.jit

@@ -32,10 +32,6 @@ class Family(Protocol):
         """
         ...
 
-    def abstract_params(self, config: Any) -> Any:
-        """Returns our network's parameters as an unboxed tree of ShapeDtypeStruct, nothing computed."""
-        ...
-
     def pieces(self, config: Any, tensors: Tensors) -> list[Piece]:
         """Returns where every parameter comes from. It needs the tensors' names to find a prefix only.
 

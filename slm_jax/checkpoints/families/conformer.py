@@ -4,12 +4,8 @@ import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import flax.linen as nn
-import jax
-import jax.numpy as jnp
-
 from slm_jax.errors import UserError, nearest
-from slm_jax.models.conformer import ConformerConfig, ConformerEncoder
+from slm_jax.models.conformer import ConformerConfig
 
 KIND = "conformer"
 
@@ -90,15 +86,6 @@ def check_written(config: ConformerConfig, read_back: ConformerConfig, inert: It
                 f"ConformerConfig.{field.name} is {found!r}, expected {expected!r}: "
                 "transformers' model of this family computes nothing else"
             )
-
-
-def abstract_params(config: ConformerConfig) -> Any:
-    """Returns the encoder's parameters as an unboxed tree of ShapeDtypeStruct, nothing computed."""
-    samples = config.samples_per_frame
-    speech = jax.ShapeDtypeStruct((1, 1, 4 * samples), jnp.int16)
-    segments = jax.ShapeDtypeStruct((1, 1, 1, 3), jnp.int32)
-    encoder = ConformerEncoder(config)
-    return nn.unbox(jax.eval_shape(encoder.init, jax.random.key(0), speech, segments))["params"]
 
 
 def prefix_of(tensors: Iterable[str], anchor: str) -> str:

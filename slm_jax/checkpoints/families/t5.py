@@ -24,14 +24,13 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-from flax.core import meta
 
 from slm_jax.checkpoints.families.base import Tensors
 from slm_jax.checkpoints.families.mapping import Layout, Piece, same, transposed
-from slm_jax.checkpoints.safetensors import flatten, unflatten
+from slm_jax.checkpoints.safetensors import flatten
 from slm_jax.errors import UserError, check_whole, nearest
-from slm_jax.models.t5 import T5, T5Config
+from slm_jax.models.networks import abstract_params
+from slm_jax.models.t5 import T5Config
 
 # Defaults of the fields of `config.json`, by model_type, as transformers 4 and 5 have them.
 _OF_ALL = {
@@ -193,10 +192,6 @@ class T5Family:
             norm_epsilon=float(epsilon),
         )
 
-    def abstract_params(self, config: T5Config) -> Any:
-        """Returns T5's parameters as an unboxed tree of ShapeDtypeStruct."""
-        return unflatten(_shapes(config))
-
     def pieces(self, config: T5Config, tensors: Tensors) -> list[Piece]:
         """Returns where every parameter comes from, for names of transformers or of T5X."""
         if any(name.startswith(_T5X) for name in tensors):
@@ -319,9 +314,7 @@ class T5Family:
 @functools.cache
 def _shapes(config: T5Config) -> dict[str, jax.ShapeDtypeStruct]:
     """Our parameters by path. Tracing takes a second, and a conversion asks several times."""
-    tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-    variables: Any = jax.eval_shape(T5(config).init, jax.random.key(0), *[tokens] * 4)
-    return flatten(meta.unbox(variables)["params"])
+    return flatten(abstract_params(config))
 
 
 def _from_torch(parameter: str, shape: tuple[int, ...]) -> Layout:

@@ -99,10 +99,6 @@ class Wav2Vec2Bert:
             kaldi_fbank=KaldiFbankConfig(mel_bins=inputs // 2),
         )
 
-    def abstract_params(self, config: ConformerConfig) -> Any:
-        """Returns our parameters as an unboxed tree of ShapeDtypeStruct, nothing computed."""
-        return conformer.abstract_params(config)
-
     def pieces(self, config: ConformerConfig, tensors: Tensors) -> list[Piece]:
         """Returns where every parameter comes from; the prefix is that of the tensors."""
         prefix = conformer.prefix_of(tensors, _ANCHOR)

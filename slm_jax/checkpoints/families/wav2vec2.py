@@ -3,10 +3,6 @@
 from collections.abc import Mapping
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-from flax.core import meta
-
 from slm_jax.checkpoints.families import published
 from slm_jax.checkpoints.families.base import Tensors
 from slm_jax.checkpoints.families.mapping import Layout, Piece, same, transposed
@@ -17,7 +13,7 @@ from slm_jax.checkpoints.families.pre_norm import (
     transformer_pieces,
 )
 from slm_jax.errors import UserError, nearest
-from slm_jax.models.wav2vec2 import Wav2Vec2Config, Wav2Vec2Encoder
+from slm_jax.models.wav2vec2 import Wav2Vec2Config
 
 _NAMES = LayerNames(
     attention="attention",
@@ -92,12 +88,6 @@ class Wav2Vec2Family:
             normalize=published.flag(config, "do_normalize", True),
             published_as=model_type,
         )
-
-    def abstract_params(self, config: Wav2Vec2Config) -> Any:
-        encoder = Wav2Vec2Encoder(config)
-        speech = jnp.zeros((1, 1, config.stride), jnp.int16)
-        segments = jnp.array([[[[1, 0, config.stride]]]], jnp.int32)
-        return meta.unbox(jax.eval_shape(encoder.init, jax.random.key(0), speech, segments))["params"]
 
     def pieces(self, config: Wav2Vec2Config, tensors: Tensors) -> list[Piece]:
         prefix = published.prefix_of(tensors, _PREFIXES, "feature_projection.projection.weight")

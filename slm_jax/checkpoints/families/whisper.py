@@ -3,16 +3,12 @@
 from collections.abc import Mapping
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-from flax.core import meta
-
 from slm_jax.checkpoints.families import published
 from slm_jax.checkpoints.families.base import Tensors
 from slm_jax.checkpoints.families.mapping import Piece, same
 from slm_jax.checkpoints.families.pre_norm import LayerNames, conv_pieces, transformer_pieces
 from slm_jax.errors import UserError
-from slm_jax.models.whisper import WhisperConfig, WhisperEncoder
+from slm_jax.models.whisper import WhisperConfig
 
 _NAMES = LayerNames(
     attention="self_attn",
@@ -54,12 +50,6 @@ class WhisperFamily:
             positions=published.whole(config, "max_source_positions"),
             activation=published.activation(config, "activation_function"),
         )
-
-    def abstract_params(self, config: WhisperConfig) -> Any:
-        encoder = WhisperEncoder(config)
-        speech = jnp.zeros((1, 1, encoder.samples_per_frame), jnp.int16)
-        segments = jnp.array([[[[1, 0, encoder.samples_per_frame]]]], jnp.int32)
-        return meta.unbox(jax.eval_shape(encoder.init, jax.random.key(0), speech, segments))["params"]
 
     def pieces(self, config: WhisperConfig, tensors: Tensors) -> list[Piece]:
         return self._pieces(config, published.prefix_of(tensors, _PREFIXES, "conv1.weight"))

@@ -14,6 +14,7 @@ from slm_jax.checkpoints.sources.base import TensorInfo
 from slm_jax.errors import UserError
 from slm_jax.models import conformer
 from slm_jax.models.conformer import ConformerConfig
+from slm_jax.models.networks import abstract_params
 
 FAMILIES: dict[str, Any] = {"gemma3n": gemma3n.FAMILY, "w2v_bert": w2v_bert.FAMILY}
 SMALL_GEMMA: dict[str, Any] = {
@@ -53,7 +54,7 @@ def flat(tree):
 
 def filled(family, config, state):
     """Our parameters by path; each of their elements must come from exactly one piece."""
-    shapes = {path: leaf.shape for path, leaf in flat(family.abstract_params(config)).items()}
+    shapes = {path: leaf.shape for path, leaf in flat(abstract_params(config)).items()}
     params = {path: np.full(shape, np.nan, np.float32) for path, shape in shapes.items()}
     for piece in family.pieces(config, infos(state)):
         place = ... if piece.layer is None else piece.layer
@@ -165,7 +166,7 @@ def test_presets_are_the_published_sizes(name):
     family, config = FAMILIES[name], conformer.preset(name)
     assert family.config_of(model.config.to_dict(), {}) == config
     state = {tensor: tuple(values.shape) for tensor, values in model.state_dict().items()}
-    ours = {path: leaf.shape for path, leaf in flat(family.abstract_params(config)).items()}
+    ours = {path: leaf.shape for path, leaf in flat(abstract_params(config)).items()}
     for piece in family.pieces(config, {}):
         assert state.pop(piece.source) == piece.layout.theirs
         assert ours[piece.parameter] == (config.layers,) * (piece.layer is not None) + piece.layout.ours
