@@ -10,7 +10,7 @@ import argparse
 import json
 import math
 import os
-import resource
+import re
 import shutil
 import subprocess
 import sys
@@ -60,11 +60,13 @@ def row(args: argparse.Namespace, model: str) -> None:
     count = generate(source, model)
     command = [sys.executable, "-c", SLM, "convert", "--from", source, "--to", target]
     started = time.monotonic()
-    subprocess.run(
-        [*command, *(["--dtype", args.dtype] if args.dtype else [])], check=True, capture_output=True
-    )
+    told = subprocess.run(
+        [*command, *(["--dtype", args.dtype] if args.dtype else [])],
+        check=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+    ).stderr  # fmt: skip
     seconds = time.monotonic() - started
-    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
+    # Its own word: the usage of a parent's children is the largest of all that it ever had.
+    (peak,) = re.findall(r"^peak memory ([\d.]+) GB$", told, re.MULTILINE)
     record = json.loads((target / "foundation.json").read_text())
     sizes = [
         math.prod(shape) * (2 if dtype == "bfloat16" else 4) for shape, dtype in record["parameters"].values()
@@ -79,7 +81,7 @@ def row(args: argparse.Namespace, model: str) -> None:
     read = json.loads(restored.stdout.splitlines()[-1])["bytes_read"]
     print(
         f"| {model} | {count / 1e9:.3f}B | {disk(source) / 1e9:.2f} GB | {stored / 1e9:.2f} GB "
-        f"| {max(sizes) / 1e9:.2f} GB | {seconds:.0f} | {peak / 1e9:.2f} GB | {read / stored:.3f} x |",
+        f"| {max(sizes) / 1e9:.2f} GB | {seconds:.0f} | {peak} GB | {read / stored:.3f} x |",
         flush=True,
     )
     for folder in (source, target):
