@@ -2,11 +2,11 @@
 
     python benchmarks/conversion.py --work runs/conversion --models t5:large whisper:large_v3
 
-Writes each checkpoint as transformers would (float32, shards of a gigabyte), converts it, and restores it onto
-8 virtual devices, each in a process of its own. Prints a row for each, and removes what it wrote.
+Writes each checkpoint as transformers would (float32, shards of a gigabyte), converts it and restores it
+onto 8 virtual devices, each in a process of its own. Prints a row for each, and removes what it wrote.
 
-The process that starts the others stays small: Linux counts to the peak memory of a process what its parent held
-when it was started.
+The process that starts the others stays small: Linux counts to the peak memory of a process what its parent
+held when it was started.
 """
 
 import argparse
