@@ -18,6 +18,7 @@ import seqio
 
 from slm_jax.data import preprocessors
 from slm_jax.data.sources import ManifestSource
+from slm_jax.data.vocabularies import vocabulary_of
 from slm_jax.errors import UserError, nearest
 
 MetricFn = Callable[..., Mapping[str, float]]
@@ -52,7 +53,8 @@ def register_speech_task(
     Args:
       name: of the task.
       manifests: split -> path of a JSONL manifest.
-      vocabulary: path of a sentencepiece model, or a SeqIO vocabulary.
+      vocabulary: path of a sentencepiece model or of a T5's folder, published or converted; or a SeqIO
+        vocabulary.
       templates: prompts; `{field}` is a field of the manifest, `{speech}` the place of the speech.
       target: template of the target text.
       extra_ids: sentinels that SeqIO adds behind the pieces of a vocabulary given as a path.
@@ -137,7 +139,9 @@ def add_task(
     )
     if _is_registered(name, definition):
         return name
-    if not isinstance(vocabulary, seqio.Vocabulary):
+    if isinstance(vocabulary, Path) and vocabulary.is_dir():
+        vocabulary = vocabulary_of(vocabulary, extra_ids or None)
+    elif not isinstance(vocabulary, seqio.Vocabulary):
         vocabulary = seqio.SentencePieceVocabulary(str(vocabulary), extra_ids=extra_ids)
     feature = seqio.Feature(vocabulary, add_eos=True)
     try:

@@ -29,7 +29,8 @@ _SLAB_BYTES = 256 << 20
 _LEAST_LIMIT = 16_384
 _NAMED = 3
 _COMPANIONS = (
-    "spiece.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "spiece.model", "sentencepiece.model", "tokenizer.model", "tokenizer.json",
+    "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     "preprocessor_config.json", "processor_config.json", "generation_config.json",
 )  # fmt: skip
 
@@ -160,6 +161,7 @@ def convert(
             np.dtype(dtype),
             plan.pieces[name][0].layer is not None,
             _hashed(name, fingerprint, _Parts(plan, name, fingerprint.tile(name))),
+            _head_features(name, shape),
         )
         for name, (shape, dtype) in plan.table.items()
     }
@@ -179,6 +181,14 @@ def convert(
         provenance={"source": origin},
         written=written,
     )
+
+
+def _head_features(name: str, shape: tuple[int, ...]) -> int | None:
+    """Returns which dim of a stacked kernel counts the features of a head, if it is attention's."""
+    if len(shape) != 4 or not name.endswith("/kernel"):
+        return None
+    # [layers, heads, features, embedding] of the output, else [layers, embedding, heads, features].
+    return 2 if name.endswith("/out/kernel") else 3
 
 
 @dataclass(frozen=True)

@@ -129,7 +129,7 @@ def _sum_of_tiles(base: Any, start: tuple[int, ...], data: np.ndarray, tile: tup
         slab = data[number * tile[0] : (number + 1) * tile[0]]
         # Tile after tile in memory, so that each is one stretch of bytes; a slab of them at a time.
         tiles = slab.reshape(split).transpose(*range(0, 2 * data.ndim, 2), *range(1, 2 * data.ndim, 2))
-        stretch = memoryview(np.ascontiguousarray(tiles).reshape(-1).view(np.uint8))
+        stretch = np.ascontiguousarray(tiles).reshape(-1).view(np.uint8).data
         for index, names in enumerate(itertools.product([first], *places[1:])):
             values = stretch[index * tile_bytes : (index + 1) * tile_bytes]
             total += _digest(base, f"({', '.join(names)}{end}", values)

@@ -25,6 +25,7 @@ class StreamedArray:
     Attributes:
       shape, dtype: of the whole.
       stacked: whether axis 0 counts layers, each of which is read by itself.
+      uncut: a dim that no mesh cuts, such as the features of a head; None where there is none.
       parts: returns pairs (start, data): the index at which a part begins, and its values, of dtype `dtype`.
         Over all of them every element comes once. A part is not used after the next one is asked for.
     """
@@ -33,6 +34,7 @@ class StreamedArray:
     dtype: np.dtype
     stacked: bool
     parts: Callable[[], Iterator[tuple[tuple[int, ...], np.ndarray]]]
+    uncut: int | None = None
 
 
 def save_streamed(
@@ -59,7 +61,9 @@ def save_streamed(
         checkpointer.save(Path(directory).absolute(), args=ocp.args.PyTreeSave(dict(tree)))
 
 
-def chunk_shape(shape: Sequence[int], itemsize: int, stacked: bool) -> tuple[int, ...]:
+def chunk_shape(
+    shape: Sequence[int], itemsize: int, stacked: bool, uncut: int | None = None
+) -> tuple[int, ...]:
     """Returns the shape of an array's stored chunks.
 
     A stacked layer is a chunk or several. Dims are halved in turn, the one that is cut into the fewest parts
@@ -68,7 +72,7 @@ def chunk_shape(shape: Sequence[int], itemsize: int, stacked: bool) -> tuple[int
     chunk, parts = ([1, *shape[1:]] if stacked else list(shape)), [1] * len(shape)
     while True:
         size = math.prod(chunk) * itemsize
-        even = [dim for dim, count in enumerate(chunk) if count % 2 == 0]
+        even = [dim for dim, count in enumerate(chunk) if count % 2 == 0 and dim != uncut]
         dim = min(even, key=lambda dim: (parts[dim], -chunk[dim]), default=None)
         if dim is None or size < 2 * _LEAST_CHUNK_BYTES or (size <= _CHUNK_BYTES and parts[dim] >= _WAYS):
             return tuple(chunk)
@@ -98,7 +102,7 @@ class _Handler(ocp.type_handlers.TypeHandler):
                 info,
                 use_ocdbt=True,
                 global_shape=value.shape,
-                local_shape=chunk_shape(value.shape, value.dtype.itemsize, value.stacked),
+                local_shape=chunk_shape(value.shape, value.dtype.itemsize, value.stacked, value.uncut),
                 dtype=value.dtype,
                 process_index=0,
             )

@@ -78,11 +78,18 @@ class Wiring:
         """Returns the `BatchShape` with that many rows, by default of the lengths that training has."""
         from slm_jax.data.batch import BatchShape
 
-        return BatchShape.from_feature_lengths(
+        shape = BatchShape.from_feature_lengths(
             feature_lengths or self.run.data.feature_lengths,
             rows=rows,
             samples_per_position=self.run.objective.samples_per_position,
         )
+        most = getattr(self.run.objective.model, "longest_samples", None)
+        if most is not None and shape.samples > most:
+            raise UserError(
+                f"TASK_FEATURE_LENGTHS['speech'] makes rows of {shape.samples} samples (whole positions of "
+                f"{shape.samples_per_position}), expected at most {most}: the speech encoder takes no more"
+            )
+        return shape
 
     def train_batches(self) -> Any:
         """Returns the `BatchSource` of the training split.

@@ -92,7 +92,7 @@ def export_answer(
     eos_id: int,
     platforms: Sequence[str] = PLATFORMS,
 ) -> bytes:
-    """Lowers the model once for all platforms, open in rows `b`, samples `640*s` and prompt tokens `n`.
+    """Lowers the model once for all platforms, open in rows `b`, frames `s` of samples and prompt tokens `n`.
 
     Args:
       model: the SLM.
@@ -108,7 +108,9 @@ def export_answer(
     """
     check_platforms(platforms)
     frame = samples_per_frame(model)
-    rows, length, tokens = export.symbolic_shape(f"b, {frame}*s, n")
+    most = model.longest_samples
+    limit = [] if most is None else [f"s <= {most // frame}"]
+    rows, length, tokens = export.symbolic_shape(f"b, {frame}*s, n", constraints=limit)
     function = jax.jit(answer_function(model, max_tokens=max_tokens, eos_id=eos_id))
     exported = export.export(function, platforms=tuple(platforms))(
         {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in weights.items()},

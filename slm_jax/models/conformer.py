@@ -238,6 +238,11 @@ class ConformerEncoder(nn.Module):
         return self.config.dim
 
     @property
+    def longest_samples(self) -> None:
+        """Most samples of a slot; None where there is no limit."""
+        return None
+
+    @property
     def packs(self) -> bool:
         """Whether a slot may hold several utterances."""
         return True

@@ -109,9 +109,13 @@ class Dense(nn.Module):
         # As one matrix product: with several contracted or batch dims XLA's CPU backend leaves its fast
         # kernels in the backward pass, which then takes three times as long.
         flat = x.astype(self.dtype).reshape(-1, math.prod(inputs))
-        y = flat @ jnp.asarray(kernel, self.dtype).reshape(math.prod(inputs), -1)
-        if (scale := scale_of(self, "kernel")) is not None:
-            y = y * scale.reshape(-1).astype(self.dtype)
+        kernel = jnp.asarray(kernel).reshape(math.prod(inputs), -1)
+        scale = scale_of(self, "kernel")
+        y = (
+            flat @ kernel.astype(self.dtype)
+            if scale is None
+            else int8_product(flat, kernel, scale.reshape(-1))
+        )
         y = y.reshape(*x.shape[: x.ndim - self.contracted], *features)
         if self.use_bias:
             zeros = nn.with_logical_partitioning(nn.initializers.zeros, tuple(self.axes[self.contracted :]))
@@ -219,6 +223,16 @@ class Embed(nn.Module):
 def scale_of(module: nn.Module, name: str) -> jax.Array | None:
     """Returns the scales of a module's int8 matrix (see models/quantization.py); None of a floating one."""
     return nn.unbox(module.get_variable("params", name + "_scale"))
+
+
+@jax.checkpoint
+def int8_product(x: jax.Array, kernel: jax.Array, scale: jax.Array) -> jax.Array:
+    """Returns `x @ (kernel * scale)`, of x's dtype; the backward pass keeps the kernel as int8, no floats.
+
+    Args:
+      x: float [N, D]; kernel: int8 [D, F]; scale: float32 [F].
+    """
+    return (x @ kernel.astype(x.dtype)) * scale.astype(x.dtype)
 
 
 class Mlp(nn.Module):

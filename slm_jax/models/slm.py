@@ -181,6 +181,11 @@ class SLM(nn.Module):
         return self.config.reducer.out_dim(self._encoder.dim)
 
     @property
+    def longest_samples(self) -> int | None:
+        """Most samples of speech that the encoder takes at once; None where there is no limit."""
+        return self._encoder.longest_samples
+
+    @property
     def _encoder(self) -> Any:
         """The encoder outside of this module: what it says of itself, without variables."""
         config = self.config.speech_encoder

@@ -471,17 +471,23 @@ class T5(nn.Module):
         """Returns `logits` as a function of arrays alone, which scan and checkpoint can take."""
         config, dtype = self.config, jnp.dtype(self.config.dtype)
         if config.tied_logits:
-            product, kernel = "btd,vd->btv", jnp.asarray(self.token_embedder.embedding, dtype)
+            product, kernel = "btd,vd->btv", jnp.asarray(self.token_embedder.embedding)
             kernel_scale = self.token_embedder.scale
         else:
-            product, kernel = "btd,dv->btv", jnp.asarray(self.decoder.logits_dense.kernel, dtype)
+            product, kernel = "btd,dv->btv", jnp.asarray(self.decoder.logits_dense.kernel)
             kernel_scale = self.decoder.logits_dense.scale
         scaled = config.scale_tied_logits if config.tied_logits else config.scale_untied_logits
         scale = config.emb_dim**-0.5 if scaled else 1.0
 
+        if kernel_scale is None:
+            kernel = kernel.astype(dtype)
+
         def of_hidden(hidden_BTD: jax.Array) -> jax.Array:
             hidden_BTD = hidden_BTD.astype(dtype) * jnp.asarray(scale, dtype)
-            logits_BTV = jnp.einsum(product, hidden_BTD, kernel, preferred_element_type=jnp.float32)
+            # An int8 head is cast chunk by chunk: as floats it would be the largest array of all.
+            logits_BTV = jnp.einsum(
+                product, hidden_BTD, kernel.astype(dtype), preferred_element_type=jnp.float32
+            )
             if kernel_scale is not None:
                 logits_BTV = logits_BTV * kernel_scale.reshape(-1)
             return with_logical_constraint(

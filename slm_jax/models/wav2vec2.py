@@ -168,6 +168,11 @@ class Wav2Vec2Encoder(nn.Module):
         return self.config.dim
 
     @property
+    def longest_samples(self) -> None:
+        """Most samples of a slot; None where there is no limit."""
+        return None
+
+    @property
     def packs(self) -> bool:
         """Whether a slot may hold several utterances."""
         return False

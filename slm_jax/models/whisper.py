@@ -118,6 +118,11 @@ class WhisperEncoder(nn.Module):
         return self.config.dim
 
     @property
+    def longest_samples(self) -> int:
+        """Most samples of a slot: the window that the network always sees."""
+        return self.config.positions * self.samples_per_frame
+
+    @property
     def packs(self) -> bool:
         """Whether a slot may hold several utterances."""
         return False

@@ -32,7 +32,7 @@ PUBLISHED: dict[str, tuple[Any, Any, Any]] = {
     "t5": (
         transformers.T5Config(
             vocab_size=70, d_model=24, d_kv=5, d_ff=36, num_layers=3, num_decoder_layers=2, num_heads=3,
-            feed_forward_proj="gated-gelu", tie_word_embeddings=False,
+            feed_forward_proj="gated-gelu",
         ),
         transformers.T5ForConditionalGeneration,
         transformers.T5ForConditionalGeneration,

@@ -14,10 +14,12 @@ from slm_jax.checkpoints.sources.base import TensorInfo
 from slm_jax.errors import UserError
 
 CONFIG_FILE = "config.json"
+PREPROCESSOR_FILE = "preprocessor_config.json"
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 # Far above any config.json or index; what is larger is something else under that name.
 _MAX_JSON_BYTES = 64 << 20
+_OF_PREPROCESSOR = ("do_normalize",)
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.msgpack", "*.h5")
 _DTYPES = {
     "F64": np.dtype(np.float64),
@@ -51,7 +53,7 @@ class HuggingFaceSource:
             raise UserError(
                 f"{directory} is no directory; expected one with {CONFIG_FILE} and {WEIGHTS_FILE}"
             )
-        config = read_json(self._directory / CONFIG_FILE)
+        config = self._preprocessing() | read_json(self._directory / CONFIG_FILE)
         self._files = self._find_files()
         self.config: Mapping[str, Any] = config
         self.tensors: dict[str, TensorInfo] = {}
@@ -64,6 +66,12 @@ class HuggingFaceSource:
         # Opened for each tensor: the pages of a file that stays open would count as this process's memory.
         with _opened(self._directory / self._files[name]) as file:
             return file.get_slice(name)[index] if index else file.get_tensor(name)
+
+    def _preprocessing(self) -> dict[str, Any]:
+        """What the feature extractor's own file says of what our networks do themselves."""
+        path = self._directory / PREPROCESSOR_FILE
+        described = read_json(path) if path.is_file() else {}
+        return {name: described[name] for name in _OF_PREPROCESSOR if name in described}
 
     def _find_files(self) -> dict[str, str]:
         """Returns the file that holds each tensor, by the tensor's name."""

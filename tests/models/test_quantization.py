@@ -1,0 +1,157 @@
+"""Frozen matrices as int8: which ones, how near, what it costs, and nothing of it in what trains."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from slm_jax.checkpoints.safetensors import flatten
+from slm_jax.models import layers, slm, t5
+from slm_jax.models.quantization import (
+    SCALE,
+    is_quantized,
+    quantized,
+    quantized_like,
+    unquantized_shapes,
+)
+from slm_jax.partitioning.mesh import make_mesh
+from slm_jax.partitioning.sharding import named_shardings
+
+T5 = t5.T5Config(
+    vocab_size=96, emb_dim=24, num_heads=4, head_dim=5, mlp_dim=40, encoder_layers=3, decoder_layers=2
+)
+
+
+def boxed_t5(config: t5.T5Config):
+    tokens = jnp.ones((1, 3), jnp.int32)
+    return jax.jit(t5.T5(config).init)(jax.random.key(0), tokens, tokens, tokens, tokens)["params"]
+
+
+def dequantised(folder):
+    """The matrices that the int8 ones stand for."""
+    return {
+        name: dequantised(leaf)
+        if isinstance(leaf, dict)
+        else leaf.astype(jnp.float32) * folder[name + SCALE]
+        if name + SCALE in folder
+        else leaf
+        for name, leaf in folder.items()
+        if not (name.endswith(SCALE) and name.removesuffix(SCALE) in folder)
+    }
+
+
+@pytest.fixture(scope="module")
+def pair():
+    """A T5's parameters as floats and as int8, unboxed."""
+    boxed = boxed_t5(T5)
+    return nn.unbox(boxed), nn.unbox(quantized(boxed))
+
+
+def test_every_matrix_is_rounded_to_the_nearest_of_its_channel(pair):
+    exact, small = (flatten(tree) for tree in pair)
+    matrices = {name for name, leaf in small.items() if leaf.dtype == jnp.int8}
+    kept = exact.keys() - matrices
+    assert all(name.endswith(("kernel", "embedding")) for name in matrices)
+    assert all(name.endswith(("/scale", "rel_embedding")) for name in kept)
+    for name in matrices:
+        scale = np.asarray(small[name + SCALE])
+        assert small[name].shape == exact[name].shape and scale.dtype == np.float32
+        wrong = np.abs(np.asarray(small[name]) * scale - np.asarray(exact[name]))
+        assert (wrong <= scale * 0.5 * (1 + 1e-5)).all()
+        # Each channel uses the whole range.
+        reduced = tuple(dim for dim, size in enumerate(scale.shape) if size == 1)
+        assert (np.abs(np.asarray(small[name], np.int32)).max(axis=reduced) == 127).all()
+    shapes = {name: small[name + SCALE].shape for name in matrices}
+    assert shapes["encoder/encoder/attention/query/kernel"] == (3, 1, 4, 5)
+    assert shapes["encoder/encoder/attention/out/kernel"] == (3, 1, 1, 24)
+    assert shapes["decoder/decoder/mlp/wo/kernel"] == (2, 1, 24)
+    assert shapes["token_embedder/embedding"] == (96, 1)
+    assert shapes["decoder/logits_dense/kernel"] == (1, 96)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("relative_bias", ["shared", "layer"])
+def test_the_network_computes_with_what_the_int8_stands_for(tied, relative_bias, rng):
+    import dataclasses
+
+    config = dataclasses.replace(T5, tied_logits=tied, relative_bias=relative_bias)
+    small = nn.unbox(quantized(boxed_t5(config)))
+    tokens = jnp.asarray(rng.integers(2, 96, (2, 7)), jnp.int32)
+    ids = jnp.asarray([[1] * 7, [1] * 4 + [0] * 3], jnp.int32)
+
+    @jax.jit
+    def logits(params):
+        model = t5.T5(config).bind({"params": params})
+        hidden = model.decode(model.encode(model.embed(tokens), ids), ids, tokens, jnp.ones_like(tokens))
+        return model.logits(hidden)
+
+    wanted, found = np.asarray(logits(dequantised(small))), np.asarray(logits(small))
+    assert np.abs(found - wanted).max() <= 1e-5 * np.abs(wanted).max()
+
+
+def test_no_stack_of_layers_is_ever_there_as_floats(pair):
+    _, small = pair
+    tokens = jnp.ones((2, 7), jnp.int32)
+
+    def loss(params, embeddings):
+        model = t5.T5(T5).bind({"params": params})
+        hidden = model.decode(model.encode(embeddings, tokens), tokens, tokens, tokens)
+        return model.token_losses(hidden, tokens).sum()
+
+    compiled = jax.jit(jax.grad(loss, argnums=1)).lower(small, jnp.ones((2, 7, 24))).compile().as_text()
+    assert compiled is not None
+    for kernel in ("24,40", "40,24", "24,4,5", "4,5,24", "24,20", "20,24"):
+        assert f"f32[3,{kernel}]" not in compiled, kernel
+        assert f"f32[2,{kernel}]" not in compiled, kernel
+    assert "s8[3,24,40]" in compiled
+
+
+def test_loaded_floats_become_what_init_makes_split_over_the_mesh(pair):
+    exact, small = pair
+    boxed = jax.eval_shape(quantized, boxed_t5(T5))
+    places = named_shardings(boxed, make_mesh(2, 1, 4, devices=jax.devices()[:8]))
+    shapes = jax.tree.map(
+        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+        nn.unbox(boxed),
+        places,
+    )
+    assert is_quantized(shapes) and not is_quantized(unquantized_shapes(shapes))
+    assert flatten(unquantized_shapes(shapes)).keys() == flatten(exact).keys()
+    loaded = jax.tree.map(
+        lambda leaf, shape: jax.device_put(leaf, shape.sharding), exact, unquantized_shapes(shapes)
+    )
+    made = quantized_like(loaded, shapes, "bfloat16")
+    for name, leaf in flatten(made).items():
+        assert leaf.sharding == flatten(shapes)[name].sharding, name
+        wanted = flatten(small)[name]
+        is_scale = name.endswith(SCALE)
+        assert leaf.dtype == (wanted.dtype if leaf.dtype == jnp.int8 or is_scale else jnp.bfloat16), name
+        np.testing.assert_array_equal(np.asarray(leaf), np.asarray(wanted.astype(leaf.dtype)), err_msg=name)
+    wo = flatten(made)["encoder/encoder/mlp/wi_0/kernel_scale"]
+    assert wo.sharding.shard_shape(wo.shape) == (3, 1, 10)
+
+
+def test_a_channel_of_zeros_and_one_value_alone():
+    module = layers.Dense(3, ("embed", "mlp"))
+    boxed = dict(module.init(jax.random.key(0), jnp.ones((1, 4)))["params"])
+    kernel = np.zeros((4, 3), np.float32)
+    kernel[2, 1] = -0.3
+    boxed["kernel"] = nn.Partitioned(jnp.asarray(kernel), ("embed", "mlp"))
+    small = nn.unbox(quantized(boxed))
+    found = module.apply({"params": small}, jnp.eye(4))
+    np.testing.assert_allclose(np.asarray(found), kernel, rtol=1e-6)
+
+
+def test_convolutions_and_norms_of_the_encoder_stay_as_they_are():
+    config = slm.preset("tiny")
+    segments = jnp.array([[[[1, 0, 6400]]]])
+    from slm_jax.models.conformer import ConformerEncoder
+
+    init = ConformerEncoder(config.speech_encoder).init
+    boxed = jax.eval_shape(init, jax.random.key(0), jnp.zeros((1, 1, 6400), jnp.int16), segments)["params"]
+    small = flatten(nn.unbox(jax.eval_shape(quantized, boxed)))
+    whole = {name for name, leaf in small.items() if leaf.dtype != jnp.int8 and not name.endswith(SCALE)}
+    assert "layers/conv/depthwise" in whole and "subsampling/conv_0/kernel" in whole
+    assert small["layers/ffn_start/wi/kernel"].dtype == jnp.int8
+    assert small["layers/attention/position/kernel"].dtype == jnp.int8
