@@ -29,6 +29,9 @@ RUN_TIME = [
     "absl-py>=2.1",
     "pyarrow>=17",
     "safetensors>=0.5",
+    # Orbax writes by the first, flax by the second; T5X's checkpoints and streamed ones are read by both.
+    "tensorstore>=0.1.70",
+    "msgpack>=1.0",
     # jax.export writes and reads with it, and does not require it.
     "flatbuffers>=24",
     "soundfile>=0.13",

@@ -1,5 +1,6 @@
 """Published checkpoints become foundation models and come back, whole or not at all."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -11,18 +12,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from published import WHISPER, write_checkpoint, write_whisper
+from published import WHISPER, tensors_of, write_checkpoint, write_whisper
 from safetensors.numpy import load_file, save_file
 
 from slm_jax.checkpoints import conversion
 from slm_jax.checkpoints.conversion import convert, open_source, plan_conversion, slab_dim
-from slm_jax.checkpoints.families import whisper
+from slm_jax.checkpoints.families import wav2vec2, whisper
 from slm_jax.checkpoints.families.mapping import Layout, same, transposed
 from slm_jax.checkpoints.fingerprints import fingerprint
 from slm_jax.checkpoints.foundation import config_of, load_foundation, read_foundation
 from slm_jax.checkpoints.safetensors import flatten
 from slm_jax.checkpoints.to_huggingface import convert_to_huggingface
 from slm_jax.errors import UserError
+from slm_jax.models.wav2vec2 import Wav2Vec2Config
 
 
 def converted(source, directory, dtype=None):
@@ -100,6 +102,17 @@ class TestForth:
         assert plan_conversion(open_source(tmp_path / "hf")).unused == {
             "decoder.layers.0.fc1.weight": "the decoder"
         }
+
+    @pytest.mark.parametrize("normalised", [False, True])
+    def test_what_the_feature_extractors_file_says_of_our_network_counts(self, tmp_path, normalised):
+        family, config = wav2vec2.FAMILY, Wav2Vec2Config(layers=1, dim=16, heads=2, mlp_dim=20)
+        theirs = family.hf_config(config)
+        theirs.pop("do_normalize")
+        write_checkpoint(tmp_path / "hf", tensors_of(family, config), theirs)
+        text = json.dumps({"do_normalize": normalised, "feature_size": 1})
+        (tmp_path / "hf" / "preprocessor_config.json").write_text(text)
+        found = plan_conversion(open_source(tmp_path / "hf")).config
+        assert found == dataclasses.replace(config, normalize=normalised)
 
 
 class TestBack:

@@ -118,6 +118,14 @@ def test_frozen_int8_trains_the_same_adapter_and_resumes_bit_for_bit(brought, wh
     assert "kernel_scale" in plan and "int8" in plan
 
 
+def test_rows_longer_than_whispers_window_are_refused_at_once(brought, tmp_path):
+    lengths = "{'speech': 100000, 'inputs': 16, 'targets': 24}"
+    done = brought.train(tmp_path / "run", more=(f"TASK_FEATURE_LENGTHS={lengths}",))
+    assert done.status == 2
+    assert "expected at most 80000: the speech encoder takes no more" in done.err
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_mistyped_sort_of_weights_is_named(brought, tmp_path):
     done = brought.train(tmp_path / "run", more=("FROZEN_WEIGHTS='int4'",))
     assert done.status == 2

@@ -59,6 +59,25 @@ def test_recognition_asks_for_the_transcript(manifest, task_vocabulary):
     assert all(prompt.count("{speech}") == 1 and "language" not in prompt for prompt, _ in found)
 
 
+def test_the_folder_of_a_converted_t5_is_a_vocabulary(manifest, task_vocabulary, tmp_path):
+    folder = tmp_path / "t5"
+    folder.mkdir()
+    (folder / "spiece.model").write_bytes(Path(task_vocabulary).read_bytes())
+    (folder / "tokenizer_config.json").write_text(json.dumps({"extra_ids": 7}))
+    register_asr("by_file", manifests={"train": manifest}, vocabulary=task_vocabulary)
+    register_asr("by_folder", manifests={"train": manifest}, vocabulary=folder)
+    # Again, as every command does.
+    register_asr("by_folder", manifests={"train": manifest}, vocabulary=folder)
+    file, of_folder = (
+        seqio.get_mixture_or_task(name).output_features["inputs"].vocabulary
+        for name in ("by_file", "by_folder")
+    )
+    assert of_folder.encode("the quick fox") == file.encode("the quick fox")
+    assert of_folder.vocab_size == file.vocab_size + 7
+    with pytest.raises(UserError, match="has no vocabulary"):
+        register_asr("by_nothing", manifests={"train": manifest}, vocabulary=tmp_path)
+
+
 def test_translation_asks_in_the_name_of_the_language(manifest, task_vocabulary):
     register_ast("de", manifests={"train": manifest}, vocabulary=task_vocabulary, target_language="de")
     assert all("German" in prompt and target == "der Fuchs" for prompt, target in texts("de"))
