@@ -2,15 +2,18 @@
 
     python benchmarks/conversion.py --work runs/conversion --models t5:large whisper:large_v3
 
-Writes each checkpoint as transformers would (float32, shards of a gigabyte), converts it in a process of its
-own, and restores it onto 8 virtual devices in another one. Prints a row for each, and removes what it wrote.
+Writes each checkpoint as transformers would (float32, shards of a gigabyte), converts it and restores it
+onto 8 virtual devices, each in a process of its own. Prints a row for each, and removes what it wrote.
+
+The process that starts the others stays small: Linux counts to the peak memory of a process what its parent
+held when it was started.
 """
 
 import argparse
 import json
 import math
 import os
-import resource
+import re
 import shutil
 import subprocess
 import sys
@@ -21,6 +24,7 @@ from typing import Any
 import numpy as np
 
 SHARD_BYTES = 1 << 30
+SOURCE, TARGET = "hf", "converted"
 SLM = "import sys; from slm_jax.cli.main import main; sys.exit(main())"
 FAMILIES = {
     "t5": "t5", "whisper": "whisper", "wav2vec2": "wav2vec2", "gemma3n": "gemma3n", "w2v_bert": "w2v_bert",
@@ -40,10 +44,13 @@ def main() -> None:
     parser.add_argument(
         "--mesh", type=int, nargs=3, default=[1, 8, 1], help="data, fsdp and tensor of the restore"
     )
-    parser.add_argument("--restore", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--step", choices=("generate", "restore"), help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.restore:
-        restore(args.restore, args.mesh)
+    if args.step == "generate":
+        print(generate(args.work / SOURCE, args.models[0]))
+        return
+    if args.step == "restore":
+        print(restore(args.work / TARGET, args.mesh))
         return
     print(
         "| checkpoint | parameters | read | written | largest array | seconds | peak memory | restore reads |"
@@ -54,36 +61,43 @@ def main() -> None:
 
 
 def row(args: argparse.Namespace, model: str) -> None:
-    source, target = args.work / "hf", args.work / "converted"
+    source, target = args.work / SOURCE, args.work / TARGET
     for folder in (source, target):
         shutil.rmtree(folder, ignore_errors=True)
-    count = generate(source, model)
+    count = step("generate", args, model)
     command = [sys.executable, "-c", SLM, "convert", "--from", source, "--to", target]
     started = time.monotonic()
-    subprocess.run(
-        [*command, *(["--dtype", args.dtype] if args.dtype else [])], check=True, capture_output=True
-    )
+    told = subprocess.run(
+        [*command, *(["--dtype", args.dtype] if args.dtype else [])],
+        check=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+    ).stderr  # fmt: skip
     seconds = time.monotonic() - started
-    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
+    # Its own word: the usage of a parent's children is the largest of all that it ever had.
+    (peak,) = re.findall(r"^peak memory ([\d.]+) GB$", told, re.MULTILINE)
     record = json.loads((target / "foundation.json").read_text())
     sizes = [
         math.prod(shape) * (2 if dtype == "bfloat16" else 4) for shape, dtype in record["parameters"].values()
     ]
     stored = disk(target / "params")
-    environment = os.environ | {"JAX_NUM_CPU_DEVICES": "8", "NPROC": "16", "JAX_PLATFORMS": "cpu"}
-    restored = subprocess.run(
-        [sys.executable, __file__, "--work", args.work, "--models", model, "--restore", target,
-         "--mesh", *map(str, args.mesh)],
-        env=environment, check=True, capture_output=True, text=True,
-    )  # fmt: skip
-    read = json.loads(restored.stdout.splitlines()[-1])["bytes_read"]
+    read = step("restore", args, model)
     print(
         f"| {model} | {count / 1e9:.3f}B | {disk(source) / 1e9:.2f} GB | {stored / 1e9:.2f} GB "
-        f"| {max(sizes) / 1e9:.2f} GB | {seconds:.0f} | {peak / 1e9:.2f} GB | {read / stored:.3f} x |",
+        f"| {max(sizes) / 1e9:.2f} GB | {seconds:.0f} | {peak} GB | {read / stored:.3f} x |",
         flush=True,
     )
     for folder in (source, target):
         shutil.rmtree(folder)
+
+
+def step(name: str, args: argparse.Namespace, model: str) -> int:
+    """Runs `generate` or `restore` in a process of its own; returns the number that it prints."""
+    words = ["--work", args.work, "--models", model, "--mesh", *map(str, args.mesh), "--step", name]
+    environment = os.environ | {"JAX_NUM_CPU_DEVICES": "8", "NPROC": "16", "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(
+        [sys.executable, __file__, *words],
+        env=environment, check=True, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    return int(done.stdout.splitlines()[-1])
 
 
 def generate(directory: Path, model: str) -> int:
@@ -122,8 +136,8 @@ def described(model: str) -> tuple[Any, Any]:
     return importlib.import_module(f"slm_jax.checkpoints.families.{FAMILIES[name]}").FAMILY, config
 
 
-def restore(directory: Path, mesh_shape: list[int]) -> None:
-    """Restores onto the mesh as a run does, and prints the bytes that were read."""
+def restore(directory: Path, mesh_shape: list[int]) -> int:
+    """Restores onto the mesh as a run does; returns the bytes that were read."""
     import flax.linen as nn
     import jax
     import tensorstore
@@ -143,7 +157,8 @@ def restore(directory: Path, mesh_shape: list[int]) -> None:
         samples = 4 * network.samples_per_frame
         inputs = [np.zeros((1, 1, samples), np.int16), np.array([[[[1, 0, samples]]]], np.int32)]
     boxed = jax.eval_shape(network.init, jax.random.key(0), *inputs)["params"]
-    places = named_shardings(boxed, make_mesh(*mesh_shape))
+    data, fsdp, tensor = mesh_shape
+    places = named_shardings(boxed, make_mesh(data, fsdp, tensor))
     abstract = jax.tree.map(
         lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
         nn.unbox(boxed),
@@ -151,7 +166,7 @@ def restore(directory: Path, mesh_shape: list[int]) -> None:
     )
     jax.block_until_ready(load_foundation(directory, record.kind, abstract))
     (metric,) = tensorstore.experimental_collect_matching_metrics("/tensorstore/kvstore/file/bytes_read")
-    print(json.dumps({"bytes_read": metric["values"][0]["value"]}))
+    return metric["values"][0]["value"]
 
 
 def disk(folder: Path) -> int:

@@ -4,18 +4,31 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import soundfile
 import soxr
+from published import tensors_of, write_checkpoint
+
+from slm_jax.checkpoints.families import gemma3n, t5, w2v_bert, wav2vec2, whisper
+from slm_jax.models import conformer
+from slm_jax.models.t5 import T5Config
+from slm_jax.models.wav2vec2 import Wav2Vec2Config
+from slm_jax.models.whisper import WhisperConfig
 
 ROOT = Path(__file__).parent.parent.parent
-DOCUMENTS = ["README.md", "CONTRIBUTING.md", *(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
+DOCUMENTS = [
+    "README.md",
+    "CONTRIBUTING.md",
+    *(path.relative_to(ROOT).as_posix() for path in sorted((ROOT / "docs").rglob("*.md"))),
+]
 SLM = str(Path(sys.executable).with_name("slm"))
 
 
@@ -99,6 +112,15 @@ def probed(folder: Path, output: str) -> None:
 def scored(folder: Path, output: str) -> None:
     assert re.search(r"^my_asr wer \d+\.\d\d$", output, re.MULTILINE), output
     assert re.search(r"^my_ast_de bleu \d+\.\d\d$", output, re.MULTILINE), output
+
+
+def brought_in(directory: str, kind: str) -> Callable[[Path, str], None]:
+    def check(folder: Path, output: str) -> None:
+        where, found, fingerprint = output.split()
+        assert Path(where) == folder / directory and found == kind
+        assert json.loads((folder / directory / "foundation.json").read_text())["fingerprint"] == fingerprint
+
+    return check
 
 
 # As `slm quickstart --steps 2` does, so that what it compiled is read back from the cache.
@@ -235,7 +257,74 @@ EXERCISES = [
         "",
         wrote("runs/corpus/train.jsonl", "runs/corpus/vocabularies/text.model"),
     ),
+    Exercise(
+        ".venv/bin/slm convert --from downloads/mt0-large --to converted/mt0-large",
+        "",
+        brought_in("converted/mt0-large", "t5"),
+    ),
+    Exercise(
+        ".venv/bin/slm convert --from downloads/w2v-bert-2.0 --to converted/w2v-bert-2.0",
+        "",
+        brought_in("converted/w2v-bert-2.0", "conformer"),
+    ),
+    Exercise(
+        ".venv/bin/slm train --gin_file joined.gin",
+        f"{TWO_STEPS} {FEW_TOKENS} --gin.BATCH_SIZE=2 --gin.adapters.AdapterConfig.dim=64"
+        " --gin.adapters.AdapterConfig.mlp_dim=64 --gin.run.EvaluationConfig.batch_size=2",
+        wrote("runs/joined/checkpoints/2"),
+    ),
+    Exercise(
+        ".venv/bin/slm convert --from converted/mt0-large --to_hf runs/mt0-large-hf",
+        "",
+        wrote("runs/mt0-large-hf/config.json", "runs/mt0-large-hf/spiece.model"),
+    ),
+    Exercise(
+        ".venv/bin/python benchmarks/conversion.py --work runs/conversion --models t5:large",
+        "--models t5:tiny",
+        says(r"(?m)^\| t5:tiny \| 0\.00\dB \|.* \| \d+ \| \d\.\d\d GB \| \d\.\d{3} x \|$"),
+    ),
+    Exercise(
+        ".venv/bin/slm convert --from downloads/t5x/mt5_large --to converted/mt5-large",
+        "",
+        brought_in("converted/mt5-large", "t5"),
+    ),
+    Exercise(
+        ".venv/bin/slm convert --from downloads/gemma-3n-E2B-it --to converted/gemma-3n-audio",
+        "",
+        brought_in("converted/gemma-3n-audio", "conformer"),
+    ),
+    Exercise(
+        ".venv/bin/slm convert --from downloads/whisper-large-v3 --to converted/whisper-large-v3",
+        "",
+        brought_in("converted/whisper-large-v3", "whisper"),
+    ),
+    Exercise(
+        ".venv/bin/slm convert --from downloads/hubert-large-ll60k --to converted/hubert-large",
+        "",
+        brought_in("converted/hubert-large", "wav2vec2"),
+    ),
 ]
+# What lies below `downloads/` here: the published ones' families, with sizes that all differ.
+PUBLISHED: dict[str, tuple[Any, Any]] = {
+    "mt0-large": (
+        t5.FAMILY,
+        T5Config(vocab_size=1024, emb_dim=40, num_heads=3, head_dim=8, mlp_dim=56, encoder_layers=2,
+                 decoder_layers=1),
+    ),
+    "w2v-bert-2.0": (w2v_bert.FAMILY, conformer.preset("w2v_bert", layers=2, dim=24, heads=3, ffn_dim=40)),
+    "gemma-3n-E2B-it": (
+        gemma3n.FAMILY,
+        conformer.preset("gemma3n", layers=2, dim=24, heads=3, subsampling_channels=(8, 4)),
+    ),
+    "whisper-large-v3": (
+        whisper.FAMILY,
+        WhisperConfig(mel_bins=16, layers=2, dim=24, heads=3, mlp_dim=40, positions=250),
+    ),
+    "hubert-large-ll60k": (
+        wav2vec2.FAMILY,
+        Wav2Vec2Config(layers=2, dim=24, heads=3, mlp_dim=40, position_kernel=16, position_groups=4),
+    ),
+}  # fmt: skip
 # What make does itself is read from `make --dry-run`; CI runs these as they are.
 MADE = {
     "make quickstart": ["slm quickstart --run_dir runs/quickstart"],
@@ -298,10 +387,23 @@ def own_data(folder: Path) -> None:
         ("README.md", "mine.gin", "gin"),
         ("docs/quickstart.md", "slots.gin", "gin"),
         ("docs/export.md", "serve.py", "python"),
+        ("docs/models.md", "joined.gin", "gin"),
     ):
         pattern = rf"^```{language}\n(# {re.escape(name)}\n.*?)^```"
         (block,) = re.findall(pattern, (ROOT / page).read_text(), re.DOTALL | re.MULTILINE)
         (folder / name).write_text(block)
+
+
+def downloads(folder: Path) -> None:
+    """Lays what a reader downloads: random weights of small configurations, as they are published."""
+    for name, (family, config) in PUBLISHED.items():
+        place = folder / "downloads" / name
+        write_checkpoint(place, tensors_of(family, config, scale=0.1), family.hf_config(config))
+    vocabulary = folder / "runs/demo/corpus/vocabularies/text.model"
+    shutil.copyfile(vocabulary, folder / "downloads/mt0-large/spiece.model")
+    with tarfile.open(ROOT / "tests/checkpoints/data/t5x/t5_legacy.tar.gz") as archive:
+        archive.extractall(folder / "downloads/t5x", filter="data")
+    (folder / "downloads/t5x/t5_legacy").rename(folder / "downloads/t5x/mt5_large")
 
 
 def test_the_documented_commands_work_as_written(tmp_path):
@@ -310,6 +412,7 @@ def test_the_documented_commands_work_as_written(tmp_path):
     summary = json.loads((tmp_path / "runs/quickstart/summary.json").read_text())
     assert summary["tasks"] and summary["seconds"]
     own_data(tmp_path)
+    downloads(tmp_path)
     for exercise in EXERCISES:
         output = run(tmp_path, f"{exercise.command} {exercise.smaller}", exercise.devices)
         exercise.check(tmp_path, output)
