@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import os
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +19,9 @@ from slm_jax.checkpoints.families.mapping import Layout, Piece
 from slm_jax.checkpoints.fingerprints import StreamedFingerprint
 from slm_jax.checkpoints.foundation import FoundationRecord, architecture, save_foundation_streamed
 from slm_jax.checkpoints.parameters import ParameterTable, parameter_table
+from slm_jax.checkpoints.provenance import package_versions
 from slm_jax.checkpoints.sources.base import TensorInfo, TensorSource
-from slm_jax.checkpoints.sources.huggingface import HuggingFaceSource
+from slm_jax.checkpoints.sources.huggingface import CONFIG_FILE, HuggingFaceSource
 from slm_jax.checkpoints.sources.t5x import T5XSource, find_t5x
 from slm_jax.checkpoints.streaming import StreamedArray
 from slm_jax.errors import UserError, nearest
@@ -27,7 +29,8 @@ from slm_jax.models.networks import boxed_params
 from slm_jax.models.quantization import SCALE, quantized, rounded
 
 # int8 is of matrices; what else there is stays in the checkpoint's dtype.
-DTYPES = ("float32", "bfloat16", "int8")
+FLOATING = ("float32", "bfloat16")
+DTYPES = (*FLOATING, "int8")
 # What a tensor that is not stacked may have before it is read in slabs.
 _SLAB_BYTES = 256 << 20
 # No size in a configuration is above the largest dim of the checkpoint's tensors, or this.
@@ -46,12 +49,27 @@ def open_source(directory: str | Path) -> TensorSource:
     Raises:
       UserError: it holds neither, or a damaged one.
     """
-    return T5XSource(directory) if find_t5x(directory) else HuggingFaceSource(directory)
+    directory = Path(directory)
+    try:
+        # A folder of transformers may hold a file called `checkpoint` too, of TensorFlow's.
+        if not (directory / CONFIG_FILE).is_file() and find_t5x(directory):
+            return T5XSource(directory)
+        return HuggingFaceSource(directory)
+    except OSError as error:
+        raise UserError(f"{directory} cannot be read: {error.strerror or error}") from error
 
 
 def companions(directory: str | Path) -> list[Path]:
-    """Returns the files beside a checkpoint that belong to its tokenizer and its feature extractor."""
-    return [path for name in _COMPANIONS if (path := Path(directory) / name).is_file()]
+    """Returns the files beside a checkpoint that belong to its tokenizer and its feature extractor.
+
+    Raises:
+      UserError: one of them cannot be read.
+    """
+    found = [path for name in _COMPANIONS if (path := Path(directory) / name).is_file()]
+    for path in found:
+        if not os.access(path, os.R_OK):
+            raise UserError(f"{path} cannot be read: permission denied")
+    return found
 
 
 @dataclass(frozen=True)
@@ -117,7 +135,10 @@ def plan_conversion(source: TensorSource, dtype: str | None = None) -> Plan:
     if dtype is not None and dtype not in DTYPES:
         raise UserError(f"--dtype is {dtype!r}{nearest(dtype, DTYPES)}")
     family = family_of(source.config, source.where)
-    config = family.config_of(source.config, source.tensors)
+    try:
+        config = family.config_of(source.config, source.tensors)
+    except UserError as error:
+        raise UserError(f"{source.where}: {error}") from error
     _check_sizes(config, source)
     try:
         boxed = boxed_params(config)
@@ -135,18 +156,17 @@ def plan_conversion(source: TensorSource, dtype: str | None = None) -> Plan:
     used = {piece.source for found in pieces.values() for piece in found}
     _check_used(source, used, pieces)
     unused = _unused(source, family, used)
+    common = _common_dtype(source, used, mixed=dtype in FLOATING)
     if dtype == "int8":
         small = parameter_table(nn.unbox(jax.eval_shape(quantized, boxed)))
-        floating = _common_dtype(source, used)
         table: ParameterTable = {
-            name: (shape, floating if name in shapes and kind != "int8" else kind)
+            name: (shape, common if name in shapes and kind != "int8" else kind)
             for name, (shape, kind) in small.items()
         }
         # A scale is made of the same tensors as its matrix.
         pieces |= {name: pieces[name.removesuffix(SCALE)] for name in table if name not in pieces}
     else:
-        written = dtype or _common_dtype(source, used)
-        table = {name: (shape, written) for name, shape in shapes.items()}
+        table = {name: (shape, dtype or common) for name, shape in shapes.items()}
     return Plan(source, family, config, table, pieces, unused)
 
 
@@ -183,8 +203,10 @@ def convert(
     }
     _check_copies(plan)
     origin = {
+        "where": plan.source.where,
         "config": dict(plan.source.config),
-        "unused_tensors": len(plan.unused),
+        "unused_tensors": plan.unused,
+        "packages": package_versions(),
         **dict(provenance or {}),
     }
     return save_foundation_streamed(
@@ -214,6 +236,7 @@ class _Parts:
     plan: Plan
     name: str
     tile: tuple[int, ...]
+    read_before: dict[tuple[str, int], np.ndarray] = dataclasses.field(default_factory=dict)
 
     def __call__(self) -> Iterator[tuple[tuple[int, ...], np.ndarray]]:
         shape, dtype = self.plan.table[self.name]
@@ -269,13 +292,27 @@ class _Parts:
     def _read(self, piece: Piece, rows: slice | None = None) -> np.ndarray:
         index: tuple[int | slice, ...] = () if rows is None else (rows,)
         if piece.select is not None:
-            axis, number = piece.select
-            index = (*(slice(None) for _ in range(axis)), number)
-        values = self.plan.source.read(piece.source, index)
+            return self._selected(piece, *piece.select)
+        return self._checked(piece.source, index)
+
+    def _selected(self, piece: Piece, axis: int, number: int) -> np.ndarray:
+        """Returns one layer of a tensor of theirs that holds many; several of them are read at a time."""
+        info = self.plan.source.tensors[piece.source]
+        layer_bytes = math.prod(info.shape) * info.dtype.itemsize // max(1, info.shape[axis])
+        count = max(1, _SLAB_BYTES // max(1, layer_bytes))
+        first = number - number % count
+        key = (piece.source, first)
+        if key not in self.read_before:
+            self.read_before.clear()
+            layers = slice(first, min(first + count, info.shape[axis]))
+            index = (*(slice(None) for _ in range(axis)), layers)
+            self.read_before[key] = self._checked(piece.source, index)
+        return self.read_before[key].take(number - first, axis=axis)
+
+    def _checked(self, name: str, index: tuple[int | slice, ...]) -> np.ndarray:
+        values = self.plan.source.read(name, index)
         if not np.isfinite(values).all():
-            raise UserError(
-                f"{self.plan.source.where}: tensor {piece.source} holds values that are no numbers"
-            )
+            raise UserError(f"{self.plan.source.where}: tensor {name} holds values that are no numbers")
         return values
 
 
@@ -384,7 +421,8 @@ def _check_copies(plan: Plan) -> None:
             )
 
 
-def _common_dtype(source: TensorSource, used: set[str]) -> str:
+def _common_dtype(source: TensorSource, used: set[str], mixed: bool) -> str:
+    """Returns the dtype of the tensors that are used; where they may be `mixed`, one of those."""
     infos: dict[str, TensorInfo] = {name: source.tensors[name] for name in sorted(used)}
     found: dict[str, str] = {}
     for name, info in infos.items():
@@ -393,10 +431,10 @@ def _common_dtype(source: TensorSource, used: set[str]) -> str:
                 f"{source.where}: tensor {name} has dtype {info.dtype.name}, expected floating ones"
             )
         found.setdefault(info.dtype.name, name)
-    if len(found) > 1:
+    if len(found) > 1 and not mixed:
         examples = " and ".join(f"{dtype} ({name})" for dtype, name in sorted(found.items()))
         raise UserError(f"{source.where} mixes dtypes: {examples}; say by --dtype which one is to be written")
-    (dtype,) = found
+    dtype = min(found)
     return "float32" if dtype == "float64" else dtype
 
 

@@ -37,8 +37,7 @@ def fingerprint(tree: Any) -> str:
         {name: (tuple(leaf.shape), np.dtype(leaf.dtype).name) for name, leaf in leaves.items()}
     )
     for name, leaf in leaves.items():
-        for start, data in _own_parts(leaf, streamed.tile(name)):
-            streamed.add(name, start, data)
+        streamed.add_array(name, leaf)
     return streamed.result()
 
 
@@ -62,6 +61,11 @@ class StreamedFingerprint:
         """Adds the part of the array `name` that begins at index `start`; every part once, in any order."""
         base = hashlib.blake2b(self._headers[name].encode(), digest_size=_DIGEST_BYTES)
         self._total += _sum_of_tiles(base, start, data, self.tile(name))
+
+    def add_array(self, name: str, leaf: Any) -> None:
+        """Adds a whole array, a numpy or a jax array of any sharding; all processes call this together."""
+        for start, data in _own_parts(leaf, self.tile(name)):
+            self.add(name, start, data)
 
     def result(self) -> str:
         """Returns 32 hexadecimal digits: those of `fingerprint` for the same arrays."""

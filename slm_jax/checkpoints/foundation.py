@@ -1,12 +1,9 @@
 """Foundation models on disk: saved once, referenced by runs, never copied."""
 
-import contextlib
 import dataclasses
-import fcntl
 import json
 import math
 import shutil
-import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +14,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.typing import DTypeLike
 
-from slm_jax.checkpoints.fingerprints import fingerprint
+from slm_jax.checkpoints.directories import barrier, first_line, new_directory, put_in_place
+from slm_jax.checkpoints.fingerprints import StreamedFingerprint, fingerprint
 from slm_jax.checkpoints.parameters import (
     ParameterTable,
     check_parameters,
@@ -30,15 +28,19 @@ from slm_jax.checkpoints.safetensors import flatten, load_safetensors, save_safe
 from slm_jax.checkpoints.streaming import StreamedArray, save_streamed
 from slm_jax.errors import UserError, nearest
 from slm_jax.models.encoders import ENCODERS
-from slm_jax.models.quantization import is_quantized, is_scale, quantized_like, unquantized_shapes
+from slm_jax.models.quantization import (
+    SCALE,
+    is_quantized,
+    is_scale,
+    rounded_on_device,
+    unquantized_shapes,
+)
 from slm_jax.models.t5 import T5Config
 
 RECORD_FILE = "foundation.json"
 PARAMS_FOLDER = "params"
 PARAMS_FILE = "params.safetensors"
 FORMATS = ("orbax", "safetensors")
-# Held by the process that writes a folder which is not in place yet.
-_LOCK_FILE = ".writing"
 # Fields of a model's configuration that do not change what its parameters mean.
 _RUN_TIME_FIELDS = {
     "dropout", "dtype", "remat", "scan", "scan_unroll", "loss_chunk", "relative_bias_init_std",
@@ -101,14 +103,14 @@ def save_foundation(
         parameter_table(params),
         _plain(provenance or {}),
     )
-    with _put_in_place(directory, kind) as partial:
+    with put_in_place(directory, f"{kind} model") as partial:
         if format == "orbax":
             with ocp.StandardCheckpointer() as checkpointer:
                 checkpointer.save(partial / PARAMS_FOLDER, params)
                 checkpointer.wait_until_finished()
         elif jax.process_index() == 0:
             save_safetensors(partial / PARAMS_FILE, params, {"kind": kind, "fingerprint": record.fingerprint})
-        _barrier("foundation parameters")
+        barrier("foundation parameters")
         _write_record(partial, record, files)
     return record
 
@@ -138,12 +140,8 @@ def save_foundation_streamed(
     """
     directory = new_directory(directory)
     table = {name: (tuple(array.shape), array.dtype.name) for name, array in arrays.items()}
-    with _put_in_place(directory, kind) as partial:
-        needed = sum(math.prod(shape) * np.dtype(dtype).itemsize for shape, dtype in table.values())
-        if needed > (free := shutil.disk_usage(partial).free):
-            raise UserError(
-                f"{directory.parent} has {free / 1e9:.2f} GB free, expected {needed / 1e9:.2f} for it"
-            )
+    needed = sum(math.prod(shape) * np.dtype(dtype).itemsize for shape, dtype in table.values())
+    with put_in_place(directory, f"{kind} model", needed) as partial:
         save_streamed(partial / PARAMS_FOLDER, unflatten(arrays), written)
         record = FoundationRecord(
             directory, kind, _plain(config), fingerprint(), table, _plain(provenance or {})
@@ -177,7 +175,7 @@ def read_foundation(directory: str | Path) -> FoundationRecord:
             record.get("provenance", {}),
         )
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is damaged: {_first_line(error)}") from error
+        raise UserError(f"{path} is damaged: {first_line(error)}") from error
 
 
 def load_foundation(
@@ -219,15 +217,10 @@ def load_foundation(
     rounding = is_quantized(abstract) and not int8_on_disk
     stored = unquantized_shapes(abstract) if rounding else abstract
     check_parameters(record.parameters, parameter_table(stored), str(record.directory), check_dtype=False)
-    params = _read(record, stored)
-    found = fingerprint(params)
-    if found != record.fingerprint:
-        raise UserError(
-            f"{record.directory} is damaged: its parameters have fingerprint {found}, "
-            f"{RECORD_FILE} says {record.fingerprint}"
-        )
     if rounding:
-        return quantized_like(params, abstract, dtype)
+        return _read_rounded(record, abstract, stored, dtype)
+    params = _read(record, stored)
+    _check_fingerprint(record, fingerprint(params))
     return params if dtype is None else _cast(params, dtype)
 
 
@@ -250,7 +243,7 @@ def config_of(record: FoundationRecord) -> Any:
     try:
         return _with_fields(classes[record.kind](), record.config)
     except TypeError as error:
-        raise UserError(f"{record.directory / RECORD_FILE}: {_first_line(error)}") from error
+        raise UserError(f"{record.directory / RECORD_FILE}: {first_line(error)}") from error
 
 
 def saved_config(directory: str | Path, **overrides: Any) -> Any:
@@ -290,78 +283,77 @@ def converted(params: Any, dtype: DTypeLike | None) -> Any:
 
 def _read(record: FoundationRecord, abstract: Any) -> Any:
     """Returns the parameters as they are on disk, on the devices that `abstract` names."""
+    if (record.directory / PARAMS_FILE).is_file():
+        leaves = dict(_leaves(record, abstract))
+        return jax.tree_util.tree_map_with_path(lambda path, _: leaves[_name(path)], abstract)
+    return _restored(record, abstract)
+
+
+def _read_rounded(record: FoundationRecord, abstract: Any, stored: Any, dtype: DTypeLike | None) -> Any:
+    """Returns the parameters with int8 matrices where `abstract` has them.
+
+    One parameter at a time is read and rounded: what fits as int8 need not fit as floats.
+    """
+    found: dict[str, jax.Array] = {}
+    places = flatten(abstract)
+    streamed = StreamedFingerprint(record.parameters)
+    for name, leaf in _leaves(record, stored):
+        streamed.add_array(name, leaf)
+        if name + SCALE in places:
+            found[name], found[name + SCALE] = rounded_on_device(leaf, places[name], places[name + SCALE])
+            leaf.delete()
+        else:
+            found[name] = leaf if dtype is None else leaf.astype(dtype)
+    _check_fingerprint(record, streamed.result())
+    return jax.tree_util.tree_map_with_path(lambda path, _: found[_name(path)], abstract)
+
+
+def _leaves(record: FoundationRecord, abstract: Any) -> Iterator[tuple[str, jax.Array]]:
+    """Gives the parameters by name, one after the other."""
+    places = flatten(_with_shardings(abstract))
     file = record.directory / PARAMS_FILE
-    if file.is_file():
-        # The table was found to be that of `abstract`, so the order of the leaves is the same.
-        leaves = jax.tree.leaves(load_safetensors(file))
-        treedef, places = jax.tree.structure(abstract), jax.tree.leaves(_with_shardings(abstract))
-        if len(leaves) != len(places):
-            raise UserError(f"{record.directory} is damaged: {PARAMS_FILE} has {len(leaves)} parameters")
-        placed = [jax.device_put(leaf, place.sharding) for leaf, place in zip(leaves, places, strict=True)]
-        return jax.tree.unflatten(treedef, placed)
+    if not file.is_file():
+        for name, place in places.items():
+            yield name, flatten(_restored(record, unflatten({name: place})))[name]
+        return
+    # What is on disk has no shardings, so it is placed leaf by leaf.
+    leaves = flatten(load_safetensors(file))
+    if leaves.keys() != places.keys():
+        raise UserError(f"{record.directory} is damaged: {PARAMS_FILE} has {len(leaves)} parameters")
+    for name, place in places.items():
+        yield name, jax.device_put(leaves[name], place.sharding)
+
+
+def _restored(record: FoundationRecord, abstract: Any) -> Any:
+    """Returns what Orbax holds of the parameters that `abstract` names, in the dtype on disk."""
     stored = jax.tree_util.tree_map_with_path(
         lambda path, leaf: jax.ShapeDtypeStruct(
-            leaf.shape,
-            np.dtype(record.parameters[jax.tree_util.keystr(path, simple=True, separator="/")][1]),
-            sharding=leaf.sharding,
+            leaf.shape, np.dtype(record.parameters[_name(path)][1]), sharding=leaf.sharding
         ),
-        abstract,
+        _with_shardings(abstract),
+    )
+    arguments = ocp.args.PyTreeRestore(
+        item=stored,
+        restore_args=ocp.checkpoint_utils.construct_restore_args(stored),
+        partial_restore=True,
     )
     try:
-        with ocp.StandardCheckpointer() as checkpointer:
-            return checkpointer.restore(record.directory / PARAMS_FOLDER, _with_shardings(stored))
+        with ocp.PyTreeCheckpointer() as checkpointer:
+            return checkpointer.restore(record.directory / PARAMS_FOLDER, args=arguments)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{record.directory} is damaged: {_first_line(error)}") from error
+        raise UserError(f"{record.directory} is damaged: {first_line(error)}") from error
 
 
-def new_directory(directory: str | Path) -> Path:
-    """Returns the absolute path of a directory that is not there, or is empty.
-
-    Raises:
-      UserError: it holds something.
-    """
-    directory = Path(directory).absolute()
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        raise UserError(f"{directory} exists and is not an empty directory; a model is never overwritten")
-    return directory
+def _check_fingerprint(record: FoundationRecord, found: str) -> None:
+    if found != record.fingerprint:
+        raise UserError(
+            f"{record.directory} is damaged: its parameters have fingerprint {found}, "
+            f"{RECORD_FILE} says {record.fingerprint}"
+        )
 
 
-@contextlib.contextmanager
-def _put_in_place(directory: Path, kind: str) -> Iterator[Path]:
-    """Gives a folder to write into, which takes the directory's name when all is written, or goes."""
-    partial = directory.with_name(f".{directory.name}.partial-{_shared_suffix()}")
-    lock = None
-    try:
-        if jax.process_index() == 0:
-            _remove_abandoned(directory)
-            partial.mkdir(parents=True)
-            lock = (partial / _LOCK_FILE).open("w")
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        _barrier("foundation folder")
-        yield partial
-        if jax.process_index() == 0:
-            (partial / _LOCK_FILE).unlink()
-            if directory.exists():
-                directory.rmdir()
-            partial.rename(directory)
-        _barrier("foundation in place")
-    except BaseException as error:
-        if jax.process_index() == 0:
-            shutil.rmtree(partial, ignore_errors=True)
-        if isinstance(error, (OSError, ValueError)):
-            raise UserError(f"cannot save the {kind} model to {directory}: {_first_line(error)}") from error
-        raise
-    finally:
-        if lock is not None:
-            lock.close()
-
-
-def _remove_abandoned(directory: Path) -> None:
-    """Removes what a killed process left unfinished beside the directory; a living one holds its lock."""
-    for partial in directory.parent.glob(f".{directory.name}.partial-*"):
-        with contextlib.suppress(OSError), (partial / _LOCK_FILE).open() as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(partial, ignore_errors=True)
+def _name(path: Any) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def _write_record(partial: Path, record: FoundationRecord, files: Iterable[str | Path]) -> None:
@@ -419,9 +411,8 @@ def _cast(params: Any, dtype: DTypeLike) -> Any:
     names = flatten(params)
 
     def cast(path: Any, leaf: jax.Array) -> jax.Array:
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
         floating = jax.numpy.issubdtype(leaf.dtype, jax.numpy.floating)
-        if not floating or leaf.dtype == np.dtype(dtype) or is_scale(name, names):
+        if not floating or leaf.dtype == np.dtype(dtype) or is_scale(_name(path), names):
             return leaf
         # One array at a time: never is the whole model held in both dtypes.
         smaller = leaf.astype(dtype)
@@ -433,24 +424,3 @@ def _cast(params: Any, dtype: DTypeLike) -> Any:
 
 def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
     return json.loads(json.dumps(dict(config)))
-
-
-def _shared_suffix() -> str:
-    if jax.process_count() == 1:
-        return uuid.uuid4().hex[:8]
-    # Every process must write below the same folder.
-    from jax.experimental import multihost_utils
-
-    seed = np.frombuffer(uuid.uuid4().bytes[:4], np.uint32)
-    return f"{int(multihost_utils.broadcast_one_to_all(seed)[0]):08x}"
-
-
-def _barrier(name: str) -> None:
-    if jax.process_count() > 1:
-        from jax.experimental import multihost_utils
-
-        multihost_utils.sync_global_devices(name)
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().split("\n")[0][:300] or type(error).__name__

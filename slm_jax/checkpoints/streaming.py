@@ -59,6 +59,9 @@ def save_streamed(
     handler = ocp.PyTreeCheckpointHandler(use_ocdbt=True, type_handler_registry=registry)
     with ocp.Checkpointer(handler) as checkpointer:
         checkpointer.save(Path(directory).absolute(), args=ocp.args.PyTreeSave(dict(tree)))
+    # Orbax joins what each process wrote, and is silent where it finds nothing to join.
+    if not (Path(directory) / "manifest.ocdbt").is_file():
+        raise ValueError("Orbax has not completed the checkpoint")
 
 
 def chunk_shape(

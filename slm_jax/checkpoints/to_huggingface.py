@@ -1,8 +1,8 @@
 """Foundation models written back as transformers loads them: `config.json` and safetensors files."""
 
 import json
+import math
 import shutil
-import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,20 +12,17 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from slm_jax.checkpoints.conversion import companions
+from slm_jax.checkpoints.directories import first_line, new_directory, put_in_place
 from slm_jax.checkpoints.families import FAMILIES
 from slm_jax.checkpoints.families.base import Family
 from slm_jax.checkpoints.families.mapping import Piece
 from slm_jax.checkpoints.fingerprints import StreamedFingerprint
-from slm_jax.checkpoints.foundation import (
-    PARAMS_FILE,
-    PARAMS_FOLDER,
-    FoundationRecord,
-    config_of,
-    new_directory,
-)
+from slm_jax.checkpoints.foundation import PARAMS_FILE, PARAMS_FOLDER, FoundationRecord, config_of
+from slm_jax.checkpoints.parameters import check_parameters, parameter_table
 from slm_jax.checkpoints.safetensors import flatten, load_safetensors, unflatten
 from slm_jax.checkpoints.sources.huggingface import CONFIG_FILE, INDEX_FILE, WEIGHTS_FILE
 from slm_jax.errors import UserError
+from slm_jax.models.networks import abstract_params
 
 _SHARD_BYTES = 1 << 30
 _WRITTEN_DTYPES = ("float32", "bfloat16", "float16")
@@ -47,27 +44,21 @@ def convert_to_huggingface(
     """
     directory = new_directory(directory)
     family, config = _family(record), config_of(record)
-    (dtype, *more) = sorted({dtype for _, dtype in record.parameters.values()})
+    (dtype, *more) = sorted({dtype for _, dtype in record.parameters.values()}) or ["nothing"]
     if more or dtype not in _WRITTEN_DTYPES:
         raise UserError(
             f"{record.directory} holds parameters of {', '.join([dtype, *more])}, and transformers is given "
-            f"those of one dtype out of {', '.join(_WRITTEN_DTYPES)}"
+            f"those of one dtype out of {', '.join(_WRITTEN_DTYPES)}; convert the published one without int8"
         )
-    partial = directory.with_name(f".{directory.name}.partial-{uuid.uuid4().hex[:8]}")
-    try:
-        partial.mkdir(parents=True)
+    expected = parameter_table(abstract_params(config))
+    check_parameters(record.parameters, expected, str(record.directory), check_dtype=False)
+    needed = sum(math.prod(shape) * np.dtype(kind).itemsize for shape, kind in record.parameters.values())
+    with put_in_place(directory, "checkpoint of transformers", needed) as partial:
         _write_tensors(partial, record, family.hf_pieces(config), written)
         text = json.dumps(_described(record, family.hf_config(config), dtype), indent=2, sort_keys=True)
         (partial / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
         for file in companions(record.directory):
             shutil.copyfile(file, partial / file.name)
-        if directory.exists():
-            directory.rmdir()
-        partial.rename(directory)
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot write {directory}: {str(error).splitlines()[0]}") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _family(record: FoundationRecord) -> Family:
@@ -164,7 +155,5 @@ def _parameters(record: FoundationRecord) -> Iterator[tuple[str, np.ndarray]]:
                 args = ocp.args.PyTreeRestore(item=abstract, restore_args=how, partial_restore=True)
                 found = checkpointer.restore(record.directory / PARAMS_FOLDER, args=args)
             except (OSError, ValueError, KeyError, TypeError) as error:
-                raise UserError(
-                    f"{record.directory} is damaged: {str(error).splitlines()[0][:300]}"
-                ) from error
+                raise UserError(f"{record.directory} is damaged: {first_line(error)}") from error
             yield name, np.asarray(flatten(found)[name])

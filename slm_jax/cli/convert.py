@@ -1,6 +1,7 @@
 """`slm convert`: a published checkpoint becomes a frozen foundation model, or the other way round."""
 
 import argparse
+import contextlib
 import math
 import resource
 import sys
@@ -40,19 +41,24 @@ def main(args: argparse.Namespace) -> int:
     """Runs the command."""
     if args.layout not in _LAYOUTS:
         raise UserError(f"slm convert: --layout is {args.layout!r}{nearest(args.layout, _LAYOUTS)}")
+    if args.source == "":
+        raise UserError("slm convert: --from is empty, expected a directory")
     if (args.to is None) == (args.to_hf is None):
         raise UserError("slm convert: expected one of --to and --to_hf")
-    from slm_jax.checkpoints.foundation import new_directory
+    from slm_jax.checkpoints.directories import new_directory
 
-    new_directory(args.to or args.to_hf)
-    return _to_foundation(args) if args.to else _to_huggingface(args)
+    new_directory(args.to_hf if args.to is None else args.to)
+    return _to_foundation(args) if args.to is not None else _to_huggingface(args)
 
 
 def _to_foundation(args: argparse.Namespace) -> int:
     from slm_jax.checkpoints.conversion import companions, convert, open_source, plan_conversion
 
     source = open_source(args.source)
+    for note in source.notes:
+        _say(note)
     plan = plan_conversion(source, args.dtype)
+    files = companions(args.source)
     _say(
         f"{source.where}: {type(plan.config).__name__} of {_parameters(plan.table)} parameters, "
         f"{_gigabytes(plan.bytes)}"
@@ -60,8 +66,8 @@ def _to_foundation(args: argparse.Namespace) -> int:
     for reason, names in _by_reason(plan.unused).items():
         _say(f"left out, {reason}: {names}")
     progress = _Progress(plan.bytes)
-    record = convert(plan, args.to, files=companions(args.source), written=progress)
-    _say(f"peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6:.2f} GB")
+    record = convert(plan, args.to, files=files, written=progress)
+    _say(f"peak memory {_peak_memory() / 1e9:.2f} GB")
     print(f"{record.directory} {record.kind} {record.fingerprint}")
     return 0
 
@@ -77,9 +83,17 @@ def _to_huggingface(args: argparse.Namespace) -> int:
     record = read_foundation(args.source)
     total = sum(math.prod(shape) * _itemsize(dtype) for shape, dtype in record.parameters.values())
     convert_to_huggingface(record, args.to_hf, written=_Progress(total))
-    _say(f"peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6:.2f} GB")
+    _say(f"peak memory {_peak_memory() / 1e9:.2f} GB")
     print(Path(args.to_hf).absolute())
     return 0
+
+
+def _peak_memory() -> int:
+    """Bytes of this process at its largest; where the system does not tell, of those before it too."""
+    with contextlib.suppress(OSError, IndexError, ValueError):
+        text = Path("/proc/self/status").read_text(encoding="ascii")
+        return int(text.split("VmHWM:")[1].split()[0]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def _itemsize(dtype: str) -> int:

@@ -58,6 +58,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"slm: error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("slm: interrupted", file=sys.stderr)
+        return 130
     except BrokenPipeError:
         # The reader of our output (such as `head`) has gone; point stdout at nothing so that exit is quiet.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

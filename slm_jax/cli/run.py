@@ -189,7 +189,13 @@ def load_run(directory: str | Path, bindings: Sequence[str] = ()) -> Run:
         raise UserError(f"--run: {directory} is no run: it {found}{nearest(directory.name, near)}")
     gin_config.parse([str(config)], bindings)
     # What is built may read files, such as a checkpoint's record, by paths relative to where training ran.
-    with contextlib.chdir(gin_config.bound("run.Run.working_dir") or "."):
+    working_dir = gin_config.bound("run.Run.working_dir") or "."
+    if not Path(working_dir).is_dir():
+        raise UserError(
+            f"{config}: run.Run.working_dir is {working_dir!r}, and there is no such directory; paths of it "
+            "are relative to that, so name where they lie now by --gin.run.Run.working_dir"
+        )
+    with contextlib.chdir(working_dir):
         built = gin_config.build(Run)
     return dataclasses.replace(built, model_dir=str(directory))
 

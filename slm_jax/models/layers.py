@@ -232,7 +232,8 @@ def int8_product(x: jax.Array, kernel: jax.Array, scale: jax.Array) -> jax.Array
     Args:
       x: float [N, D]; kernel: int8 [D, F]; scale: float32 [F].
     """
-    return (x @ kernel.astype(x.dtype)) * scale.astype(x.dtype)
+    product = jnp.matmul(x, kernel.astype(x.dtype), preferred_element_type=jnp.float32)
+    return (product * scale).astype(x.dtype)
 
 
 class Mlp(nn.Module):

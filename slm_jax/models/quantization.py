@@ -14,13 +14,13 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.typing import DTypeLike
 
 SCALE = "_scale"
 _TABLE = "embedding"
 # Logical axes of matrix products; what has another one is a convolution.
-_MATRIX_AXES = {"layers", "embed", "heads", "kv", "mlp", "vocab"}
-_LARGEST = 127.0
+_MATRIX_AXES = {"layers", "embed", "heads", "kv", "mlp", "vocab", "gates"}
+# The largest value of a channel becomes 127. A factor: compilers make one of a division, and round otherwise.
+_STEP = np.float32(1 / 127)
 
 
 def quantized(boxed: Mapping[str, Any]) -> dict[str, Any]:
@@ -47,38 +47,22 @@ def quantized(boxed: Mapping[str, Any]) -> dict[str, Any]:
     return of_folder(boxed)
 
 
-def quantized_like(
-    params: Mapping[str, Any], shapes: Mapping[str, Any], dtype: DTypeLike | None = None
-) -> dict[str, Any]:
-    """Returns loaded parameters with int8 where `shapes` have it.
-
-    One array at a time is quantised and its source deleted, so that never is the whole model held twice.
+def rounded_on_device(
+    matrix: jax.Array, values: jax.ShapeDtypeStruct, scale: jax.ShapeDtypeStruct
+) -> tuple[jax.Array, jax.Array]:
+    """Returns int8 values and float32 scales of a matrix, placed as the shapes say.
 
     Args:
-      params: nested dictionaries of `jax.Array`, unboxed; the tree of `unquantized_shapes(shapes)`.
-      shapes: of the quantised collection, with shardings.
-      dtype: of what stays floating, apart from the scales; None keeps it.
+      matrix: of any floating dtype, placed as `values`.
+      values, scale: shapes with shardings, of the quantised collection.
     """
-
-    def of_leaf(name: str, leaf: jax.Array) -> dict[str, Any]:
-        if name + SCALE not in shapes:
-            return {name: leaf if dtype is None else leaf.astype(dtype)}
-        scale = shapes[name + SCALE]
-        reduced = tuple(dim for dim, size in enumerate(scale.shape) if size == 1)
-        split = jax.jit(
-            functools.partial(_split, reduced=reduced),
-            out_shardings=(shapes[name].sharding, scale.sharding),
-        )
-        values, scales = split(leaf)
-        jax.block_until_ready(values)
-        leaf.delete()
-        return {name: values, name + SCALE: scales}
-
-    found: dict[str, Any] = {}
-    for name, leaf in params.items():
-        inner = isinstance(leaf, Mapping)
-        found |= {name: quantized_like(leaf, shapes[name], dtype)} if inner else of_leaf(name, leaf)
-    return found
+    reduced = tuple(dim for dim, size in enumerate(scale.shape) if size == 1)
+    split = jax.jit(
+        functools.partial(_split, reduced=reduced),
+        in_shardings=values.sharding,
+        out_shardings=(values.sharding, scale.sharding),
+    )
+    return jax.block_until_ready(split(matrix))
 
 
 def unquantized_shapes(shapes: Mapping[str, Any]) -> dict[str, Any]:
@@ -104,7 +88,7 @@ def rounded(matrix: np.ndarray, scale_shape: Sequence[int]) -> tuple[np.ndarray,
     reduced = tuple(dim for dim, size in enumerate(scale_shape) if size == 1)
     matrix = matrix.astype(np.float32)
     largest = np.max(np.abs(matrix), axis=reduced, keepdims=True)
-    scale = np.where(largest > 0, largest, np.float32(1)) / np.float32(_LARGEST)
+    scale = np.where(largest > 0, largest, np.float32(1)) * _STEP
     return np.round(matrix / scale).astype(np.int8), scale
 
 
@@ -137,5 +121,5 @@ def _split(matrix: jax.Array, reduced: tuple[int, ...]) -> tuple[jax.Array, jax.
     """Returns int8 values and float32 scales, whose product is nearest to the matrix."""
     matrix = matrix.astype(jnp.float32)
     largest = jnp.max(jnp.abs(matrix), axis=reduced, keepdims=True)
-    scale = jnp.where(largest > 0, largest, 1.0) / jnp.float32(_LARGEST)
+    scale = jnp.where(largest > 0, largest, 1.0) * _STEP
     return jnp.round(matrix / scale).astype(jnp.int8), scale

@@ -7,6 +7,8 @@ import shutil
 import signal
 import subprocess
 import sys
+import tarfile
+from pathlib import Path
 
 import flax.linen as nn
 import jax
@@ -17,7 +19,8 @@ from published import WHISPER, tensors_of, write_checkpoint, write_whisper
 from safetensors.numpy import load_file, save_file
 
 from slm_jax.checkpoints import conversion
-from slm_jax.checkpoints.conversion import convert, open_source, plan_conversion, slab_dim
+from slm_jax.checkpoints.conversion import companions, convert, open_source, plan_conversion, slab_dim
+from slm_jax.checkpoints.directories import new_directory
 from slm_jax.checkpoints.families import t5, wav2vec2, whisper
 from slm_jax.checkpoints.families.mapping import Layout, same, transposed
 from slm_jax.checkpoints.fingerprints import fingerprint
@@ -29,6 +32,8 @@ from slm_jax.models.networks import abstract_params, boxed_params
 from slm_jax.models.quantization import quantized
 from slm_jax.models.t5 import T5Config
 from slm_jax.models.wav2vec2 import Wav2Vec2Config
+
+T5X = Path(__file__).parent / "data" / "t5x"
 
 
 def converted(source, directory, dtype=None):
@@ -42,6 +47,17 @@ def loaded(record, sharding=None):
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding(leaf)), abstract
         )
     return load_foundation(record.directory, "whisper", abstract)
+
+
+def limited(file_bytes: int, words: list[str]) -> subprocess.CompletedProcess:
+    """Runs `slm convert` where no file grows beyond a size: what a full disk says, without one."""
+    code = (
+        "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
+        "import slm_jax.checkpoints.conversion;"
+        f"resource.setrlimit(resource.RLIMIT_FSIZE, ({file_bytes}, {file_bytes}));"
+        "from slm_jax.cli.main import main; sys.exit(main(sys.argv[1:]))"
+    )
+    return subprocess.run([sys.executable, "-c", code, "convert", *words], capture_output=True, text=True)
 
 
 class TestForth:
@@ -168,6 +184,29 @@ class TestBack:
         # What is written can be converted again: the index, the names and the configuration are right.
         assert converted(tmp_path / "back", tmp_path / "again").fingerprint == record.fingerprint
 
+    @pytest.mark.parametrize("change", [{"layers": 2}, {"layers": 4}, {"mel_bins": 8}])
+    def test_a_record_that_belies_its_parameters_is_refused(self, tmp_path, change):
+        write_whisper(tmp_path / "hf")
+        converted(tmp_path / "hf", tmp_path / "ours")
+        text = json.loads((tmp_path / "ours/foundation.json").read_text())
+        text["config"] |= change
+        (tmp_path / "ours/foundation.json").write_text(json.dumps(text))
+        with pytest.raises(UserError, match="is of another model: parameter"):
+            convert_to_huggingface(read_foundation(tmp_path / "ours"), tmp_path / "back")
+        text["parameters"] = {}
+        (tmp_path / "ours/foundation.json").write_text(json.dumps(text))
+        with pytest.raises(UserError, match="holds parameters of nothing"):
+            convert_to_huggingface(read_foundation(tmp_path / "ours"), tmp_path / "back")
+        assert not (tmp_path / "back").exists()
+
+    def test_a_disk_that_fills_up_on_the_way_back(self, tmp_path):
+        write_whisper(tmp_path / "hf")
+        converted(tmp_path / "hf", tmp_path / "ours")
+        done = limited(3_000, ["--from", str(tmp_path / "ours"), "--to_hf", str(tmp_path / "new" / "back")])
+        assert done.returncode == 2, done.stderr
+        assert "cannot save the checkpoint of transformers" in done.stderr
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "ours"]
+
     def test_damaged_parameters_are_not_written(self, tmp_path):
         write_whisper(tmp_path / "hf")
         record = converted(tmp_path / "hf", tmp_path / "ours")
@@ -278,11 +317,19 @@ class TestRefused:
         self.refused(hf, rf"mixes dtypes: float16 \({name}\) and float32 .*--dtype")
         assert converted(hf, hf.parent / "ours", "float32").parameters["conv_0/kernel"][1] == "float32"
 
-    def test_whole_numbers_for_weights(self, hf):
+    @pytest.mark.parametrize("dtype", [None, "float32", "bfloat16", "int8"])
+    def test_whole_numbers_for_weights(self, hf, dtype):
         tensors = load_file(self.shard(hf))
         name = min(tensors)
         save_file(tensors | {name: tensors[name].astype(np.int32)}, self.shard(hf))
-        self.refused(hf, f"tensor {name} has dtype int32, expected floating")
+        self.refused(hf, f"tensor {name} has dtype int32, expected floating", dtype)
+
+    def test_an_unreadable_tokenizer_is_said_before_anything_is_written(self, hf, monkeypatch):
+        (hf / "spiece.model").write_bytes(b"pieces")
+        # Whoever runs the tests may read everything.
+        monkeypatch.setattr(os, "access", lambda path, mode: path.name != "spiece.model")
+        with pytest.raises(UserError, match=r"spiece\.model cannot be read: permission denied"):
+            companions(hf)
 
     def test_numbers_that_are_none(self, hf):
         tensors = load_file(self.shard(hf))
@@ -298,20 +345,59 @@ class TestRefused:
         monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 1000))
         self.refused(hf, "GB free, expected")
 
-    def test_a_disk_that_fills_up_meanwhile(self, hf, monkeypatch):
-        # What the kernel says of a full disk reaches Python through TensorStore; here it is told by a file
-        # size that the process may not exceed.
-        code = (
-            "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
-            "import slm_jax.checkpoints.conversion;"
-            "resource.setrlimit(resource.RLIMIT_FSIZE, (3_000, 3_000));"
-            "from slm_jax.cli.main import main; sys.exit(main(sys.argv[1:]))"
-        )
-        command = [sys.executable, "-c", code, "convert", "--from", str(hf), "--to", str(hf.parent / "ours")]
-        done = subprocess.run(command, capture_output=True, text=True)
+    def test_a_disk_that_fills_up_meanwhile(self, hf):
+        done = limited(3_000, ["--from", str(hf), "--to", str(hf.parent / "new" / "ours")])
         assert done.returncode == 2, done.stderr
         assert "cannot save the whisper model" in done.stderr
         assert sorted(path.name for path in hf.parent.iterdir()) == ["hf"]
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("we[ird]", "expected one without any of"),
+        ("par*/ours", "expected one without any of"),
+        ("", "is empty"),
+        ("x" * 300, "name too long"),
+        ("link", "is a link"),
+    ],
+)
+def test_places_where_no_model_can_be_put(tmp_path, monkeypatch, name, told):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to("empty")
+    with pytest.raises(UserError, match=rf"(?i){told}"):
+        new_directory(name)
+
+
+def test_parents_that_were_made_go_with_what_failed(tmp_path):
+    write_whisper(tmp_path / "hf")
+    plan = plan_conversion(open_source(tmp_path / "hf"))
+    (tmp_path / "kept").mkdir()
+    with pytest.raises(UserError, match="no_such_file"):
+        convert(plan, tmp_path / "kept" / "a" / "b" / "ours", files=[tmp_path / "no_such_file"])
+    assert list((tmp_path / "kept").iterdir()) == []
+
+
+@pytest.mark.parametrize("slab_bytes", [256 << 20, 64])
+def test_layers_of_a_scanned_t5x_are_read_together_and_come_out_alike(tmp_path, monkeypatch, slab_bytes):
+    with tarfile.open(T5X / "scalable_scan_legacy.tar.gz") as archive:
+        archive.extractall(tmp_path, filter="data")
+    whole = converted(tmp_path / "scalable_scan_legacy", tmp_path / "whole")
+    monkeypatch.setattr(conversion, "_SLAB_BYTES", slab_bytes)
+    source = open_source(tmp_path / "scalable_scan_legacy")
+    reads, read = [], source.read
+    monkeypatch.setattr(source, "read", lambda *args: reads.append(args) or read(*args))
+    again = convert(plan_conversion(source), tmp_path / "again")
+    assert again.fingerprint == whole.fingerprint
+    kernels = [args for args in reads if args[0] == "target.decoder.decoder.mlp.wo.kernel"]
+    assert len(kernels) == (1 if slab_bytes > 64 else 3)
+
+
+def test_a_checkpoint_file_of_tensorflow_makes_no_t5x_of_a_folder(tmp_path):
+    write_whisper(tmp_path / "hf")
+    (tmp_path / "hf" / "checkpoint").write_text('model_checkpoint_path: "model.ckpt"')
+    assert plan_conversion(open_source(tmp_path / "hf")).config == WHISPER
 
 
 def test_a_killed_conversion_leaves_nothing_that_loads_and_the_next_cleans_up(tmp_path):

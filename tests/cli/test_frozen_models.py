@@ -114,6 +114,10 @@ def test_frozen_int8_trains_the_same_adapter_and_resumes_bit_for_bit(brought, wh
         for run in (whole, tmp_path / "once")
     ]
     assert tables[0] == tables[1]
+    recording = min((brought.workshop.folder / "corpus" / "audio" / "test").glob("*.flac"))
+    words = ["infer", "--run", str(tmp_path / "once"), "--prompt", "Transcribe:", "--max_tokens", "4"]
+    done = brought.workshop.slm([*words, "--audio", str(recording)])
+    assert done.status == 0, done.err
     plan = (tmp_path / "once" / "sharding_plan.txt").read_text()
     assert "kernel_scale" in plan and "int8" in plan
 

@@ -1,18 +1,21 @@
 """Frozen matrices as int8: which ones, how near, what it costs, and nothing of it in what trains."""
 
+import re
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from slm_jax.checkpoints.foundation import architecture, load_foundation, save_foundation
 from slm_jax.checkpoints.safetensors import flatten
-from slm_jax.models import layers, slm, t5
+from slm_jax.models import conformer, layers, slm, t5, wav2vec2, whisper
+from slm_jax.models.networks import boxed_params
 from slm_jax.models.quantization import (
     SCALE,
     is_quantized,
     quantized,
-    quantized_like,
     unquantized_shapes,
 )
 from slm_jax.partitioning.mesh import make_mesh
@@ -107,9 +110,11 @@ def test_no_stack_of_layers_is_ever_there_as_floats(pair):
     assert "s8[3,24,40]" in compiled
 
 
-def test_loaded_floats_become_what_init_makes_split_over_the_mesh(pair):
+@pytest.mark.parametrize("format", ["orbax", "safetensors"])
+def test_loaded_floats_become_what_init_makes_split_over_the_mesh(pair, tmp_path, format):
     exact, small = pair
-    boxed = jax.eval_shape(quantized, boxed_t5(T5))
+    record = save_foundation(tmp_path / "t5", exact, kind="t5", config=architecture(T5), format=format)
+    boxed = jax.eval_shape(quantized, boxed_params(T5))
     places = named_shardings(boxed, make_mesh(2, 1, 4, devices=jax.devices()[:8]))
     shapes = jax.tree.map(
         lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
@@ -118,10 +123,8 @@ def test_loaded_floats_become_what_init_makes_split_over_the_mesh(pair):
     )
     assert is_quantized(shapes) and not is_quantized(unquantized_shapes(shapes))
     assert flatten(unquantized_shapes(shapes)).keys() == flatten(exact).keys()
-    loaded = jax.tree.map(
-        lambda leaf, shape: jax.device_put(leaf, shape.sharding), exact, unquantized_shapes(shapes)
-    )
-    made = quantized_like(loaded, shapes, "bfloat16")
+    made = load_foundation(record.directory, "t5", shapes, dtype="bfloat16")
+    assert jax.tree.structure(made) == jax.tree.structure(shapes)
     for name, leaf in flatten(made).items():
         assert leaf.sharding == flatten(shapes)[name].sharding, name
         wanted = flatten(small)[name]
@@ -141,6 +144,23 @@ def test_a_channel_of_zeros_and_one_value_alone():
     small = nn.unbox(quantized(boxed))
     found = module.apply({"params": small}, jnp.eye(4))
     np.testing.assert_allclose(np.asarray(found), kernel, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [conformer.preset(name) for name in ("2b", "gemma3n", "w2v_bert")]
+    + [whisper.preset("large_v3"), wav2vec2.preset("hubert_large"), t5.preset("xxl"), t5.preset("umt5_base")],
+)
+def test_most_of_every_published_network_is_int8(config):
+    boxed = boxed_params(config)
+    small = flatten(nn.unbox(jax.eval_shape(quantized, boxed)))
+    size = {name: leaf.size for name, leaf in small.items()}
+    kept = {name: leaf for name, leaf in small.items() if leaf.dtype != jnp.int8 and not name.endswith(SCALE)}
+    kernels = [name for name in kept if name.endswith(("kernel", "embedding"))]
+    assert all(re.search("conv|rel_embedding|position|distance", name) for name in kernels), kernels
+    assert sum(size[name] for name in kept) < 0.03 * sum(size.values()), sorted(
+        ((size[name], name) for name in kept), reverse=True
+    )[:5]
 
 
 def test_convolutions_and_norms_of_the_encoder_stay_as_they_are():

@@ -386,6 +386,8 @@ def test_presets_have_the_published_sizes(name):
 def test_every_published_preset_has_its_gin_file():
     folder = Path(__file__).parent.parent.parent / "gin" / "models" / "llms"
     for path in folder.glob("*.gin"):
+        if path.stem == "converted":
+            continue  # of no preset
         name = path.stem.removeprefix("mt5_") if path.stem != "t5_tiny" else "tiny"
         assert f"t5.preset.name = {name!r}\n" in path.read_text(encoding="utf-8"), path
         assert t5.preset(name)

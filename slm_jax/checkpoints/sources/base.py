@@ -20,6 +20,7 @@ class TensorSource(Protocol):
       where: the checkpoint, for messages.
       config: its `config.json`, or what stands for it; plain values.
       tensors: shape and dtype by name. Nothing has been read of their values.
+      notes: what a user should know of what was opened.
     """
 
     @property
@@ -30,6 +31,9 @@ class TensorSource(Protocol):
 
     @property
     def tensors(self) -> Mapping[str, TensorInfo]: ...
+
+    @property
+    def notes(self) -> tuple[str, ...]: ...
 
     def read(self, name: str, index: tuple[int | slice, ...] = ()) -> np.ndarray:
         """Returns the tensor `name`, or what `tensor[index]` is, reading no more of the file than that.

@@ -49,6 +49,7 @@ class HuggingFaceSource:
     def __init__(self, directory: str | Path):
         self._directory = Path(directory)
         self.where = str(directory)
+        self.notes: tuple[str, ...] = ()
         if not self._directory.is_dir():
             raise UserError(
                 f"{directory} is no directory; expected one with {CONFIG_FILE} and {WEIGHTS_FILE}"
