@@ -75,9 +75,8 @@ def row(args: argparse.Namespace, model: str) -> None:
     # Its own word: the usage of a parent's children is the largest of all that it ever had.
     (peak,) = re.findall(r"^peak memory ([\d.]+) GB$", told, re.MULTILINE)
     record = json.loads((target / "foundation.json").read_text())
-    sizes = [
-        math.prod(shape) * (2 if dtype == "bfloat16" else 4) for shape, dtype in record["parameters"].values()
-    ]
+    itemsize = {"int8": 1, "bfloat16": 2, "float32": 4}
+    sizes = [math.prod(shape) * itemsize[dtype] for shape, dtype in record["parameters"].values()]
     stored = disk(target / "params")
     read = step("restore", args, model)
     print(
@@ -143,20 +142,15 @@ def restore(directory: Path, mesh_shape: list[int]) -> int:
     import tensorstore
 
     from slm_jax.checkpoints.foundation import config_of, load_foundation, read_foundation
-    from slm_jax.models.encoders import encoder_class
-    from slm_jax.models.t5 import T5
+    from slm_jax.models.networks import boxed_params
+    from slm_jax.models.quantization import quantized
     from slm_jax.partitioning.mesh import make_mesh
     from slm_jax.partitioning.sharding import named_shardings
 
     record = read_foundation(directory)
-    config = config_of(record)
-    if record.kind == "t5":
-        network, inputs = T5(config), [jax.ShapeDtypeStruct((1, 1), np.int32)] * 4
-    else:
-        network = encoder_class(config)(config)
-        samples = 4 * network.samples_per_frame
-        inputs = [np.zeros((1, 1, samples), np.int16), np.array([[[[1, 0, samples]]]], np.int32)]
-    boxed = jax.eval_shape(network.init, jax.random.key(0), *inputs)["params"]
+    boxed = boxed_params(config_of(record))
+    if "int8" in {dtype for _, dtype in record.parameters.values()}:
+        boxed = jax.eval_shape(quantized, boxed)
     data, fsdp, tensor = mesh_shape
     places = named_shardings(boxed, make_mesh(data, fsdp, tensor))
     abstract = jax.tree.map(
