@@ -4,12 +4,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from slm_jax.audio.log_mel import LogMelConfig
-from slm_jax.checkpoints.families import conformer
+from slm_jax.checkpoints.families import conformer, published
 from slm_jax.checkpoints.families.base import Tensors
 from slm_jax.checkpoints.families.mapping import Layout, Piece, same, transposed
 from slm_jax.errors import UserError
 from slm_jax.models.conformer import ConformerConfig
 
+_PREFIXES = ("model.audio_tower.", "audio_tower.", "")
 _ANCHOR = "subsample_conv_projection.input_proj_linear.weight"
 
 # Samples to a multiple of which transformers' extractor pads an utterance.
@@ -55,52 +56,47 @@ class Gemma3n:
             config = config.get("audio_config")  # pyright: ignore[reportAssignmentType]
             if not isinstance(config, Mapping):
                 raise UserError(
-                    f"config.json: audio_config is {config!r}, expected the audio tower's configuration"
+                    f"config.json has audio_config {config!r}, expected the audio tower's configuration"
                 )
         # The convolution's norms read rms_norm_eps, all others have 1e-6; one number serves the two.
-        conformer.expect(config, "rms_norm_eps", 1e-6)
-        conformer.expect(config, "sscp_conv_kernel_size", [[3, 3], [3, 3]])
-        conformer.expect(config, "sscp_conv_stride_size", [[2, 2], [2, 2]])
-        channels = config.get("sscp_conv_channel_size", (128, 32))
-        if not isinstance(channels, list | tuple) or len(channels) != 2:
+        published.require(config, "rms_norm_eps", 1e-6)
+        published.require(config, "sscp_conv_kernel_size", [[3, 3], [3, 3]])
+        published.require(config, "sscp_conv_stride_size", [[2, 2], [2, 2]])
+        channels = published.wholes(config, "sscp_conv_channel_size", (128, 32))
+        if len(channels) != 2:
             raise UserError(
-                f"config.json: sscp_conv_channel_size is {channels!r}, expected two whole numbers"
+                f"config.json has sscp_conv_channel_size {list(channels)}, expected two whole numbers"
             )
-        for channel in channels:
-            conformer.whole({"sscp_conv_channel_size": channel}, "sscp_conv_channel_size")
-        cap = conformer.number(config, "conf_attention_logit_cap", 50.0)
-        if not cap:
-            raise UserError(f"config.json: conf_attention_logit_cap is {cap!r}, expected a number above 0")
         return conformer.configured(
-            layers=conformer.whole(config, "conf_num_hidden_layers"),
-            dim=conformer.whole(config, "hidden_size"),
-            heads=conformer.whole(config, "conf_num_attention_heads"),
-            conv_kernel=conformer.whole(config, "conf_conv_kernel_size", 5),
+            layers=published.whole(config, "conf_num_hidden_layers"),
+            dim=published.whole(config, "hidden_size"),
+            heads=published.whole(config, "conf_num_attention_heads"),
+            conv_kernel=published.whole(config, "conf_conv_kernel_size", 5),
             conv_padding="causal",
             conv_gate="joined",
             attention="local",
             # Theirs counts the frame itself.
-            left_context=max(conformer.whole(config, "conf_attention_context_left", 13, least=0) - 1, 0),
-            right_context=conformer.whole(config, "conf_attention_context_right", 0, least=0),
+            left_context=max(published.whole(config, "conf_attention_context_left", 13, least=0) - 1, 0),
+            right_context=published.whole(config, "conf_attention_context_right", 0, least=0),
             # The block in which transformers computes the window; the frames do not depend on it.
-            chunk_frames=conformer.whole(config, "conf_attention_chunk_size", 12),
+            chunk_frames=published.whole(config, "conf_attention_chunk_size", 12),
             positions="usm",
             query_scale="per_dim",
             post_norm=True,
-            residual_weight=float(conformer.number(config, "conf_residual_weight", 0.5)),
-            clip=float(conformer.number(config, "gradient_clipping", 1e10)),
-            logit_cap=float(cap),
+            residual_weight=published.number(config, "conf_residual_weight", 0.5, zero=True),
+            clip=published.number(config, "gradient_clipping", 1e10),
+            logit_cap=published.number(config, "conf_attention_logit_cap", 50.0),
             subsampling="ahead",
-            subsampling_channels=tuple(channels),
-            subsampling_epsilon=float(conformer.number(config, "sscp_conv_group_norm_eps", 1e-3)),
+            subsampling_channels=channels,
+            subsampling_epsilon=published.number(config, "sscp_conv_group_norm_eps", 1e-3, zero=True),
             log_mel=LogMelConfig(
-                mel_bins=conformer.whole(config, "input_feat_size", 128), padded_to=_PADDED_TO
+                mel_bins=published.whole(config, "input_feat_size", 128), padded_to=_PADDED_TO
             ),
         )
 
     def pieces(self, config: ConformerConfig, tensors: Tensors) -> list[Piece]:
         """Returns where every parameter comes from; the prefix is that of the tensors."""
-        prefix = conformer.prefix_of(tensors, _ANCHOR)
+        prefix = published.prefix_of(tensors, _PREFIXES, _ANCHOR)
         pieces = _subsampling_pieces(config, prefix)
         for layer in range(config.layers):
             pieces += _layer_pieces(config, f"{prefix}conformer.{layer}.", layer)
