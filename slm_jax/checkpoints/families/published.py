@@ -9,6 +9,9 @@ import numpy as np
 from slm_jax.errors import UserError, nearest
 
 CONFIG = "config.json"
+# The file that a source found the fields of `extractor_of` in.
+EXTRACTOR = "the feature extractor (preprocessor_config.json or processor_config.json)"
+SAMPLE_RATE = 16_000
 
 # transformers' names of activations, and ours; the first of several is written. "gelu_fast" is the tanh form,
 # written differently.
@@ -160,6 +163,33 @@ def require(
     if isinstance(found, bool) != isinstance(expected, bool) or found != _plain(expected):
         reason = f": {why}" if why else ""
         raise UserError(f"{file} has {field} {found!r}, expected {_plain(expected)!r}{reason}")
+
+
+def extractor_of(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Returns what the feature extractor's own file says, nothing where there was none.
+
+    Raises:
+      UserError: it is no object.
+    """
+    found = config.get("feature_extractor")
+    if not isinstance(found, Mapping | None):
+        raise UserError(f"config.json has feature_extractor {found!r}, expected an object")
+    return found or {}
+
+
+def require_features(extractor: Mapping[str, Any], expected: Mapping[str, Any], why: str) -> None:
+    """Refuses a model whose features were made otherwise than ours; fields that are missing are as expected.
+
+    Args:
+      extractor: as `extractor_of` returns it.
+      expected: values by field, beside the sampling rate, which is 16 kHz in every model.
+      why: for the sentence.
+
+    Raises:
+      UserError: naming the field, what was found and what was expected.
+    """
+    for field, value in {"sampling_rate": SAMPLE_RATE, **expected}.items():
+        require(extractor, field, value, why=why, file=EXTRACTOR)
 
 
 def prefix_of(tensors: Collection[str], prefixes: Sequence[str], name: str) -> str:

@@ -61,6 +61,12 @@ class Wav2Vec2Bert:
                 f"config.json has feature_projection_input_dim {inputs}, expected an even number: "
                 "features are stacks of two frames"
             )
+        # The published extractor pads with 1 what both leave out afterwards, so padding_value says nothing.
+        published.require_features(
+            published.extractor_of(config),
+            {"num_mel_bins": inputs // 2, "stride": 2},
+            f"config.json has feature_projection_input_dim {inputs}, and features are stacks of two frames",
+        )
         kernel = published.whole(config, "conv_depthwise_kernel_size", 31)
         if kernel % 2 == 0:
             raise UserError(
