@@ -243,6 +243,11 @@ class ConformerEncoder(nn.Module):
         return None
 
     @property
+    def features_are_mel(self) -> bool:
+        """Whether `features` are mel bins over time, which SpecAugment and BEST-RQ mask."""
+        return True
+
+    @property
     def packs(self) -> bool:
         """Whether a slot may hold several utterances."""
         return True
