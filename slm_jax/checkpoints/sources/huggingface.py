@@ -95,10 +95,11 @@ class HuggingFaceSource:
     def _find_files(self) -> dict[str, str]:
         """Returns the file that holds each tensor, by the tensor's name."""
         folder = self._directory
-        if (folder / INDEX_FILE).is_file():
-            return self._indexed()
+        # As transformers does: an index beside the whole file is left from another save.
         if (folder / WEIGHTS_FILE).is_file():
             return dict.fromkeys(_names(folder / WEIGHTS_FILE), WEIGHTS_FILE)
+        if (folder / INDEX_FILE).is_file():
+            return self._indexed()
         pickles = sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern))
         if pickles:
             raise UserError(
@@ -132,6 +133,7 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         if path.stat().st_size > _MAX_JSON_BYTES:
             raise UserError(f"{path} has {path.stat().st_size} bytes, expected a small JSON file")
+        _check_readable(path)
         found = json.loads(path.read_bytes())
     except FileNotFoundError as error:
         raise UserError(f"{path.parent} holds no {path.name}") from error
@@ -142,10 +144,17 @@ def read_json(path: Path) -> dict[str, Any]:
     return found
 
 
+def _check_readable(path: Path) -> None:
+    """Raises UserError for a file that is there and must not be read, which safetensors calls absent."""
+    if path.exists() and not os.access(path, os.R_OK):
+        raise UserError(f"{path} cannot be read: permission denied")
+
+
 @contextmanager
 def _opened(path: Path) -> Iterator[Any]:
     from safetensors import SafetensorError, safe_open
 
+    _check_readable(path)
     try:
         # safetensors knows bfloat16 where ml_dtypes is, which JAX brings.
         with safe_open(path, framework="numpy") as file:
