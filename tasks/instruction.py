@@ -59,7 +59,7 @@ def register_span_corruption(
     manifests: Manifests,
     vocabulary: str | Path | seqio.Vocabulary,
     text: str = "{text}",
-    extra_ids: int = 0,
+    extra_ids: int | None = None,
     noise_density: float = 0.15,
     mean_span_length: float = 3.0,
     repeats: int = 1,

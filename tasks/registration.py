@@ -38,7 +38,7 @@ def register_speech_task(
     vocabulary: str | Path | seqio.Vocabulary,
     templates: Sequence[str],
     target: str,
-    extra_ids: int = 0,
+    extra_ids: int | None = None,
     languages: Sequence[str] | None = None,
     text_only: bool = False,
     transcript: str = "{text}",
@@ -57,7 +57,8 @@ def register_speech_task(
         vocabulary.
       templates: prompts; `{field}` is a field of the manifest, `{speech}` the place of the speech.
       target: template of the target text.
-      extra_ids: sentinels that SeqIO adds behind the pieces of a vocabulary given as a path.
+      extra_ids: sentinels that SeqIO adds behind the pieces of a vocabulary given as a path; None leaves them
+        to the folder, and adds none to a file.
       languages: languages of the speech that the task accepts; None accepts all.
       text_only: whether the transcript stands in the prompt in place of the speech.
       transcript: template of the transcript, for `text_only`.
@@ -114,7 +115,7 @@ def add_task(
     fields: Sequence[str],
     vocabulary: str | Path | seqio.Vocabulary,
     steps: Sequence[Callable[..., Any]],
-    extra_ids: int = 0,
+    extra_ids: int | None = None,
     metric_fns: Sequence[MetricFn | str] = (),
     metric_language: str = "",
 ) -> str:
@@ -140,9 +141,9 @@ def add_task(
     if _is_registered(name, definition):
         return name
     if isinstance(vocabulary, Path) and vocabulary.is_dir():
-        vocabulary = vocabulary_of(vocabulary, extra_ids or None)
+        vocabulary = vocabulary_of(vocabulary, extra_ids)
     elif not isinstance(vocabulary, seqio.Vocabulary):
-        vocabulary = seqio.SentencePieceVocabulary(str(vocabulary), extra_ids=extra_ids)
+        vocabulary = seqio.SentencePieceVocabulary(str(vocabulary), extra_ids=extra_ids or 0)
     feature = seqio.Feature(vocabulary, add_eos=True)
     try:
         seqio.TaskRegistry.add(

@@ -243,6 +243,11 @@ class ConformerEncoder(nn.Module):
         return None
 
     @property
+    def features_are_mel(self) -> bool:
+        """Whether `features` are mel bins over time, which SpecAugment and BEST-RQ mask."""
+        return True
+
+    @property
     def packs(self) -> bool:
         """Whether a slot may hold several utterances."""
         return True
@@ -448,7 +453,7 @@ class ConvModule(nn.Module):
         config, dtype = self.config, self.config.dtype
         taps = config.conv_kernel
         if config.conv_gate == "joined":
-            both = Dense((2, config.dim), ("embed", "conv_out", "mlp"), dtype=dtype, name="value_gate")(x_BFD)
+            both = Dense((2, config.dim), ("embed", "gates", "mlp"), dtype=dtype, name="value_gate")(x_BFD)
             value_BFD, gate_BFD = both[..., 0, :], both[..., 1, :]
         else:
             value_BFD = Dense(config.dim, ("embed", "mlp"), dtype=dtype, name="value")(x_BFD)

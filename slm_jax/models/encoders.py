@@ -9,8 +9,9 @@ from slm_jax.models.whisper import WhisperConfig, WhisperEncoder
 
 # Configuration -> (kind of its foundation checkpoint, network). A network is called with
 # (speech int16 [B, K, S], speech_segments int32 [B, K, E, 3]) and returns (frames [B, K, F, D], segment ids
-# int32 [B, K, F]); it has the properties `samples_per_frame`, `dim`, `packs` and `longest_samples`; its two
-# halves are the methods `features(speech, speech_segments)` and `encode_features(features, segment_ids)`.
+# int32 [B, K, F]); it has the properties `samples_per_frame`, `dim`, `packs`, `longest_samples` and
+# `features_are_mel`; its two halves are the methods `features(speech, speech_segments)` and
+# `encode_features(features, segment_ids)`.
 ENCODERS: dict[type, tuple[str, type]] = {
     ConformerConfig: ("conformer", ConformerEncoder),
     WhisperConfig: ("whisper", WhisperEncoder),

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from slm_jax.models.layers import RMSNorm, segment_mask
+from slm_jax.models.layers import LayerNorm, RMSNorm, segment_mask
 
 NormType = Literal["rms", "layer"]
 NORM_TYPES = ("rms", "layer")
@@ -27,15 +27,7 @@ def feature_norm(norm_type: NormType, epsilon: float, dtype: DTypeLike, name: st
     """
     if norm_type == "rms":
         return RMSNorm(epsilon, dtype=dtype, name=name)
-    return nn.LayerNorm(
-        epsilon,
-        dtype=dtype,
-        scale_init=nn.with_logical_partitioning(nn.initializers.ones, ("norm",)),
-        bias_init=nn.with_logical_partitioning(nn.initializers.zeros, ("norm",)),
-        # The fast form, E[x^2] - E[x]^2, loses the digits by which parity is judged.
-        use_fast_variance=False,
-        name=name,
-    )
+    return LayerNorm(epsilon, dtype=dtype, name=name)
 
 
 class CumulativeGroupNorm(nn.Module):

@@ -132,5 +132,5 @@ class FeatureProjection(nn.Module):
     @nn.compact
     def __call__(self, features_BTM: jax.Array) -> jax.Array:
         norm = feature_norm(self.norm_type, self.epsilon, self.dtype, name="norm")
-        out = Dense(self.dim, ("mel", "embed"), use_bias=True, dtype=self.dtype, name="out")
+        out = Dense(self.dim, ("mlp", "embed"), use_bias=True, dtype=self.dtype, name="out")
         return out(norm(features_BTM))

@@ -104,6 +104,9 @@ _V1_0 = {
     "small": _size(512, 2048, 6, 6, 8),
     "base": _size(768, 3072, 12, 12, 12),
     "large": _size(1024, 4096, 24, 24, 16),
+    # Of more features in all heads together than a position has: 32 and 128 heads of 128.
+    "3b": _size(1024, 16384, 24, 24, 32) | {"head_dim": 128},
+    "11b": _size(1024, 65536, 24, 24, 128) | {"head_dim": 128},
 }
 _BYT5 = {
     "small": _size(1472, 3584, 12, 4, 6),

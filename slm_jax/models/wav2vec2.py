@@ -173,6 +173,11 @@ class Wav2Vec2Encoder(nn.Module):
         return None
 
     @property
+    def features_are_mel(self) -> bool:
+        """Whether `features` are mel bins over time, which SpecAugment masks; here they are the waveform."""
+        return False
+
+    @property
     def packs(self) -> bool:
         """Whether a slot may hold several utterances."""
         return False

@@ -123,6 +123,11 @@ class WhisperEncoder(nn.Module):
         return self.config.positions * self.samples_per_frame
 
     @property
+    def features_are_mel(self) -> bool:
+        """Whether `features` are mel bins over time, which SpecAugment masks."""
+        return True
+
+    @property
     def packs(self) -> bool:
         """Whether a slot may hold several utterances."""
         return False

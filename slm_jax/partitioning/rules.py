@@ -11,6 +11,7 @@ DEFAULT_RULES: LogicalRules = (
     ("embed", "fsdp"),
     ("kv", None),
     ("layers", None),
+    ("gates", None),
     ("relpos_buckets", None),
     ("conv_kernel", None),
     ("conv_in", None),

@@ -177,8 +177,8 @@ def make_optimizer(config: OptimizerConfig, axes: optax.Params | None = None) ->
     return optax.apply_if_finite(inner, max_consecutive_errors=np.iinfo(np.int32).max)
 
 
-# Axes that belong together: a head and what is in it.
-_JOINED = {"kv": "heads"}
+# Axes that belong together: a head and what is in it, and the two maps of a joined gate.
+_JOINED = {"kv": "heads", "mlp": "gates"}
 # Axes of parameters that are no matrix, or whose rows are tokens.
 _NOT_OF_MATRICES = {"vocab", "conv_kernel", "conv_in", "relpos_buckets", "norm", "codebooks", "positions"}
 

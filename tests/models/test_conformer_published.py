@@ -15,7 +15,7 @@ from slm_jax.audio.kaldi_fbank import KaldiFbankConfig
 from slm_jax.checkpoints.families import gemma3n, w2v_bert
 from slm_jax.models import conformer
 from slm_jax.models.conformer import ConformerConfig, ConformerEncoder
-from slm_jax.models.networks import abstract_params
+from slm_jax.models.networks import abstract_params, boxed_params
 
 SAMPLES = 640 * 24
 
@@ -314,6 +314,15 @@ def test_bfloat16_computes_close_to_float32(rng, drawn):
     assert rough.dtype == jnp.bfloat16
     error = np.abs(np.asarray(rough, np.float32) - np.asarray(exact))
     assert 0 < error.mean() < 0.05 * np.abs(np.asarray(exact)).mean()
+
+
+@pytest.mark.parametrize("name", ["gemma3n", "w2v_bert"])
+def test_large_matrices_are_named_as_such(name):
+    """By its axes int8 knows a matrix from a convolution, and Muon what a product sums over."""
+    boxed: Any = boxed_params(conformer.preset(name))
+    assert boxed["layers"]["conv"]["value_gate"]["kernel"].names == ("layers", "embed", "gates", "mlp")
+    if name == "w2v_bert":
+        assert boxed["projection"]["out"]["kernel"].names == ("mlp", "embed")
 
 
 def test_refuses_samples_that_do_not_fill_frames():

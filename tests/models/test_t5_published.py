@@ -363,6 +363,8 @@ SIZES = {
     "t5_small": 60.5,
     "t5_base": 222.9,
     "t5_large": 737.7,
+    "t5_3b": 2851.6,
+    "t5_11b": 11307.3,
     "t5_v1_1_small": 77.0,
     "flan_t5_base": 247.6,
     "flan_t5_large": 783.2,
@@ -385,12 +387,13 @@ def test_presets_have_the_published_sizes(name):
 
 def test_every_published_preset_has_its_gin_file():
     folder = Path(__file__).parent.parent.parent / "gin" / "models" / "llms"
-    for path in folder.glob("*.gin"):
-        if path.stem == "converted":
-            continue  # of no preset
-        name = path.stem.removeprefix("mt5_") if path.stem != "t5_tiny" else "tiny"
+    for path in set(folder.glob("*.gin")) - {folder / "converted.gin"}:
+        name = path.stem.removeprefix("mt5_").removeprefix("mt0_") if path.stem != "t5_tiny" else "tiny"
         assert f"t5.preset.name = {name!r}\n" in path.read_text(encoding="utf-8"), path
         assert t5.preset(name)
+    assert {f"mt0_{name}.gin" for name in ("small", "base", "large", "xl", "xxl")} <= {
+        path.name for path in folder.iterdir()
+    }
     assert {f"{name}.gin" for name in SIZES} <= {path.name for path in folder.iterdir()}
 
 

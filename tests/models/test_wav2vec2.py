@@ -187,6 +187,8 @@ def test_model_with_a_head_converts_and_transformers_reads_what_is_written(rng, 
         ({"conv_dim": [512, "a"]}, "conv_dim 'a'.*whole number"),
         ({"conv_bias": "no"}, "conv_bias 'no'.*true or false"),
         ({"layer_norm_eps": "1e-5"}, "layer_norm_eps '1e-5'.*number"),
+        ({"layer_norm_eps": float("nan")}, "layer_norm_eps nan.*number above 0"),
+        ({"layer_norm_eps": float("inf")}, "layer_norm_eps inf.*number above 0"),
         ({"model_type": "wavlm"}, "model_type 'wavlm'"),
     ],
 )

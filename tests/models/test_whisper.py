@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -254,6 +255,15 @@ def test_presets_are_the_published_sizes():
     assert whisper.preset("tiny", dtype="bfloat16").dtype == "bfloat16"
     with pytest.raises(UserError, match="did you mean 'large_v3'"):
         whisper.preset("large-v3")
+
+
+@pytest.mark.parametrize(
+    ("file", "name"),
+    [("whisper_large", "large_v2"), ("distil_large_v3", "large_v3"), ("whisper_large_v3", "large_v3")],
+)
+def test_gin_files_of_the_same_network(file, name):
+    folder = Path(__file__).parent.parent.parent / "gin" / "models" / "encoders"
+    assert f"whisper.preset.name = {name!r}\n" in (folder / f"{file}.gin").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(

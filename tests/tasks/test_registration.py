@@ -74,6 +74,12 @@ def test_the_folder_of_a_converted_t5_is_a_vocabulary(manifest, task_vocabulary,
     )
     assert of_folder.encode("the quick fox") == file.encode("the quick fox")
     assert of_folder.vocab_size == file.vocab_size + 7
+    for extra_ids in (0, 3):
+        register_instruction(
+            f"with_{extra_ids}", manifests={"train": manifest}, vocabulary=folder, extra_ids=extra_ids
+        )
+        found = seqio.get_mixture_or_task(f"with_{extra_ids}").output_features["inputs"].vocabulary
+        assert found.vocab_size == file.vocab_size + extra_ids
     with pytest.raises(UserError, match="has no vocabulary"):
         register_asr("by_nothing", manifests={"train": manifest}, vocabulary=tmp_path)
 

@@ -121,6 +121,7 @@ def test_nonfinite_updates_are_never_applied_however_many(rng):
         (("layers", "embed", "heads", "kv"), (1,), (2, 3)),
         (("layers", "heads", "kv", "embed"), (1, 2), (3,)),
         (("mel", "conv_out", "embed"), (0, 1), (2,)),
+        (("layers", "embed", "gates", "mlp"), (1,), (2, 3)),
     ],
 )
 def test_muon_knows_what_a_matrix_contracts(names, contracted, out):

@@ -25,6 +25,7 @@ from typing import Any
 
 import jax
 
+from slm_jax.checkpoints.families import published
 from slm_jax.checkpoints.families.base import Tensors
 from slm_jax.checkpoints.families.mapping import Layout, Piece, same, transposed
 from slm_jax.checkpoints.safetensors import flatten
@@ -62,26 +63,6 @@ _OF_ARCHITECTURE = {
     "MT5ForConditionalGeneration": "mt5",
     "UMT5ForConditionalGeneration": "umt5",
 }
-# Their names of activations, and ours. "gelu_fast" is the tanh form, written differently.
-_ACTIVATIONS = {
-    "relu": "relu",
-    "gelu_new": "gelu",
-    "gelu_pytorch_tanh": "gelu",
-    "gelu_fast": "gelu",
-    "gelu": "gelu_exact",
-    "gelu_python": "gelu_exact",
-    "silu": "silu",
-    "swish": "silu",
-    "linear": "linear",
-}
-# "gated-gelu" means gelu_new to transformers, so the exact form goes by its other name.
-_THEIR_ACTIVATIONS = {
-    "relu": "relu",
-    "gelu": "gelu_new",
-    "gelu_exact": "gelu_python",
-    "silu": "silu",
-    "linear": "linear",
-}
 # What a layer of ours holds, below `encoder/encoder` or `decoder/decoder`, and their name below the block.
 _ATTENTION = {"query": "q", "key": "k", "value": "v", "out": "o"}
 _OF_ENCODER_LAYER = {
@@ -116,7 +97,6 @@ _HEAD = "lm_head.weight"
 _FIRST_OF_ENCODER = "encoder.block.0.layer.0.SelfAttention.q.weight"
 _FIRST_OF_DECODER = "decoder.block.0.layer.0.SelfAttention.q.weight"
 _T5X = "target."
-_TOO_LARGE = 1 << 24
 _UNUSED = (
     (
         re.compile(r"(^|\.)lm_head\.weight"),
@@ -235,7 +215,10 @@ class T5Family:
             model_type, architecture = "mt5", "MT5ForConditionalGeneration"
         else:
             model_type, architecture = "t5", "T5ForConditionalGeneration"
-        activation = _THEIR_ACTIVATIONS[config.activation]
+        activation = published.activation_of(config.activation)
+        if activation == "gelu":
+            # "gated-gelu" means gelu_new to transformers, so the exact form goes by its other name.
+            activation = "gelu_python"
         gated_gelu = config.gated and config.activation == "gelu"
         of_transformers_5 = {} if config.tied_logits == scaled else {"scale_decoder_outputs": scaled}
         return {
@@ -394,10 +377,10 @@ def _activation(config: Mapping[str, Any], projection: Any) -> tuple[str, bool]:
         gated = config["is_gated_act"]
     if not isinstance(gated, bool):
         raise UserError(f"config.json: is_gated_act is {gated!r}, expected true or false")
-    if not isinstance(name, str) or name not in _ACTIVATIONS:
+    if not isinstance(name, str) or name not in published.ACTIVATIONS:
         field = "feed_forward_proj" if config.get("dense_act_fn") is None else "dense_act_fn"
-        raise UserError(f"config.json: {field} is {name!r}{nearest(name, _ACTIVATIONS)}")
-    return _ACTIVATIONS[name], gated
+        raise UserError(f"config.json: {field} is {name!r}{nearest(name, published.ACTIVATIONS)}")
+    return published.ACTIVATIONS[name], gated
 
 
 def _head(config: Mapping[str, Any], model_type: str, has_table: bool) -> tuple[bool, bool]:
@@ -420,8 +403,8 @@ def _head(config: Mapping[str, Any], model_type: str, has_table: bool) -> tuple[
 def _check_size(name: str, value: Any) -> None:
     """Refuses what is no size of a network, before memory or time is asked for it."""
     check_whole(name, value)
-    if value >= _TOO_LARGE:
-        raise UserError(f"{name} is {value}, expected less than {_TOO_LARGE}")
+    if value >= published.TOO_LARGE:
+        raise UserError(f"{name} is {value}, expected less than {published.TOO_LARGE}")
 
 
 def _check_layers(tensors: Tensors, stack: str, field: str, layers: int) -> None:

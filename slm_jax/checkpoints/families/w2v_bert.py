@@ -4,22 +4,16 @@ from collections.abc import Mapping
 from typing import Any
 
 from slm_jax.audio.kaldi_fbank import KaldiFbankConfig
-from slm_jax.checkpoints.families import conformer
+from slm_jax.checkpoints.families import conformer, published
 from slm_jax.checkpoints.families.base import Tensors
 from slm_jax.checkpoints.families.mapping import Layout, Piece, same, transposed
 from slm_jax.errors import UserError
 from slm_jax.models.conformer import ConformerConfig
 
+_PREFIXES = ("wav2vec2_bert.", "")
 _ANCHOR = "feature_projection.layer_norm.weight"
 
 _POSITIONS = {"relative_key": "shaw", "relative": "transformer_xl", None: "none"}
-_ACTIVATIONS = {
-    "swish": "silu",
-    "silu": "silu",
-    "relu": "relu",
-    "gelu_new": "gelu",
-    "gelu_pytorch_tanh": "gelu",
-}
 
 # Fields of ours that no w2v-BERT reads.
 _INERT = (
@@ -58,34 +52,37 @@ class Wav2Vec2Bert:
           UserError: a field is missing, of the wrong type, or of a value that our network does not compute,
             such as the convolutional adapter after the encoder.
         """
-        if config.get("add_adapter", False) is not False:
-            raise UserError(
-                f"config.json: add_adapter is {config['add_adapter']!r}, expected False: "
-                "the adapter after the encoder is not supported, and SLM brings its own"
-            )
-        positions = conformer.choose(config, "position_embeddings_type", _POSITIONS, "relative_key")
-        inputs = conformer.whole(config, "feature_projection_input_dim", 160)
+        why = "the adapter after the encoder is not computed, and SLM brings its own"
+        published.require(config, "add_adapter", False, why=why)
+        positions = published.choose(config, "position_embeddings_type", _POSITIONS, "relative_key")
+        inputs = published.whole(config, "feature_projection_input_dim", 160)
         if inputs % 2:
             raise UserError(
-                f"config.json: feature_projection_input_dim is {inputs}, expected an even number: "
+                f"config.json has feature_projection_input_dim {inputs}, expected an even number: "
                 "features are stacks of two frames"
             )
-        kernel = conformer.whole(config, "conv_depthwise_kernel_size", 31)
+        # The published extractor pads with 1 what both leave out afterwards, so padding_value says nothing.
+        published.require_features(
+            published.extractor_of(config),
+            {"num_mel_bins": inputs // 2, "stride": 2},
+            f"config.json has feature_projection_input_dim {inputs}, and features are stacks of two frames",
+        )
+        kernel = published.whole(config, "conv_depthwise_kernel_size", 31)
         if kernel % 2 == 0:
             raise UserError(
-                f"config.json: conv_depthwise_kernel_size is {kernel}, "
+                f"config.json has conv_depthwise_kernel_size {kernel}, "
                 "expected an odd number, as transformers does"
             )
         kept = {}
         if positions == "shaw":
-            kept["left_positions"] = conformer.whole(config, "left_max_position_embeddings", 64, least=0)
-            kept["right_positions"] = conformer.whole(config, "right_max_position_embeddings", 8, least=0)
+            kept["left_positions"] = published.whole(config, "left_max_position_embeddings", 64, least=0)
+            kept["right_positions"] = published.whole(config, "right_max_position_embeddings", 8, least=0)
         return conformer.configured(
-            layers=conformer.whole(config, "num_hidden_layers"),
-            dim=conformer.whole(config, "hidden_size"),
-            heads=conformer.whole(config, "num_attention_heads"),
-            ffn_dim=conformer.whole(config, "intermediate_size"),
-            activation=conformer.choose(config, "hidden_act", _ACTIVATIONS, "swish"),
+            layers=published.whole(config, "num_hidden_layers"),
+            dim=published.whole(config, "hidden_size"),
+            heads=published.whole(config, "num_attention_heads"),
+            ffn_dim=published.whole(config, "intermediate_size"),
+            activation=published.activation(config, "hidden_act", "swish"),
             use_bias=True,
             conv_kernel=kernel,
             conv_padding="causal",
@@ -93,7 +90,7 @@ class Wav2Vec2Bert:
             positions=positions,
             **kept,
             norm_type="layer",
-            norm_epsilon=float(conformer.number(config, "layer_norm_eps", 1e-5)),
+            norm_epsilon=published.number(config, "layer_norm_eps", 1e-5, zero=True),
             front_end="kaldi_fbank",
             subsampling="projection",
             kaldi_fbank=KaldiFbankConfig(mel_bins=inputs // 2),
@@ -101,7 +98,7 @@ class Wav2Vec2Bert:
 
     def pieces(self, config: ConformerConfig, tensors: Tensors) -> list[Piece]:
         """Returns where every parameter comes from; the prefix is that of the tensors."""
-        prefix = conformer.prefix_of(tensors, _ANCHOR)
+        prefix = published.prefix_of(tensors, _PREFIXES, _ANCHOR)
         inputs = config.kaldi_fbank.mel_bins * config.kaldi_fbank.stack
         source = f"{prefix}feature_projection"
         pieces = [
@@ -136,7 +133,6 @@ class Wav2Vec2Bert:
           UserError: the configuration is not one of this family.
         """
         positions = {ours: theirs for theirs, ours in _POSITIONS.items()}
-        activations = {ours: theirs for theirs, ours in reversed(_ACTIVATIONS.items())}
         written = {
             "model_type": "wav2vec2-bert",
             "architectures": ["Wav2Vec2BertModel"],
@@ -145,7 +141,7 @@ class Wav2Vec2Bert:
             "num_attention_heads": config.heads,
             "intermediate_size": config.ffn_dim or config.ffn_multiplier * config.dim,
             "feature_projection_input_dim": config.kaldi_fbank.mel_bins * config.kaldi_fbank.stack,
-            "hidden_act": activations.get(config.activation, config.activation),
+            "hidden_act": published.activation_of(config.activation),
             "layer_norm_eps": config.norm_epsilon,
             "conv_depthwise_kernel_size": config.conv_kernel,
             "position_embeddings_type": positions.get(config.positions, config.positions),

@@ -84,8 +84,7 @@ class Wav2Vec2Family:
             activation=published.activation(config, "hidden_act"),
             conv_activation=published.activation(config, "feat_extract_activation"),
             norm_epsilon=published.number(config, "layer_norm_eps", 1e-5),
-            # Of preprocessor_config.json; true in all published models of this variety.
-            normalize=published.flag(config, "do_normalize", True),
+            normalize=_normalize(config),
             published_as=model_type,
         )
 
@@ -182,6 +181,19 @@ def _refuse(config: Mapping[str, Any]) -> None:
         ("adapter_attn_dim", None, None, "adapters of single languages are not computed"),
     ):
         published.require(config, field, expected, default, why)
+
+
+def _normalize(config: Mapping[str, Any]) -> bool:
+    """Whether waveforms are normalised: the feature extractor says so, or the `config.json` that we write."""
+    extractor = published.extractor_of(config)
+    published.require_features(extractor, {"feature_size": 1}, "features are the waveform")
+    # True in all published models of this variety.
+    found = published.flag(extractor, "do_normalize", True, published.EXTRACTOR)
+    if "do_normalize" not in config:
+        return found
+    written = published.flag(config, "do_normalize", True)
+    published.require(extractor, "do_normalize", written, why="config.json says so", file=published.EXTRACTOR)
+    return written
 
 
 FAMILY = Wav2Vec2Family()

@@ -3,12 +3,13 @@
 from collections.abc import Mapping
 from typing import Any
 
+from slm_jax.audio.whisper_mel import HOP, SAMPLE_RATE, WINDOW
 from slm_jax.checkpoints.families import published
 from slm_jax.checkpoints.families.base import Tensors
 from slm_jax.checkpoints.families.mapping import Piece, same
 from slm_jax.checkpoints.families.pre_norm import LayerNames, conv_pieces, transformer_pieces
 from slm_jax.errors import UserError
-from slm_jax.models.whisper import WhisperConfig
+from slm_jax.models.whisper import MEL_FRAMES_PER_FRAME, WhisperConfig
 
 _NAMES = LayerNames(
     attention="self_attn",
@@ -41,13 +42,16 @@ class WhisperFamily:
             raise UserError(
                 f"config.json has encoder_attention_heads {heads}, expected a divisor of d_model, {dim}"
             )
+        mel_bins = published.whole(config, "num_mel_bins")
+        positions = published.whole(config, "max_source_positions")
+        _require_our_features(published.extractor_of(config), mel_bins, positions)
         return WhisperConfig(
-            mel_bins=published.whole(config, "num_mel_bins"),
+            mel_bins=mel_bins,
             layers=published.whole(config, "encoder_layers"),
             dim=dim,
             heads=heads,
             mlp_dim=published.whole(config, "encoder_ffn_dim"),
-            positions=published.whole(config, "max_source_positions"),
+            positions=positions,
             activation=published.activation(config, "activation_function"),
         )
 
@@ -101,6 +105,22 @@ class WhisperFamily:
                 key_bias=False,
             ),
         ]
+
+
+def _require_our_features(extractor: Mapping[str, Any], mel_bins: int, positions: int) -> None:
+    """Raises UserError where the network was trained on other features than `whisper_mel` computes."""
+    frames = positions * MEL_FRAMES_PER_FRAME
+    samples = frames * HOP
+    published.require_features(
+        extractor,
+        {"feature_size": mel_bins, "hop_length": HOP, "n_fft": WINDOW, "dither": 0.0, "padding_value": 0.0},
+        f"features of {mel_bins} mel bins with a window of {WINDOW} samples each {HOP} are computed alone",
+    )
+    published.require_features(
+        extractor,
+        {"chunk_length": samples / SAMPLE_RATE, "n_samples": samples, "nb_max_frames": frames},
+        f"config.json has max_source_positions {positions}, of {HOP * MEL_FRAMES_PER_FRAME} samples each",
+    )
 
 
 FAMILY = WhisperFamily()

@@ -15,11 +15,16 @@ from slm_jax.errors import UserError
 
 CONFIG_FILE = "config.json"
 PREPROCESSOR_FILE = "preprocessor_config.json"
+PROCESSOR_FILE = "processor_config.json"
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 # Far above any config.json or index; what is larger is something else under that name.
 _MAX_JSON_BYTES = 64 << 20
-_OF_PREPROCESSOR = ("do_normalize",)
+# Where the file of a processor, which transformers 5 writes for models with a tokenizer, has the fields of
+# the feature extractor, and where `HuggingFaceSource.config` has them.
+EXTRACTOR = "feature_extractor"
+# What says nothing of the features: names of classes, and tables that follow from the other fields.
+_NO_FIELDS = ("auto_map", "feature_extractor_type", "processor_class", "mel_filters", "window")
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.msgpack", "*.h5")
 _DTYPES = {
     "F64": np.dtype(np.float64),
@@ -38,6 +43,9 @@ _DTYPES = {
 class HuggingFaceSource:
     """A `TensorSource` over a directory of transformers; nothing in it is ever unpickled.
 
+    Its `config` is what `config.json` holds and, under `feature_extractor`, what the feature extractor's own
+    file says, where there is one.
+
     Args:
       directory: holds `config.json` and `model.safetensors`, or the index `model.safetensors.index.json`
         with the files that it names.
@@ -54,7 +62,9 @@ class HuggingFaceSource:
             raise UserError(
                 f"{directory} is no directory; expected one with {CONFIG_FILE} and {WEIGHTS_FILE}"
             )
-        config = self._preprocessing() | read_json(self._directory / CONFIG_FILE)
+        config = read_json(self._directory / CONFIG_FILE)
+        if extractor := self._extractor():
+            config[EXTRACTOR] = extractor
         self._files = self._find_files()
         self.config: Mapping[str, Any] = config
         self.tensors: dict[str, TensorInfo] = {}
@@ -68,19 +78,29 @@ class HuggingFaceSource:
         with _opened(self._directory / self._files[name]) as file:
             return file.get_slice(name)[index] if index else file.get_tensor(name)
 
-    def _preprocessing(self) -> dict[str, Any]:
-        """What the feature extractor's own file says of what our networks do themselves."""
-        path = self._directory / PREPROCESSOR_FILE
-        described = read_json(path) if path.is_file() else {}
-        return {name: described[name] for name in _OF_PREPROCESSOR if name in described}
+    def _extractor(self) -> dict[str, Any]:
+        """The feature extractor's fields, from its own file or that of a processor; both may be there."""
+        preprocessor, processor = self._directory / PREPROCESSOR_FILE, self._directory / PROCESSOR_FILE
+        own = read_json(preprocessor) if preprocessor.is_file() else {}
+        inner = read_json(processor).get(EXTRACTOR, {}) if processor.is_file() else {}
+        if not isinstance(inner, dict):
+            raise UserError(f"{processor} has {EXTRACTOR} {inner!r}, expected an object")
+        for name in sorted(own.keys() & inner.keys() - set(_NO_FIELDS)):
+            if own[name] != inner[name]:
+                raise UserError(
+                    f"{preprocessor} has {name} {own[name]!r} and {processor} has {inner[name]!r} in its "
+                    f"{EXTRACTOR}, expected the same in both or one file alone"
+                )
+        return {name: value for name, value in (own | inner).items() if name not in _NO_FIELDS}
 
     def _find_files(self) -> dict[str, str]:
         """Returns the file that holds each tensor, by the tensor's name."""
         folder = self._directory
-        if (folder / INDEX_FILE).is_file():
-            return self._indexed()
+        # As transformers does: an index beside the whole file is left from another save.
         if (folder / WEIGHTS_FILE).is_file():
             return dict.fromkeys(_names(folder / WEIGHTS_FILE), WEIGHTS_FILE)
+        if (folder / INDEX_FILE).is_file():
+            return self._indexed()
         pickles = sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern))
         if pickles:
             raise UserError(
@@ -114,6 +134,7 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         if path.stat().st_size > _MAX_JSON_BYTES:
             raise UserError(f"{path} has {path.stat().st_size} bytes, expected a small JSON file")
+        _check_readable(path)
         found = json.loads(path.read_bytes())
     except FileNotFoundError as error:
         raise UserError(f"{path.parent} holds no {path.name}") from error
@@ -124,10 +145,17 @@ def read_json(path: Path) -> dict[str, Any]:
     return found
 
 
+def _check_readable(path: Path) -> None:
+    """Raises UserError for a file that is there and must not be read, which safetensors calls absent."""
+    if path.exists() and not os.access(path, os.R_OK):
+        raise UserError(f"{path} cannot be read: permission denied")
+
+
 @contextmanager
 def _opened(path: Path) -> Iterator[Any]:
     from safetensors import SafetensorError, safe_open
 
+    _check_readable(path)
     try:
         # safetensors knows bfloat16 where ml_dtypes is, which JAX brings.
         with safe_open(path, framework="numpy") as file:

@@ -11,7 +11,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from slm_jax.models.conformer import ConformerEncoder
+from slm_jax.errors import UserError
+from slm_jax.models.encoders import encoder_kind
 from slm_jax.training.objectives.base import Batch, Metrics, Part, Variables
 
 
@@ -39,8 +40,13 @@ class BestRQConfig:
 class BestRQModel(nn.Module):
     """A speech encoder that names the codes of masked frames; `params` hold `encoder` and `heads`."""
 
-    encoder: ConformerEncoder
+    encoder: Any
     config: BestRQConfig
+
+    @property
+    def longest_samples(self) -> int | None:
+        """Most samples of a slot, of which the encoder takes no more; None where there is no limit."""
+        return self.encoder.longest_samples
 
     @nn.compact
     def __call__(self, batch: Batch) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
@@ -122,17 +128,27 @@ class BestRQObjective:
     """Cross-entropy of the quantizer's codes at masked frames, the mean over codebooks.
 
     Args:
-      encoder: the speech encoder.
+      encoder: the speech encoder; its features are mel bins of the speech alone, as a Conformer's are.
       config: quantizer and masks.
+
+    Raises:
+      UserError: the encoder has other features.
     """
 
-    def __init__(self, encoder: ConformerEncoder, config: BestRQConfig | None = None):
+    def __init__(self, encoder: Any, config: BestRQConfig | None = None):
+        # Where a slot has a limit, features are of the whole window, whatever the speech in it.
+        if not encoder.features_are_mel or encoder.longest_samples is not None:
+            raise UserError(
+                f"BestRQObjective.encoder is a {type(encoder).__name__}, expected a ConformerEncoder: "
+                "what is masked are mel bins of the speech alone"
+            )
         self.model = BestRQModel(encoder, config or BestRQConfig())
 
     @property
     def parts(self) -> dict[str, Part]:
         """The encoder, without heads and quantizer."""
-        return {"speech_encoder": Part("conformer", self.model.encoder.config, ("encoder",))}
+        config = self.model.encoder.config
+        return {"speech_encoder": Part(encoder_kind(config), config, ("encoder",))}
 
     @property
     def samples_per_position(self) -> int:

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import optax
 
 from slm_jax.audio.spec_augment import SpecAugmentConfig, spec_augment
-from slm_jax.models.conformer import ConformerEncoder
+from slm_jax.errors import UserError
+from slm_jax.models.encoders import encoder_kind
 from slm_jax.models.layers import Dense
 from slm_jax.training.objectives.base import Batch, Metrics, Part, Variables
 
@@ -22,10 +23,15 @@ EOS_ID = 1
 class CTCModel(nn.Module):
     """A speech encoder with a linear head over pieces; parameters `encoder` and `head`."""
 
-    encoder: ConformerEncoder
+    encoder: Any
     vocab_size: int
     augment: SpecAugmentConfig | None = None
     frozen_encoder: bool = False
+
+    @property
+    def longest_samples(self) -> int | None:
+        """Most samples of a slot, of which the encoder takes no more; None where there is no limit."""
+        return self.encoder.longest_samples
 
     def setup(self):
         self.head = Dense(self.vocab_size, ("embed", "vocab"), use_bias=True)
@@ -55,26 +61,35 @@ class CTCObjective:
     `unalignable`.
 
     Args:
-      encoder: the speech encoder.
+      encoder: the speech encoder, any of `models.encoders`.
       vocab_size: number of pieces, blank included.
       augment: SpecAugment; None leaves the features alone.
       freeze_encoder: only the head trains, a probe of what a pretrained encoder already tells.
+
+    Raises:
+      UserError: SpecAugment is asked for, and the encoder's features are no mel bins.
     """
 
     def __init__(
         self,
-        encoder: ConformerEncoder,
+        encoder: Any,
         vocab_size: int,
         augment: SpecAugmentConfig | None = None,
         freeze_encoder: bool = False,
     ):
+        if augment is not None and not encoder.features_are_mel:
+            raise UserError(
+                f"CTCObjective.augment is set and its encoder is a {type(encoder).__name__}, which hears the "
+                "waveform, expected None: SpecAugment hides mel bins"
+            )
         self.model = CTCModel(encoder, vocab_size, augment, freeze_encoder)
         self.freeze_encoder = freeze_encoder
 
     @property
     def parts(self) -> dict[str, Part]:
         """The encoder, without the head."""
-        return {"speech_encoder": Part("conformer", self.model.encoder.config, ("encoder",))}
+        config = self.model.encoder.config
+        return {"speech_encoder": Part(encoder_kind(config), config, ("encoder",))}
 
     @property
     def samples_per_position(self) -> int:

@@ -177,30 +177,57 @@ def test_presets_are_the_published_sizes(name):
 @pytest.mark.parametrize(
     ("name", "changes", "says"),
     [
-        ("gemma3n", {"hidden_size": None}, "hidden_size is missing, expected a number"),
-        ("gemma3n", {"hidden_size": "12"}, "hidden_size is '12', expected a number"),
-        ("gemma3n", {"conf_num_hidden_layers": 0}, "conf_num_hidden_layers is 0, expected a whole number"),
-        ("gemma3n", {"rms_norm_eps": 1e-5}, "rms_norm_eps is 1e-05, expected 1e-06"),
-        ("gemma3n", {"sscp_conv_kernel_size": [[5, 3], [3, 3]]}, r"is \[\[5, 3\], \[3, 3\]\], expected"),
-        ("gemma3n", {"sscp_conv_stride_size": [[2, 2], [1, 2]]}, "sscp_conv_stride_size is"),
-        ("gemma3n", {"sscp_conv_channel_size": [4]}, r"sscp_conv_channel_size is \[4\], expected two"),
+        ("gemma3n", {"hidden_size": None}, "hidden_size None, expected a whole number"),
+        ("gemma3n", {"hidden_size": "12"}, "hidden_size '12', expected a whole number"),
+        ("gemma3n", {"conf_num_hidden_layers": 0}, "conf_num_hidden_layers 0, expected a whole number"),
+        ("gemma3n", {"rms_norm_eps": 1e-5}, "rms_norm_eps 1e-05, expected 1e-06"),
+        (
+            "gemma3n",
+            {"sscp_conv_kernel_size": [[5, 3], [3, 3]]},
+            r"kernel_size \[\[5, 3\], \[3, 3\]\], expected",
+        ),
+        ("gemma3n", {"sscp_conv_stride_size": [[2, 2], [1, 2]]}, "has sscp_conv_stride_size"),
+        ("gemma3n", {"sscp_conv_channel_size": [4]}, r"sscp_conv_channel_size \[4\], expected two"),
         ("gemma3n", {"conf_attention_logit_cap": 0.0}, "expected a number above 0"),
         ("gemma3n", {"conf_num_attention_heads": 5}, "does not divide dim 12"),
-        ("gemma3n", {"audio_config": None}, "audio_config is None, expected the audio tower's"),
-        ("w2v_bert", {"add_adapter": True}, "add_adapter is True, expected False"),
-        ("w2v_bert", {"position_embeddings_type": "rotary"}, "is 'rotary', expected one of 'relative_key'"),
-        ("w2v_bert", {"hidden_act": "gelu"}, "hidden_act is 'gelu', expected one of 'swish'"),
-        ("w2v_bert", {"hidden_act": ["relu"]}, "hidden_act is"),
-        ("w2v_bert", {"feature_projection_input_dim": 81}, "is 81, expected an even number"),
-        ("w2v_bert", {"conv_depthwise_kernel_size": 30}, "is 30, expected an odd number"),
-        ("w2v_bert", {"layer_norm_eps": True}, "layer_norm_eps is True, expected a number"),
-        ("w2v_bert", {"num_hidden_layers": 2.5}, "num_hidden_layers is 2.5, expected a whole number"),
+        ("gemma3n", {"audio_config": None}, "audio_config None, expected the audio tower's"),
+        ("w2v_bert", {"add_adapter": True}, "add_adapter True, expected False"),
+        (
+            "w2v_bert",
+            {"position_embeddings_type": "rotary"},
+            "type 'rotary', expected one of 'relative_key'",
+        ),
+        ("w2v_bert", {"hidden_act": "selu"}, "hidden_act 'selu'.*did you mean"),
+        ("w2v_bert", {"hidden_act": ["relu"]}, "has hidden_act"),
+        (
+            "w2v_bert",
+            {"feature_projection_input_dim": 81},
+            "input_dim 81, expected an even number",
+        ),
+        (
+            "w2v_bert",
+            {"conv_depthwise_kernel_size": 30},
+            "kernel_size 30, expected an odd number",
+        ),
+        ("w2v_bert", {"layer_norm_eps": True}, "layer_norm_eps True, expected a number"),
+        ("w2v_bert", {"layer_norm_eps": float("nan")}, "layer_norm_eps nan, expected a number"),
+        ("w2v_bert", {"layer_norm_eps": float("inf")}, "layer_norm_eps inf, expected a number"),
+        ("gemma3n", {"gradient_clipping": 1e39}, r"gradient_clipping 1e\+39, expected a number"),
+        ("gemma3n", {"conf_residual_weight": 10**400}, "conf_residual_weight 1000"),
+        ("gemma3n", {"conf_num_hidden_layers": 1 << 62}, "expected less than 16777216"),
+        ("w2v_bert", {"num_hidden_layers": 2.5}, "num_hidden_layers 2.5, expected a whole number"),
     ],
 )
 def test_a_configuration_that_we_do_not_compute_is_refused(name, changes, says):
     base = SMALL_GEMMA if name == "gemma3n" else SMALL_W2V
     with pytest.raises(UserError, match=says):
         FAMILIES[name].config_of(base | changes, {})
+
+
+def test_exact_gelu_is_read_and_written():
+    config = w2v_bert.FAMILY.config_of(SMALL_W2V | {"hidden_act": "gelu"}, {})
+    assert config.activation == "gelu_exact"
+    assert w2v_bert.FAMILY.config_of(w2v_bert.FAMILY.hf_config(config), {}) == config
 
 
 @pytest.mark.parametrize(
