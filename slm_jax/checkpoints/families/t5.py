@@ -426,7 +426,7 @@ def _check_buckets(where: str, buckets: int, distance: int) -> None:
 
 
 def _of_t5x(config: Mapping[str, Any]) -> T5Config:
-    """Our configuration for the fields that `sources.t5x` derives, or that a user gave in their place."""
+    """Our configuration for the fields that `sources.t5x` derives."""
     whole = {
         "vocab_size": "vocab_size",
         "emb_dim": "emb_dim",

@@ -102,6 +102,12 @@ class T5XSource:
         self._places = dict(_legacy(folder) if legacy else _orbax(folder / "state"))
         self.tensors: Mapping[str, TensorInfo] = {name: place.info for name, place in self._places.items()}
         self.config: Mapping[str, Any] = _config(self.where, self.tensors)
+        activation, distance = (
+            self.config[name] for name in ("mlp_activations", "relative_attention_max_distance")
+        )
+        self.notes += (
+            f"T5X records neither activation nor the last bucket's distance: taken as {activation[0]}, {distance}",
+        )
 
     def read(self, name: str, index: tuple[int | slice, ...] = ()) -> np.ndarray:
         """Returns the tensor `name`, or what `tensor[index]` is; see `sources.base.TensorSource.read`."""
