@@ -106,7 +106,7 @@ class T5XSource:
             self.config[name] for name in ("mlp_activations", "relative_attention_max_distance")
         )
         self.notes += (
-            f"T5X records neither activation nor the last bucket's distance: taken as {activation[0]}, {distance}",
+            f"T5X records no activation and no distance of the last bucket: taken as {activation[0]}, {distance}",
         )
 
     def read(self, name: str, index: tuple[int | slice, ...] = ()) -> np.ndarray:
