@@ -105,9 +105,8 @@ class T5XSource:
         activation, distance = (
             self.config[name] for name in ("mlp_activations", "relative_attention_max_distance")
         )
-        self.notes += (
-            f"T5X records no activation and no distance of the last bucket: taken as {activation[0]}, {distance}",
-        )
+        assumed = f"{activation[0]}, {distance}"
+        self.notes += (f"T5X tells no activation and no distance of the last bucket: taken as {assumed}",)
 
     def read(self, name: str, index: tuple[int | slice, ...] = ()) -> np.ndarray:
         """Returns the tensor `name`, or what `tensor[index]` is; see `sources.base.TensorSource.read`."""
