@@ -17,7 +17,12 @@ from slm_jax.checkpoints.families import FAMILIES
 from slm_jax.checkpoints.families.base import Family
 from slm_jax.checkpoints.families.mapping import Layout, Piece
 from slm_jax.checkpoints.fingerprints import StreamedFingerprint
-from slm_jax.checkpoints.foundation import FoundationRecord, architecture, save_foundation_streamed
+from slm_jax.checkpoints.foundation import (
+    RECORD_FILE,
+    FoundationRecord,
+    architecture,
+    save_foundation_streamed,
+)
 from slm_jax.checkpoints.parameters import ParameterTable, parameter_table
 from slm_jax.checkpoints.provenance import package_versions
 from slm_jax.checkpoints.sources.base import TensorInfo, TensorSource
@@ -51,6 +56,10 @@ def open_source(directory: str | Path) -> TensorSource:
     """
     directory = Path(directory)
     try:
+        if (directory / RECORD_FILE).is_file():
+            raise UserError(
+                f"{directory} is a foundation model already: name it in a run, or write it back by --to_hf"
+            )
         # A folder of transformers may hold a file called `checkpoint` too, of TensorFlow's.
         if not (directory / CONFIG_FILE).is_file() and find_t5x(directory):
             return T5XSource(directory)
@@ -109,7 +118,9 @@ def family_of(config: Mapping[str, Any], where: str) -> Family:
     if found is None:
         found = _of_architecture(config, known)
     if not isinstance(found, str) or found not in known:
-        raise UserError(f"{where}: config.json has model_type {found!r}{nearest(found, known)}")
+        raise UserError(
+            f"{where}: config.json has model_type {found!r}, expected one of {', '.join(sorted(known))}"
+        )
     return known[found]
 
 

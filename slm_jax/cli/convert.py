@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import json
 import math
 import resource
 import sys
@@ -11,6 +12,9 @@ from pathlib import Path
 from slm_jax.errors import UserError, nearest
 
 _LAYOUTS = ("scan",)
+# What a task can take its vocabulary from; ByT5 needs none.
+_VOCABULARIES = {"spiece.model", "sentencepiece.model", "tokenizer.model"}
+_BYT5_ROWS = 384
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -59,6 +63,9 @@ def _to_foundation(args: argparse.Namespace) -> int:
         _say(note)
     plan = plan_conversion(source, args.dtype)
     files = companions(args.source)
+    has_pieces = any(file.name in _VOCABULARIES for file in files)
+    if plan.family.kind == "t5" and plan.config.vocab_size != _BYT5_ROWS and not has_pieces:
+        _say("no sentencepiece model lies beside it: a task will need the path of one as its vocabulary")
     _say(
         f"{source.where}: {type(plan.config).__name__} of {_parameters(plan.table)} parameters, "
         f"{_gigabytes(plan.bytes)}"
@@ -84,6 +91,8 @@ def _to_huggingface(args: argparse.Namespace) -> int:
     total = sum(math.prod(shape) * _itemsize(dtype) for shape, dtype in record.parameters.values())
     convert_to_huggingface(record, args.to_hf, written=_Progress(total))
     _say(f"peak memory {_peak_memory() / 1e9:.2f} GB")
+    described = json.loads((Path(args.to_hf) / "config.json").read_text(encoding="utf-8"))
+    _say(f"transformers loads it by {described['architectures'][0]}.from_pretrained")
     print(Path(args.to_hf).absolute())
     return 0
 

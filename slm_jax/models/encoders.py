@@ -40,5 +40,8 @@ def encoder_kind(config: Any) -> str:
 def _entry(config: Any) -> tuple[str, type]:
     if type(config) not in ENCODERS:
         known = ", ".join(sorted(known.__name__ for known in ENCODERS))
-        raise UserError(f"SLMConfig.speech_encoder is a {type(config).__name__}, expected one of {known}")
+        raise UserError(
+            f"SLMConfig.speech_encoder is a {type(config).__name__}, expected one of {known}: "
+            "SPEECH_ENCODER_CONFIG, or the model in SPEECH_ENCODER_CHECKPOINT, is no speech encoder"
+        )
     return ENCODERS[type(config)]

@@ -43,6 +43,12 @@ class SLMConfig:
     def __post_init__(self):
         # Lists (from JSON or gin) become tuples, so that configurations stay hashable.
         object.__setattr__(self, "trainable", tuple(self.trainable))
+        if not isinstance(self.llm, T5Config):
+            raise UserError(
+                f"SLMConfig.llm is a {type(self.llm).__name__}, expected a T5Config: LLM_CONFIG, or the model "
+                "in LLM_CHECKPOINT, is no T5"
+            )
+        encoder_class(self.speech_encoder)
         for part in self.trainable:
             if part not in PARTS:
                 raise UserError(f"SLMConfig.trainable has {part!r}{nearest(part, PARTS)}")

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shutil
 import tarfile
 import warnings
 from pathlib import Path
@@ -12,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import load_file, save_file
 
 from slm_jax.checkpoints.foundation import RECORD_FILE, config_of, load_foundation, read_foundation
 from slm_jax.cli.main import main
@@ -108,7 +110,9 @@ def test_there_and_back_is_exact(family, tmp_path, capsys):
     assert out.split() == [str(record.directory), record.kind, record.fingerprint]
     assert "0 s left" in err
     assert "peak memory" in err
+    assert ("no sentencepiece model lies beside it" in err) is (record.kind == "t5")
     run("--from", tmp_path / "ours", "--to_hf", tmp_path / "back")
+    assert f"loads it by {PUBLISHED[family][2].__name__}.from_pretrained" in capsys.readouterr().err
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         back, loading = PUBLISHED[family][2].from_pretrained(tmp_path / "back", output_loading_info=True)
@@ -207,6 +211,24 @@ def test_what_lies_beside_the_weights_travels_with_them(tmp_path):
     assert config["decoder_start_token_id"] == 0
 
 
+def spoil(folder: Path, name: str) -> None:
+    """Makes of the T5 in `hf` what a user might name instead."""
+    if name == "done":
+        run("--from", folder / "hf", "--to", folder / name)
+    elif name in ("pointer", "headless"):
+        shutil.copytree(folder / "hf", folder / name)
+    if name == "pointer":
+        pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 4\n"
+        (folder / name / "model.safetensors").write_text(pointer)
+    elif name == "headless":
+        # As AutoModel saves an untied T5.
+        tensors = load_file(folder / name / "model.safetensors")
+        tensors.pop("lm_head.weight", None)
+        save_file(tensors, folder / name / "model.safetensors")
+        config = json.loads((folder / name / "config.json").read_text())
+        (folder / name / "config.json").write_text(json.dumps(config | {"architectures": ["T5Model"]}))
+
+
 @pytest.mark.parametrize(
     ("words", "told"),
     [
@@ -218,11 +240,16 @@ def test_what_lies_beside_the_weights_travels_with_them(tmp_path):
         (["--from", "nowhere", "--to", "a"], "nowhere is no directory"),
         (["--from", "hf", "--to_hf", "a"], f"it has no {RECORD_FILE}"),
         (["--from", "hf", "--to", "hf"], "never overwritten"),
+        (["--from", "done", "--to", "a"], "is a foundation model already"),
+        (["--from", "pointer", "--to", "a"], "run git lfs pull"),
+        (["--from", "headless", "--to", "a"], "save the model by AutoModelForSeq2SeqLM"),
         (["--from", "hf", "--to", "a", "--gin.X=1"], "reads no gin"),
     ],
 )
 def test_a_mistake_is_one_sentence(words, told, tmp_path, monkeypatch, capsys):
     random_model("t5").save_pretrained(tmp_path / "hf")
+    spoil(tmp_path, words[1] if len(words) > 1 else "")
+    before = sorted(path.name for path in tmp_path.iterdir())
     monkeypatch.chdir(tmp_path)
     capsys.readouterr()
     assert main(["convert", *words]) == 2
@@ -231,4 +258,4 @@ def test_a_mistake_is_one_sentence(words, told, tmp_path, monkeypatch, capsys):
     assert err.startswith("slm: error: ")
     assert err.count("\n") == 1
     assert told in err
-    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == before

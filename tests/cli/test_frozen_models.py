@@ -130,6 +130,21 @@ def test_rows_longer_than_whispers_window_are_refused_at_once(brought, tmp_path)
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("binding", "told"),
+    [
+        ("LLM_CHECKPOINT={whisper!r}", "LLM_CHECKPOINT, is no T5"),
+        ("SPEECH_ENCODER_CHECKPOINT={t5!r}", "SPEECH_ENCODER_CHECKPOINT, is no speech encoder"),
+    ],
+)
+def test_one_model_in_the_place_of_the_other_is_named(brought, tmp_path, binding, told):
+    names = {name: str(brought.folder / name) for name in ("whisper", "t5")}
+    done = brought.train(tmp_path / "run", more=(binding.format(**names),))
+    assert done.status == 2
+    assert told in done.err
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_mistyped_sort_of_weights_is_named(brought, tmp_path):
     done = brought.train(tmp_path / "run", more=("FROZEN_WEIGHTS='int4'",))
     assert done.status == 2

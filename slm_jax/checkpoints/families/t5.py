@@ -126,6 +126,7 @@ class T5Family:
         prefix = _prefix(tensors)
         if not any(name.startswith(f"{prefix}decoder.") for name in tensors):
             raise UserError("the checkpoint holds T5's encoder alone, expected its decoder too")
+        _check_head_was_saved(config, f"{prefix}{_HEAD}" in tensors)
         values = {
             name: default if config.get(name) is None else config[name]
             for name, default in _DEFAULTS[model_type].items()
@@ -422,6 +423,17 @@ def _check_buckets(where: str, buckets: int, distance: int) -> None:
         raise UserError(
             f"{where}relative_attention_max_distance is {distance}, expected more than the {buckets // 2} "
             f"exact distances of {buckets} buckets"
+        )
+
+
+def _check_head_was_saved(config: Mapping[str, Any], has_head: bool) -> None:
+    """Refuses what a class of transformers without a head has saved: whether there was a table is lost."""
+    architectures = config.get("architectures")
+    saved_by = architectures[0] if isinstance(architectures, list) and architectures else None
+    if saved_by in ("T5Model", "MT5Model", "UMT5Model") and not has_head:
+        raise UserError(
+            f"config.json has architectures {saved_by}, which saves no table of the logits; "
+            "save the model by AutoModelForSeq2SeqLM"
         )
 
 

@@ -26,6 +26,8 @@ EXTRACTOR = "feature_extractor"
 # What says nothing of the features: names of classes, and tables that follow from the other fields.
 _NO_FIELDS = ("auto_map", "feature_extractor_type", "processor_class", "mel_filters", "window")
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.msgpack", "*.h5")
+# How a file begins that git-lfs has not fetched.
+_POINTER = b"version https://git-lfs"
 _DTYPES = {
     "F64": np.dtype(np.float64),
     "F32": np.dtype(np.float32),
@@ -60,7 +62,8 @@ class HuggingFaceSource:
         self.notes: tuple[str, ...] = ()
         if not self._directory.is_dir():
             raise UserError(
-                f"{directory} is no directory; expected one with {CONFIG_FILE} and {WEIGHTS_FILE}"
+                f"{directory} is no directory; expected a downloaded checkpoint: one with {CONFIG_FILE} and "
+                "safetensors, or T5X's checkpoint_<step>"
             )
         config = read_json(self._directory / CONFIG_FILE)
         if extractor := self._extractor():
@@ -106,7 +109,7 @@ class HuggingFaceSource:
             raise UserError(
                 f"{folder} has its weights in {pickles[0]}, which is not read because unpickling a file runs "
                 "whatever is in it; save them as safetensors where the model is trusted, with transformers: "
-                "AutoModel.from_pretrained(DIR).save_pretrained(NEW_DIR)"
+                "AutoModelForSeq2SeqLM.from_pretrained(DIR).save_pretrained(NEW_DIR); AutoModel of an encoder"
             )
         raise UserError(f"{folder} holds neither {WEIGHTS_FILE} nor {INDEX_FILE}")
 
@@ -161,7 +164,19 @@ def _opened(path: Path) -> Iterator[Any]:
         with safe_open(path, framework="numpy") as file:
             yield file
     except (OSError, SafetensorError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise UserError(f"{path} cannot be read: {_first_line(error)}") from error
+        if _is_pointer(path):
+            raise UserError(f"{path} is a pointer of git-lfs and not the file; run git lfs pull") from error
+        raise UserError(
+            f"{path} cannot be read: {_first_line(error)}; it is damaged or cut off, so download it again"
+        ) from error
+
+
+def _is_pointer(path: Path) -> bool:
+    try:
+        with path.open("rb") as file:
+            return file.read(len(_POINTER)) == _POINTER
+    except OSError:
+        return False
 
 
 def _names(path: Path) -> list[str]:
