@@ -45,7 +45,7 @@ class SLMConfig:
         object.__setattr__(self, "trainable", tuple(self.trainable))
         if not isinstance(self.llm, T5Config):
             raise UserError(
-                f"SLMConfig.llm is a {type(self.llm).__name__}, expected a T5Config: LLM_CONFIG, or the model "
+                f"SLMConfig.llm is a {type(self.llm).__name__}, expected T5Config: LLM_CONFIG, or the model "
                 "in LLM_CHECKPOINT, is no T5"
             )
         encoder_class(self.speech_encoder)
