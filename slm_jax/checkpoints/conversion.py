@@ -186,7 +186,6 @@ def convert(
     directory: str | Path,
     *,
     files: Collection[str | Path] = (),
-    provenance: Mapping[str, Any] | None = None,
     written: Callable[[int], None] = lambda _: None,
 ) -> FoundationRecord:
     """Writes the foundation model; see `foundation.save_foundation_streamed`.
@@ -195,7 +194,6 @@ def convert(
       plan: of `plan_conversion`.
       directory: must not exist, or be empty.
       files: to lie beside the parameters, such as a tokenizer.
-      provenance: what else is to be recorded of its origin.
       written: told the bytes of each part when it is on disk.
 
     Raises:
@@ -218,7 +216,6 @@ def convert(
         "config": dict(plan.source.config),
         "unused_tensors": plan.unused,
         "packages": package_versions(),
-        **dict(provenance or {}),
     }
     return save_foundation_streamed(
         directory,
@@ -261,6 +258,8 @@ class _Parts:
             for place, piece in zip(part, pieces[first : first + step], strict=True):
                 place[...] = self._stored(piece.layout.to_ours(self._read(piece)), stacked=True)
             yield (first, *(0 for _ in shape[1:])), part
+        # This object lives as long as the conversion; what it has read must not.
+        self.read_before.clear()
 
     def _slabs(self, piece: Piece, dtype: np.dtype) -> Iterator[tuple[tuple[int, ...], np.ndarray]]:
         layout = piece.layout

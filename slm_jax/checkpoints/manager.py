@@ -11,6 +11,7 @@ import absl.logging
 import jax
 import orbax.checkpoint as ocp
 
+from slm_jax.checkpoints.directories import first_line
 from slm_jax.checkpoints.parameters import (
     check_parameters,
     parameter_table,
@@ -235,7 +236,7 @@ class RunCheckpoints:
                 self._manager.restore(step, args=ocp.args.Composite(record=ocp.args.JsonRestore()))["record"]
             )
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{where} is damaged: {_first_line(error)}") from error
+            raise UserError(f"{where} is damaged: {first_line(error)}") from error
         check_format_version(record.get("format_version"), where)
         return record
 
@@ -308,14 +309,14 @@ class RunCheckpoints:
         try:
             return self._manager.restore(step, args=ocp.args.Composite(state=args))["state"]
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{self._where(step)} is damaged: {_first_line(error)}") from error
+            raise UserError(f"{self._where(step)} is damaged: {first_line(error)}") from error
 
     def _where(self, step: int) -> str:
         return f"checkpoint {self._directory / str(step)}"
 
     def _failed(self, error: BaseException) -> UserError:
         return UserError(
-            f"cannot save a checkpoint to {self._directory}: {_first_line(error)}; "
+            f"cannot save a checkpoint to {self._directory}: {first_line(error)}; "
             "earlier checkpoints are intact"
         )
 
@@ -362,7 +363,3 @@ def _of_model(provenance: Provenance) -> Provenance:
         if name != "plan" and not name.startswith("templates/")
     }
     return replace(provenance, fingerprints=kept)
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().split("\n")[0][:300] or type(error).__name__

@@ -120,7 +120,7 @@ class WhisperEncoder(nn.Module):
     @property
     def longest_samples(self) -> int:
         """Most samples of a slot: the window that the network always sees."""
-        return self.config.positions * self.samples_per_frame
+        return self.config.window_samples
 
     @property
     def features_are_mel(self) -> bool:

@@ -388,7 +388,11 @@ def test_layers_of_a_scanned_t5x_are_read_together_and_come_out_alike(tmp_path, 
     source = open_source(tmp_path / "scalable_scan_legacy")
     reads, read = [], source.read
     monkeypatch.setattr(source, "read", lambda *args: reads.append(args) or read(*args))
+    made, parts = [], conversion._Parts
+    monkeypatch.setattr(conversion, "_Parts", lambda *args: made.append(parts(*args)) or made[-1])
     again = convert(plan_conversion(source), tmp_path / "again")
+    # Nothing that was read is kept until the end.
+    assert made and not any(part.read_before for part in made)
     assert again.fingerprint == whole.fingerprint
     kernels = [args for args in reads if args[0] == "target.decoder.decoder.mlp.wo.kernel"]
     assert len(kernels) == (1 if slab_bytes > 64 else 3)

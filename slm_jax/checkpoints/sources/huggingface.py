@@ -10,6 +10,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from slm_jax.checkpoints.directories import first_line
 from slm_jax.checkpoints.sources.base import TensorInfo
 from slm_jax.errors import UserError
 
@@ -142,7 +143,7 @@ def read_json(path: Path) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise UserError(f"{path.parent} holds no {path.name}") from error
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} is no JSON: {_first_line(error)}") from error
+        raise UserError(f"{path} is no JSON: {first_line(error)}") from error
     if not isinstance(found, dict):
         raise UserError(f"{path} holds a JSON {type(found).__name__}, expected an object")
     return found
@@ -167,7 +168,7 @@ def _opened(path: Path) -> Iterator[Any]:
         if _is_pointer(path):
             raise UserError(f"{path} is a pointer of git-lfs and not the file; run git lfs pull") from error
         raise UserError(
-            f"{path} cannot be read: {_first_line(error)}; it is damaged or cut off, so download it again"
+            f"{path} cannot be read: {first_line(error)}; it is damaged or cut off, so download it again"
         ) from error
 
 
@@ -203,7 +204,3 @@ def _infos(path: Path, expected: set[str]) -> dict[str, TensorInfo]:
     if extra := sorted(infos.keys() - expected):
         raise UserError(f"{path} holds tensor {extra[0]}, which {INDEX_FILE} does not place there")
     return infos
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().split("\n")[0][:300] or type(error).__name__).rstrip(".")

@@ -24,6 +24,7 @@ import msgpack
 import numpy as np
 import tensorstore as ts
 
+from slm_jax.checkpoints.directories import first_line
 from slm_jax.checkpoints.sources.base import TensorInfo
 from slm_jax.errors import UserError
 
@@ -118,7 +119,7 @@ class T5XSource:
             array = place.array if isinstance(place, _Store) else _open_folder(place.path)
             return np.asarray((array[index] if index else array).read().result())
         except (ValueError, OSError, IndexError, TypeError, MemoryError) as error:
-            raise UserError(f"{self.where}: {name} cannot be read: {_first_line(error)}") from error
+            raise UserError(f"{self.where}: {name} cannot be read: {first_line(error)}") from error
 
 
 def _steps(directory: Path) -> list[Path]:
@@ -147,9 +148,9 @@ def _legacy(folder: Path) -> Iterator[tuple[str, Any]]:
             raise UserError(f"{path} has {size} bytes, expected an index of at most {_MOST_INDEX_BYTES}")
         tree = _unpacked(path.read_bytes())
     except OSError as error:
-        raise UserError(f"{path} cannot be read: {_first_line(error)}") from error
+        raise UserError(f"{path} cannot be read: {first_line(error)}") from error
     except (ValueError, TypeError, RecursionError, msgpack.exceptions.UnpackException) as error:
-        raise UserError(f"{path} is damaged: {_first_line(error)}") from error
+        raise UserError(f"{path} is damaged: {first_line(error)}") from error
     version = tree.get("version", 0) if isinstance(tree, dict) else None
     if isinstance(version, _Inline) or not isinstance(version, int):
         raise UserError(f"{path} is damaged: it is no index of a T5X checkpoint")
@@ -217,7 +218,7 @@ def _whole(path: Path, name: str, node: dict) -> _Inline:
             raise ValueError(f"its chunks are not an array of shape {shape}")
         return _Inline(TensorInfo(shape, dtypes.pop()), data)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise UserError(f"{path} is damaged: {name}: {_first_line(error)}") from error
+        raise UserError(f"{path} is damaged: {name}: {first_line(error)}") from error
 
 
 def _in_order(numbered: Any) -> list[Any]:
@@ -291,9 +292,9 @@ def _check_folder(path: Path) -> TensorInfo:
             raise ValueError("it is not of zarr's format 2")
         files = {entry.name: entry.stat().st_size for entry in path.iterdir() if entry.name[0] != "."}
     except OSError as error:
-        raise UserError(f"{path} cannot be read: {_first_line(error)}") from error
+        raise UserError(f"{path} cannot be read: {first_line(error)}") from error
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise UserError(f"{file} is damaged: {_first_line(error)}") from error
+        raise UserError(f"{file} is damaged: {first_line(error)}") from error
     grid = [-(-size // chunk) for size, chunk in zip(shape, chunks, strict=True)]
     if math.prod(grid) != len(files):
         raise UserError(f"{path} has {len(files)} chunks, expected {math.prod(grid)}: the array is not whole")
@@ -354,7 +355,7 @@ def _orbax(state: Path) -> Iterator[tuple[str, Any]]:
             array = future.result()
             yield name, _Store(TensorInfo(tuple(array.shape), array.dtype.numpy_dtype), array)
     except (ValueError, OSError, TypeError, KeyError) as error:
-        raise UserError(f"{state} is damaged: {_first_line(error)}") from error
+        raise UserError(f"{state} is damaged: {first_line(error)}") from error
 
 
 def _info_of_folder(path: Path) -> TensorInfo | None:
@@ -425,7 +426,3 @@ def _config(where: str, tensors: Mapping[str, TensorInfo]) -> dict[str, Any]:
         "relative_attention_num_buckets": table[-1],
         "relative_attention_max_distance": 128,
     }
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().split("\n")[0][:300] or type(error).__name__
