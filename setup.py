@@ -28,6 +28,9 @@ RUN_TIME = [
     "clu>=0.0.12",
     "absl-py>=2.1",
     "pyarrow>=17",
+    # Speech shards, and paths in buckets.
+    "array-record>=0.8",
+    "etils[epath]>=1.9",
     "safetensors>=0.5",
     # Orbax writes by the first, flax by the second; T5X's checkpoints and streamed ones are read by both.
     "tensorstore>=0.1.70",
@@ -44,11 +47,16 @@ RUN_TIME = [
 # The outside implementations that numerical code is tested and measured against.
 RIVALS = ["torch==2.13.0", "transformers>=5.0"]
 
+# `slm data prepare`; it keeps python-dateutil below 3.
+BEAM = ["apache-beam>=2.70"]
+
 EXTRAS = {
     "tpu": ["jax[tpu]"],
     "cuda": ["jax[cuda13]"],
+    "beam": BEAM,
     "demo": ["espeakng-loader>=0.2.4", "matplotlib>=3.9"],
     "test": [
+        *BEAM,
         *RIVALS,
         "build>=1.2",
         "hypothesis>=6.100",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from slm_jax.data.sources import ReferenceSource
 from slm_jax.tasks.registration import Manifests, MetricFn, register_speech_task
 
 ASR_TEMPLATES = (
@@ -18,7 +19,8 @@ ASR_TEMPLATES = (
 def register_asr(
     name: str,
     *,
-    manifests: Manifests,
+    manifests: Manifests | None = None,
+    source: ReferenceSource | None = None,
     vocabulary: Any,
     languages: Sequence[str] | None = None,
     templates: Sequence[str] = ASR_TEMPLATES,
@@ -29,7 +31,8 @@ def register_asr(
 
     Args:
       name: of the task.
-      manifests: split -> path of a JSONL manifest.
+      manifests: split -> path of a JSONL manifest; this, or `source`.
+      source: where the references come from, one of `slm_jax.data.sources`.
       vocabulary: path of a sentencepiece model, or a SeqIO vocabulary.
       languages: languages that the task accepts; None accepts all.
       templates: prompts; one is chosen per example.
@@ -44,6 +47,7 @@ def register_asr(
     return register_speech_task(
         name,
         manifests=manifests,
+        source=source,
         vocabulary=vocabulary,
         languages=languages,
         templates=templates,

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from slm_jax.data.preprocessors import LANGUAGE_NAMES
+from slm_jax.data.sources import ReferenceSource
 from slm_jax.tasks.registration import Manifests, MetricFn, register_speech_task
 
 # `{target_language}` is filled in at registration.
@@ -20,7 +21,8 @@ AST_TEMPLATES = (
 def register_ast(
     name: str,
     *,
-    manifests: Manifests,
+    manifests: Manifests | None = None,
+    source: ReferenceSource | None = None,
     vocabulary: Any,
     target_language: str,
     languages: Sequence[str] | None = None,
@@ -32,7 +34,8 @@ def register_ast(
 
     Args:
       name: of the task.
-      manifests: split -> path of a JSONL manifest.
+      manifests: split -> path of a JSONL manifest; this, or `source`.
+      source: where the references come from, one of `slm_jax.data.sources`.
       vocabulary: path of a sentencepiece model, or a SeqIO vocabulary.
       target_language: code of the language to translate into, a key of `translations`.
       languages: languages of the speech that the task accepts; None accepts all.
@@ -51,6 +54,7 @@ def register_ast(
     return register_speech_task(
         name,
         manifests=manifests,
+        source=source,
         vocabulary=vocabulary,
         languages=languages,
         templates=tuple(template.replace("{target_language}", target_name) for template in templates),

@@ -10,6 +10,7 @@ from typing import Any
 import seqio
 
 from slm_jax.data import preprocessors
+from slm_jax.data.sources import ReferenceSource
 from slm_jax.tasks.registration import Manifests, MetricFn, add_task, register_speech_task
 
 INSTRUCTION_TEMPLATES = ("{instruction} {speech}",)
@@ -18,7 +19,8 @@ INSTRUCTION_TEMPLATES = ("{instruction} {speech}",)
 def register_instruction(
     name: str,
     *,
-    manifests: Manifests,
+    manifests: Manifests | None = None,
+    source: ReferenceSource | None = None,
     vocabulary: Any,
     languages: Sequence[str] | None = None,
     templates: Sequence[str] = INSTRUCTION_TEMPLATES,
@@ -30,7 +32,8 @@ def register_instruction(
 
     Args:
       name: of the task.
-      manifests: split -> path of a JSONL manifest.
+      manifests: split -> path of a JSONL manifest; this, or `source`.
+      source: where the references come from, one of `slm_jax.data.sources`.
       vocabulary: path of a sentencepiece model, or a SeqIO vocabulary.
       languages: languages that the task accepts; None accepts all.
       templates: prompts over the fields of the manifest.
@@ -44,6 +47,7 @@ def register_instruction(
     return register_speech_task(
         name,
         manifests=manifests,
+        source=source,
         vocabulary=vocabulary,
         languages=languages,
         templates=templates,
@@ -56,7 +60,8 @@ def register_instruction(
 def register_span_corruption(
     name: str,
     *,
-    manifests: Manifests,
+    manifests: Manifests | None = None,
+    source: ReferenceSource | None = None,
     vocabulary: str | Path | seqio.Vocabulary,
     text: str = "{text}",
     extra_ids: int | None = None,
@@ -68,7 +73,8 @@ def register_span_corruption(
 
     Args:
       name: of the task.
-      manifests: split -> path of a JSONL manifest.
+      manifests: split -> path of a JSONL manifest; this, or `source`.
+      source: where the references come from, one of `slm_jax.data.sources`.
       vocabulary: path of a sentencepiece model with sentinels, or a SeqIO vocabulary.
       text: template of the text to corrupt.
       extra_ids: sentinels that SeqIO adds behind the pieces.
@@ -79,6 +85,7 @@ def register_span_corruption(
     Raises:
       UserError: the template is malformed, or the name is taken by another definition.
     """
+    preprocessors.template_fields(text)
     variants = [functools.partial(preprocessors.repeat, times=repeats)] if repeats > 1 else []
     corrupt = functools.partial(
         preprocessors.span_corruption,
@@ -89,7 +96,7 @@ def register_span_corruption(
     return add_task(
         name,
         manifests=manifests,
-        fields=preprocessors.template_fields(text),
+        source=source,
         vocabulary=vocabulary,
         extra_ids=extra_ids,
         steps=[*variants, corrupt],

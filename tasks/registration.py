@@ -17,15 +17,12 @@ from typing import Any
 import seqio
 
 from slm_jax.data import preprocessors
-from slm_jax.data.sources import ManifestSource
+from slm_jax.data.sources import ManifestSource, ReferenceSource
 from slm_jax.data.vocabularies import vocabulary_of
 from slm_jax.errors import UserError, nearest
 
 MetricFn = Callable[..., Mapping[str, float]]
 Manifests = Mapping[str, str | Path]
-
-# Fields that a manifest source always has, or that preprocessing adds.
-_KNOWN_FIELDS = ("id", "audio", "language", "text", "language_name", "speech")
 
 # What each name of a task or mixture stands for, to tell a repetition from a clash.
 _definitions: dict[str, object] = {}
@@ -34,7 +31,8 @@ _definitions: dict[str, object] = {}
 def register_speech_task(
     name: str,
     *,
-    manifests: Manifests,
+    manifests: Manifests | None = None,
+    source: ReferenceSource | None = None,
     vocabulary: str | Path | seqio.Vocabulary,
     templates: Sequence[str],
     target: str,
@@ -52,7 +50,8 @@ def register_speech_task(
 
     Args:
       name: of the task.
-      manifests: split -> path of a JSONL manifest.
+      manifests: split -> path of a JSONL manifest; this, or `source`.
+      source: where the references come from, one of `slm_jax.data.sources`.
       vocabulary: path of a sentencepiece model or of a T5's folder, published or converted; or a SeqIO
         vocabulary.
       templates: prompts; `{field}` is a field of the manifest, `{speech}` the place of the speech.
@@ -78,11 +77,8 @@ def register_speech_task(
     if noise and not text_only:
         raise UserError(f"task {name!r}: noise is for text_only tasks, whose prompts hold the transcript")
     speech = transcript if text_only else preprocessors.SPEECH_MARKER
-    read = [
-        field
-        for template in (*templates, target, speech)
-        for field in preprocessors.template_fields(template)
-    ]
+    for template in (*templates, target, speech):
+        preprocessors.template_fields(template)
     steps: list[Callable[..., Any]] = [preprocessors.add_language_names]
     if languages is not None:
         steps.append(functools.partial(preprocessors.reject_languages, languages=tuple(languages)))
@@ -99,7 +95,7 @@ def register_speech_task(
     return add_task(
         name,
         manifests=manifests,
-        fields=read,
+        source=source,
         vocabulary=vocabulary,
         extra_ids=extra_ids,
         steps=steps,
@@ -111,8 +107,8 @@ def register_speech_task(
 def add_task(
     name: str,
     *,
-    manifests: Manifests,
-    fields: Sequence[str],
+    manifests: Manifests | None = None,
+    source: ReferenceSource | None = None,
     vocabulary: str | Path | seqio.Vocabulary,
     steps: Sequence[Callable[..., Any]],
     extra_ids: int | None = None,
@@ -122,16 +118,17 @@ def add_task(
     """Registers manifests and preprocessors as a SeqIO task; the arguments are `register_speech_task`'s.
 
     Args:
-      fields: fields of the manifest that the preprocessors read.
       steps: SeqIO preprocessors that end with int32 `inputs` and `targets`.
     """
-    manifests = {split: Path(path).absolute() for split, path in manifests.items()}
+    if (source is None) == (manifests is None):
+        raise UserError(f"task {name!r}: give either `manifests` or `source`")
+    source = ManifestSource(manifests or {}) if source is None else source
     if not isinstance(vocabulary, seqio.Vocabulary) and "://" not in str(vocabulary):
         vocabulary = Path(vocabulary).absolute()
-    needed = tuple(dict.fromkeys(field for field in fields if field not in _KNOWN_FIELDS))
     definition = (
         "task",
-        {split: str(path) for split, path in manifests.items()},
+        type(source),
+        source.definition(),
         vocabulary if isinstance(vocabulary, seqio.Vocabulary) else str(vocabulary),
         extra_ids,
         [_definition_of(step) for step in steps],
@@ -148,7 +145,7 @@ def add_task(
     try:
         seqio.TaskRegistry.add(
             name,
-            source=ManifestSource(manifests, needed),
+            source=source,
             preprocessors=list(steps),
             output_features={"inputs": feature, "targets": feature},
             metric_fns=[_metric(metric, metric_language) for metric in metric_fns],

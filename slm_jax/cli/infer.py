@@ -101,21 +101,21 @@ def references_of_files(paths: list[str], prompt, room: int) -> "list[Reference]
 
 
 def _of_manifest(path: str, prompt) -> "list[Reference]":
-    from slm_jax.data.references import Reference
+    from slm_jax.data.references import Reference, audio_path
     from slm_jax.data.sources import ManifestSource
 
     source = ManifestSource({"infer": path})
     columns = source.columns("infer")
-    folder = Path(source.audio_root("infer"))
+    root = source.audio_root("infer")
     return [
         Reference(
-            id_.decode(),
-            str(folder / audio.decode()) if audio else None,
+            id_,
+            audio_path(root, audio) if audio else None,
             int(samples),
             prompt,
             prompt[:0],
             "infer",
-            language.decode(),
+            language,
         )
         for id_, audio, samples, language in zip(
             columns["id"], columns["audio"], columns["samples"], columns["language"], strict=True

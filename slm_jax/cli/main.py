@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import slm_jax
 from slm_jax.errors import UserError, nearest
@@ -18,16 +19,24 @@ _COMMANDS = {
     "infer": "Answer a prompt about audio files, or a manifest of them.",
     "export": "Write a run's model as safetensors and StableHLO, checked against the live model.",
     "convert": "Bring in a published checkpoint as a frozen foundation model, or write one back.",
+    "data describe": "Say what a source or task holds: hours, languages, histograms, what is rejected.",
+    "data prepare": "Write the references of a source with their audio as speech shards.",
+    "data mixture": "Say what a run's plan holds: rates, epochs, packing, first rows; reads no audio.",
+    "data rows": "Name the examples of each row that a host reads.",
+    "data encode": "Write a frozen encoder's reduced frames as speech shards.",
     "demo": "Make the embedded corpus and its vocabularies.",
     "quickstart": "Corpus, adapter, evaluation: the main job on the embedded default.",
 }
 # Commands whose settings are all flags.
 _WITHOUT_GIN = ("convert", "demo")
+# Commands of two words.
+_GROUPS = ("data",)
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     """Parses the command line; `--gin.NAME=value` flags are gathered in `gin_bindings`."""
     bindings, rest = _split_gin_bindings(argv)
+    rest = _joined_command(rest)
     parser = _Parser(prog="slm", description=slm_jax.__doc__)
     parser.add_argument("--version", action="version", version=f"slm_jax {slm_jax.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, parser_class=_Parser, metavar="COMMAND")
@@ -35,7 +44,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     for name, text in _COMMANDS.items():
         subparser = commands.add_parser(name, help=text, description=text)
         if name == chosen:
-            importlib.import_module(f"slm_jax.cli.{name}").add_arguments(subparser)
+            _module(name).add_arguments(subparser)
     if chosen is not None and chosen not in _COMMANDS:
         raise UserError(f"slm: no command {chosen!r}{nearest(chosen, _COMMANDS)}")
     args, unknown = parser.parse_known_args(rest)
@@ -48,13 +57,30 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     return args
 
 
+def _module(command: str) -> Any:
+    return importlib.import_module(f"slm_jax.cli.{command.replace(' ', '_')}")
+
+
+def _joined_command(words: list[str]) -> list[str]:
+    """Returns the words with a command of two, such as `data rows`, as one."""
+    if not words or words[0] not in _GROUPS:
+        return words
+    group, rest = words[0], words[1:]
+    if not rest or rest[0].startswith("-"):
+        choices = [name for name in _COMMANDS if name.startswith(f"{group} ")]
+        if rest and rest[0] in ("-h", "--help"):
+            return rest
+        raise UserError(f"slm {group}: a command is missing{nearest('', choices)}")
+    return [f"{group} {rest[0]}", *rest[1:]]
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command; returns its exit status: 0, or 2 for a user's mistake."""
     # Programs take longer to compile than to run; JAX reads this when it is imported.
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(default_cache_dir() / "compiled"))
     try:
         args = parse_arguments(sys.argv[1:] if argv is None else argv)
-        return importlib.import_module(f"slm_jax.cli.{args.command}").main(args)
+        return _module(args.command).main(args)
     except UserError as error:
         print(f"slm: error: {error}", file=sys.stderr)
         return 2

@@ -80,7 +80,7 @@ class EncodedBatches(TrainBatches):
             )
         super().__init__(plan, shape, sharding, load=self._encoded, **options)
         self._encoder, self._load_audio, self._report, self._options = encoder, load, report, options
-        self._utterances: dict[tuple[str, int], Encoded | BadExample] = {}
+        self._utterances: dict[tuple[str, str, int], Encoded | BadExample] = {}
 
     def batches(self, rows_consumed: int) -> Generator[PlacedBatch, None, None]:
         """As of `TrainBatches`; the first call encodes every utterance of the plan, before it returns."""
@@ -105,7 +105,7 @@ class EncodedBatches(TrainBatches):
         table = _Utterances([table.take(np.arange(len(table))) for table in self.plan.tables])
         if not len(table):
             return
-        audio: dict[tuple[str, int], Utterance] = {}
+        audio: dict[tuple[str, str, int], Utterance] = {}
 
         def load(reference: Reference) -> Utterance:
             audio[_key(reference)] = found = self._load_audio(reference)
@@ -116,7 +116,7 @@ class EncodedBatches(TrainBatches):
         plan = Plan([table], None, 0, shape.rows, shape, epochs=1, shuffle=False)
         batches = TrainBatches(plan, shape, self.sharding, load=load, **self._options)
         encode = self._encoder()
-        utterances: dict[tuple[str, int], Encoded | BadExample] = {}
+        utterances: dict[tuple[str, str, int], Encoded | BadExample] = {}
         for step, batch in enumerate(batches.host_batches(0)):
             arrays = place(batch.arrays, batch.rows, self.sharding, shape.rows)
             frames_BKPD = np.asarray(encode(arrays["speech"], arrays["speech_segments"]))
@@ -155,6 +155,6 @@ class _Utterances:
         return [self.references[index] for index in indices.tolist()]
 
 
-def _key(reference: Reference) -> tuple[str, int]:
-    """What decides the samples of a reference: the file, and where it is cut."""
-    return str(reference.audio), reference.samples
+def _key(reference: Reference) -> tuple[str, str, int]:
+    """What decides the samples of a reference: the file, which part of it, and where it is cut."""
+    return str(reference.audio), reference.part, reference.samples

@@ -28,7 +28,7 @@ import seqio
 from slm_jax.data import preprocessors, sources
 from slm_jax.data.batch import check_feature_lengths
 from slm_jax.data.host_tensorflow import Tensor, tf
-from slm_jax.data.references import SPEECH, Reference
+from slm_jax.data.references import SPEECH, Reference, audio_path
 from slm_jax.errors import UserError, nearest
 
 logger = logging.getLogger(__name__)
@@ -47,6 +47,7 @@ _SCHEMA = pa.schema(
         "language": pa.string(),
         "said_first": pa.int32(),
         "said_tokens": pa.int32(),
+        "part": pa.string(),
     }
 )
 
@@ -128,8 +129,8 @@ class IndexTable:
         """Returns the references at `indices`, int64 [n], in their order."""
         chosen = self._table.take(pa.array(indices)).combine_chunks()
         columns = {name: chosen[name] for name in chosen.column_names}
-        root, join = self._audio_root, os.path.join
-        audio = [None if path is None else join(root, path) for path in columns["audio"].to_pylist()]
+        root = self._audio_root
+        audio = [None if path is None else audio_path(root, path) for path in columns["audio"].to_pylist()]
         return [
             Reference(*fields)
             for fields in zip(
@@ -141,6 +142,7 @@ class IndexTable:
                 [self.task] * len(indices),
                 columns["language"].to_pylist(),
                 zip(columns["said_first"].to_pylist(), columns["said_tokens"].to_pylist(), strict=True),
+                columns["part"].to_pylist(),
                 strict=True,
             )
         ]
@@ -249,7 +251,8 @@ def _content_key(task: seqio.Task, split: str, limits: Mapping[str, int], seed: 
 
 @functools.cache
 def _code_fingerprint() -> str:
-    files = [preprocessors.__file__, sources.__file__, __file__]
+    sources_of = sorted(Path(str(sources.__file__)).parent.glob("*.py"))
+    files = [preprocessors.__file__, __file__, *sources_of]
     return hashlib.sha256(b"".join(Path(str(file)).read_bytes() for file in files)).hexdigest()
 
 
@@ -357,7 +360,7 @@ def _chunks(task: seqio.Task, split: str, seed: int) -> Iterator[dict[str, Any]]
     dataset = task.get_dataset(
         sequence_length=None, split=split, shuffle=False, seed=seed, try_in_mem_cache=False
     )
-    wanted = ("id", "audio", "samples", "language", "reject", "inputs", "inputs_speech", "targets")
+    wanted = ("id", "audio", "part", "samples", "language", "reject", "inputs", "inputs_speech", "targets")
     position = 0
 
     def select(example: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -370,7 +373,7 @@ def _chunks(task: seqio.Task, split: str, seed: int) -> Iterator[dict[str, Any]]
         for name in {"inputs", "inputs_speech", "targets"} & chunk.keys():
             ragged = chunk[name]
             columns[name] = (ragged.values.numpy(), ragged.row_splits.numpy())
-        for name in ("id", "audio", "language", "reject"):
+        for name in ("id", "audio", "part", "language", "reject"):
             values = chunk[name].numpy() if name in chunk else np.full(count, b"", object)
             columns[name] = np.array([value.decode() for value in values], object)
         if "id" not in chunk:
@@ -424,6 +427,7 @@ def _record_batch(
     spoken = _sum_per_row(values == SPEECH, offsets) > 0
     # A prompt without a place for speech is text alone, whatever the manifest holds beside it.
     audio = [path if is_spoken else None for path, is_spoken in zip(columns["audio"], spoken, strict=True)]
+    part = [name if is_spoken else "" for name, is_spoken in zip(columns["part"], spoken, strict=True)]
     lists = {
         name: pa.LargeListArray.from_arrays(columns[name][1], columns[name][0])
         for name in ("inputs", "targets")
@@ -437,6 +441,7 @@ def _record_batch(
         pa.array([task] * len(keep), pa.string()),
         pa.array(columns["language"], pa.string()),
         *_said_columns(columns, spoken),
+        pa.array(part, pa.string()),
     ]
     return pa.record_batch(arrays, schema=schema).filter(pa.array(keep))
 

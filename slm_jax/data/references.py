@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,7 +23,7 @@ class Reference:
 
     Attributes:
       id: name of the example, unique within its task.
-      audio: path of the audio file; None for a text-only example.
+      audio: path of the audio file, local or remote; None for a text-only example.
       samples: length of the audio in samples at 16 kHz; 0 without audio.
       inputs: int32 [n], text tokens of instruction and context; `SPEECH` marks where the speech goes.
       targets: int32 [t], tokens to be learned, with their EOS.
@@ -32,6 +31,10 @@ class Reference:
       language: language code of the speech, such as `en`; empty where it is not known.
       said: first and count of those `inputs` that stand in place of speech, as a transcript does in a task
         of text alone; (0, 0) where none do.
+      part: which part of the file the audio is, as `audio_files` reads it; empty for all of it.
+      draw: random 64 bits of this example in this epoch of this run, of which augmentation is made; 0 where
+        nothing is augmented.
+      speed: how much faster than its file the speech is; `samples` counts after the change.
     """
 
     id: str
@@ -42,6 +45,9 @@ class Reference:
     task: str
     language: str
     said: tuple[int, int] = (0, 0)
+    part: str = ""
+    draw: int = 0
+    speed: float = 1.0
 
     @property
     def input_tokens(self) -> int:
@@ -74,14 +80,21 @@ def reference_of(example: Mapping[str, Any], task: str, audio_root: str = "") ->
             raise BadExample(reason)
     return Reference(
         id=_text(example.get("id")),
-        audio=str(Path(audio_root, audio)) if spoken else None,
+        audio=audio_path(audio_root, audio) if spoken else None,
         samples=samples,
         inputs=inputs,
         targets=np.asarray(example["targets"], np.int32),
         task=task,
         language=_text(example.get("language")),
         said=said_span(example["inputs_speech"]) if "inputs_speech" in example and not spoken else (0, 0),
+        part=_text(example.get("part")) if spoken else "",
     )
+
+
+def audio_path(root: str, audio: str) -> str:
+    """Returns the path of an audio file that is absolute, remote (`gs://...`) or relative to `root`."""
+    is_whole = not root or "://" in audio or audio.startswith("/")
+    return audio if is_whole else f"{root.rstrip('/')}/{audio}"
 
 
 def said_span(is_said: Any) -> tuple[int, int]:

@@ -82,12 +82,5 @@ def test_manifest_that_is_not_there(write_manifest, tmp_path):
         ManifestSource({"train": path}).columns("tran")
 
 
-def test_field_that_no_line_has(write_manifest):
-    path = write_manifest([{"text": "a", "response": "b"}, {"text": "c"}])
-    assert "response" in ManifestSource({"train": path}, ["response"]).columns("train")
-    with pytest.raises(UserError, match=r"no line has the field 'respnse'; did you mean 'response'\?"):
-        ManifestSource({"train": path}, ["respnse"]).columns("train")
-
-
 def test_tensorflow_sees_no_accelerator():
     assert {device.device_type for device in tf.config.get_visible_devices()} == {"CPU"}

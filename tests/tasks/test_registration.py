@@ -88,7 +88,7 @@ def test_translation_asks_in_the_name_of_the_language(manifest, task_vocabulary)
     register_ast("de", manifests={"train": manifest}, vocabulary=task_vocabulary, target_language="de")
     assert all("German" in prompt and target == "der Fuchs" for prompt, target in texts("de"))
     register_ast("fr", manifests={"train": manifest}, vocabulary=task_vocabulary, target_language="fr")
-    with pytest.raises(UserError, match=re.escape("no line has the field 'translations.fr'")):
+    with pytest.raises(UserError, match=re.escape("reads field 'translations.fr'")):
         texts("fr")
 
 

@@ -1,19 +1,18 @@
-"""Manifests as SeqIO data sources of references: texts and numbers, never audio."""
+"""Manifests in JSON lines."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import seqio
 
-from slm_jax.data.host_tensorflow import Dataset, tf
 from slm_jax.data.references import SAMPLE_RATE
+from slm_jax.data.sources.base import CHUNK, TEXT_FIELDS, Columns, ReferenceSource
 from slm_jax.errors import UserError, nearest
 
 # Fields with a type of their own; every other field is a string.
@@ -25,33 +24,25 @@ _TYPES: dict[str, tuple[tuple[type, ...], str]] = {
 }
 
 
-class ManifestSource(seqio.DataSource):
+class ManifestSource(ReferenceSource):
     """References from manifests in JSON lines.
 
     A line is an object with `audio` (path relative to the manifest), `duration` (seconds), `language`,
     `text`, `translations` (`{"de": ...}`), an optional `id` (by default the line number) and any
     other string fields. A text-only line leaves `audio` and `duration` out.
 
-    Yields the features `id`, `audio`, `language` and `text` (empty where absent), `samples` (int32,
-    at 16 kHz; 0 without audio and where the duration is not a positive number), one
-    `translations.<language>` for each language and every other field of the manifest by its name.
-
     Args:
       manifests: split -> path of its manifest.
-      fields: string fields beyond those above that the task reads; a manifest of which no line has
-        one is refused.
     """
 
-    def __init__(self, manifests: Mapping[str, str | Path], fields: Sequence[str] = ()):
+    def __init__(self, manifests: Mapping[str, str | Path]):
         self._manifests = {split: Path(path).absolute() for split, path in manifests.items()}
-        self._fields = tuple(fields)
         self._counts: dict[str, int] = {}
-        super().__init__(splits=tuple(self._manifests), caching_permitted=False)
+        super().__init__(tuple(self._manifests))
 
-    @property
-    def supports_arbitrary_sharding(self) -> bool:
-        """Whether shards beyond `list_shards` can be read; a manifest is one shard."""
-        return False
+    def definition(self) -> Any:
+        """Returns the paths of the manifests."""
+        return {split: str(path) for split, path in self._manifests.items()}
 
     def list_shards(self, split: str) -> Sequence[str]:
         """Returns the one manifest of a split."""
@@ -59,12 +50,10 @@ class ManifestSource(seqio.DataSource):
 
     def manifest(self, split: str) -> Path:
         """Returns the manifest of a split; raises UserError where there is no such split."""
-        if split not in self._manifests:
-            raise UserError(f"there is no split {split!r}{nearest(split, self._manifests)}")
-        return self._manifests[split]
+        return self._manifests[self.check_split(split)]
 
     def audio_root(self, split: str) -> str:
-        """Returns the folder that audio paths of a split are relative to."""
+        """Returns the folder of the manifest."""
         return str(self.manifest(split).parent)
 
     def content_fingerprint(self, split: str) -> str:
@@ -78,56 +67,25 @@ class ManifestSource(seqio.DataSource):
             self._counts[split] = sum(1 for line in lines if line.strip())
         return self._counts[split]
 
-    def get_dataset(
-        self,
-        split: str = "train",
-        shuffle: bool = True,
-        seed: int | None = None,
-        shard_info: seqio.ShardInfo | None = None,
-        **unused: Any,
-    ) -> Dataset:
-        """Returns the references of a split as a dataset of scalars.
-
-        Args:
-          split: name of the split.
-          shuffle: whether the order is drawn from `seed`; the plan asks for the manifest's own order.
-          seed: of the shuffle.
-          shard_info: must name the one shard there is.
+    def chunks(self, split: str) -> Iterator[Columns]:
+        """As of `ReferenceSource`.
 
         Raises:
           UserError: the manifest is missing, unreadable, empty, or a line of it is wrong.
         """
-        if shard_info and shard_info.num_shards > 1:
-            raise ValueError("a manifest is one shard; the plan splits rows over hosts")
-        dataset = tf.data.Dataset.from_tensor_slices(self.columns(split))
-        if shuffle:
-            count = int(dataset.cardinality())
-            dataset = dataset.shuffle(count, seed=seed, reshuffle_each_iteration=False)
-        return dataset
-
-    def columns(self, split: str) -> dict[str, np.ndarray]:
-        """Returns the fields of a split by name: object arrays of bytes, and int32 `samples`.
-
-        Raises:
-          UserError: as `get_dataset`.
-        """
         path = self.manifest(split)
         records = _read_records(path)
-        names = dict.fromkeys(["id", "audio", "language", "text", *self._fields])
-        for record in records:
-            names.update(dict.fromkeys(record))
-        columns = {
-            name: np.array([record.get(name, "").encode() for record in records], object)
-            for name in names
-            if name != "samples"
-        }
-        for name in self._fields:
-            if not any(columns[name]):
-                raise UserError(
-                    f"{path}: no line has the field {name!r}{nearest(name, names.keys() - {name})}"
-                )
-        columns["samples"] = np.array([record["samples"] for record in records], np.int32)
-        return columns
+        for start in range(0, len(records), CHUNK):
+            yield _columns(records[start : start + CHUNK])
+
+
+def _columns(records: Sequence[Mapping[str, Any]]) -> Columns:
+    names = dict.fromkeys(TEXT_FIELDS)
+    for record in records:
+        names.update(dict.fromkeys(record))
+    del names["samples"]
+    columns = {name: np.array([record.get(name, "") for record in records], object) for name in names}
+    return columns | {"samples": np.array([record["samples"] for record in records], np.int32)}
 
 
 def _read_bytes(path: Path) -> bytes:
