@@ -201,6 +201,9 @@ class SLM(nn.Module):
         frames_BKFD, segment_ids_BKF = self.speech_encoder.encode_features(
             features, feature_segment_ids, deterministic=deterministic or not trains
         )
+        # Where a slot has a limit, the halves are of the whole window, whatever the speech in it.
+        count = speech.shape[-1] // self._encoder.samples_per_frame
+        frames_BKFD, segment_ids_BKF = frames_BKFD[:, :, :count], segment_ids_BKF[:, :, :count]
         if not trains:
             frames_BKFD = jax.lax.stop_gradient(frames_BKFD)
         return self.config.reducer(frames_BKFD, segment_ids_BKF)
@@ -216,16 +219,27 @@ class SLM(nn.Module):
         return self._encoder.longest_samples
 
     @property
+    def features_are_mel(self) -> bool:
+        """Whether the encoder's features are mel bins over time, which SpecAugment hides."""
+        return self._encoder.features_are_mel
+
+    @property
     def _encoder(self) -> Any:
         """The encoder outside of this module: what it says of itself, without variables."""
         config = self.config.speech_encoder
         return encoder_class(config)(config, parent=None)
 
-    def _speech_of(self, batch: Mapping[str, jax.Array], deterministic: bool) -> tuple[jax.Array, jax.Array]:
+    def _speech_of(
+        self, batch: Mapping[str, jax.Array], deterministic: bool, augment: SpecAugmentConfig | None
+    ) -> tuple[jax.Array, jax.Array]:
         """Returns the reduced speech of a batch and its segment ids, computed now or before."""
         segments = batch["speech_segments"]
         if "speech_frames" not in batch:
-            return self.reduced_speech(batch["speech"], segments, deterministic=deterministic)
+            return self.reduced_speech(
+                batch["speech"], segments, deterministic=deterministic, augment=augment
+            )
+        if augment is not None:
+            raise ValueError("the batch has speech_frames, whose features cannot be augmented any more")
         frames_BKPD = batch["speech_frames"]
         ids_BKP = frame_segments(segments, frames_BKPD.shape[2], self.samples_per_position)[0]
         # What the encoder has no frame for was kept as zeros, which no frame is.

@@ -28,9 +28,7 @@ class SLMObjective:
       UserError: `frozen_weights` is neither, or the encoder's features are no mel bins.
     """
 
-    def __init__(
-        self, model: SLM, frozen_weights: str = "float", augment: SpecAugmentConfig | None = None
-    ):
+    def __init__(self, model: SLM, frozen_weights: str = "float", augment: SpecAugmentConfig | None = None):
         if frozen_weights not in FROZEN_WEIGHTS:
             found = f"SLMObjective.frozen_weights is {frozen_weights!r}"
             raise UserError(f"{found}{nearest(frozen_weights, FROZEN_WEIGHTS)}")
