@@ -108,7 +108,7 @@ def test_hiding_all_leaves_nothing_to_hear(rng):
     other = batch | {"speech": rng.integers(-9000, 9000, batch["speech"].shape).astype(np.int16)}
     variables = variables_of(CONFIG, batch)
     # As many masks as leave no bin: 16 bins, each mask uniform in 0 to 16 of them.
-    deaf = SLMObjective(SLM(CONFIG), augment=SpecAugmentConfig(time_masks=0, mel_masks=200, mel_mask_bins=16))
+    deaf = SLMObjective(SLM(CONFIG), augment=SpecAugmentConfig(time_masks=0, mel_masks=80, mel_mask_bins=16))
     assert loss_of(deaf, variables, batch, 3) == loss_of(deaf, variables, other, 3)
     plain = SLMObjective(SLM(CONFIG))
     assert loss_of(plain, variables, batch, 3) != loss_of(plain, variables, other, 3)
@@ -142,29 +142,23 @@ def computed(jaxpr):
             yield from computed(inner)
 
 
-def test_a_frozen_encoder_costs_no_gradient_and_a_trained_one_gets_it(rng):
+def test_a_frozen_encoder_costs_no_gradient(rng):
     batch = batch_of(rng, CONFIG, packed=True)
 
-    def step_of(trainable: tuple[str, ...], transform=lambda loss: loss):
+    def convolutions(trainable: tuple[str, ...], transform=lambda loss: loss) -> int:
         config = dataclasses.replace(CONFIG, trainable=trainable)
-        objective, variables = SLMObjective(SLM(config), augment=AUGMENT), variables_of(config, batch)
+        objective = SLMObjective(SLM(config), augment=AUGMENT)
+        variables = nn.unbox(jax.eval_shape(objective.init, jax.random.key(0), batch))
 
-        def loss(params):
-            return objective.loss(params, variables["frozen"], batch, jax.random.key(0))[0]
+        def loss(params, frozen):
+            return objective.loss(params, frozen, batch, jax.random.key(0))[0]
 
-        return transform(loss), variables["params"]
+        step = jax.make_jaxpr(transform(loss))(variables["params"], variables["frozen"])
+        return list(computed(step.jaxpr)).count("conv_general_dilated")
 
-    def convolutions(*step) -> int:
-        function, params = step
-        return list(computed(jax.make_jaxpr(function)(params).jaxpr)).count("conv_general_dilated")
-
-    both = ("adapter", "speech_encoder")
-    forward = convolutions(*step_of(("adapter",)))
-    assert 0 < forward == convolutions(*step_of(("adapter",), jax.grad))
-    assert forward < convolutions(*step_of(both, jax.grad))
-    grad, params = step_of(both, lambda loss: jax.jit(jax.grad(loss)))
-    gradients = grad(params)["speech_encoder"]
-    assert all(np.any(leaf) for leaf in jax.tree.leaves(gradients))
+    forward = convolutions(("adapter",))
+    assert 0 < forward == convolutions(("adapter",), jax.grad)
+    assert forward < convolutions(("adapter", "speech_encoder"), jax.grad)
 
 
 def test_what_cannot_be_augmented_is_refused(rng):
