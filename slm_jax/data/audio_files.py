@@ -42,6 +42,7 @@ REASONS = (
     "missing_part",
     "truncated_part",
     "damaged_container",
+    "out_of_step",
     "past_the_end",
     "unreadable_audio",
     "empty_audio",

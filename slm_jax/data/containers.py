@@ -7,6 +7,7 @@ A part is `&`-joined `key=value`, empty for a whole file:
 - `bytes=OFFSET,LENGTH` a stretch of the file, such as a member of a tar archive;
 - `row=N&column=NAME` a row of a parquet file, from 0, whose column holds the bytes of an audio file, or a
   struct with a field `bytes` as Hugging Face's datasets write it;
+- `record=N&check=CRC` a record of a speech shard (`shards`), from 0, with the CRC-32 of its bytes;
 - every other key of `READERS`.
 
 Values are percent-encoded where they hold `&`, `=` or `%`.
@@ -287,6 +288,16 @@ def _read_row(path: str, values: Mapping[str, str]) -> bytes:
     return value
 
 
+def _read_record(path: str, values: Mapping[str, str]) -> bytes:
+    from slm_jax.data import shards
+
+    number = whole_number(values, "record")
+    record = shards.read_record(path, number, values.get("check", ""))
+    if record.kind != "audio":
+        raise BadExample("missing_part", f"{path}, record {number} holds {record.kind}, expected audio")
+    return record.data
+
+
 _FILES = Handles(lambda path, changed: SharedFile(path), OPEN_FILES)
 _PARQUET = Handles(ParquetRows, OPEN_FILES)
 _ROW_GROUPS = Handles(
@@ -299,4 +310,5 @@ _ROW_GROUPS = Handles(
 READERS: dict[str, Reader] = {
     "bytes": Reader(_read_bytes),
     "row": Reader(_read_row, ("column",)),
+    "record": Reader(_read_record, ("check",)),
 }

@@ -151,6 +151,27 @@ def read(path: str | os.PathLike[str]) -> bytes:
     return retrying(f"read {name}", read_all)
 
 
+def put(local: Path, path: str) -> None:
+    """Copies a local file to a remote path, which has it whole or not at all; raises OSError."""
+    retrying(f"write {path}", lambda: _remote_system(path).copy(str(local), path, overwrite=True))
+
+
+def make_folder(path: str) -> None:
+    """Makes a folder and those above it, where they are not there; raises OSError."""
+    if is_remote(path):
+        retrying(f"make {path}", lambda: _remote_system(path).makedirs(path))
+    else:
+        Path(path).mkdir(parents=True, exist_ok=True)
+
+
+def remove(path: str) -> None:
+    """Removes a file; raises OSError."""
+    if is_remote(path):
+        retrying(f"remove {path}", lambda: _remote_system(path).remove(path))
+    else:
+        Path(path).unlink()
+
+
 def open_binary(path: str | os.PathLike[str]) -> BinaryIO:
     """Returns a file to read that can seek; raises OSError, also while a remote one is read."""
     name = os.fspath(path)
@@ -322,7 +343,7 @@ def _said(error: Exception) -> str:
 
 
 def _remote_system(path: str) -> Any:
-    """Returns something with `isdir` and `listdir` of remote paths."""
+    """Returns what does to remote paths what its name says, named as in gfile."""
     if path.partition("://")[0] in _EPATH_SCHEMES:
         return _Epath
     from slm_jax.data.host_tensorflow import tf
@@ -342,6 +363,24 @@ class _Epath:
         from etils import epath
 
         return [found.name for found in epath.Path(path).iterdir()]
+
+    @staticmethod
+    def copy(source: str, path: str, overwrite: bool) -> None:
+        from etils import epath
+
+        epath.Path(source).copy(path, overwrite=overwrite)
+
+    @staticmethod
+    def makedirs(path: str) -> None:
+        from etils import epath
+
+        epath.Path(path).mkdir(parents=True, exist_ok=True)
+
+    @staticmethod
+    def remove(path: str) -> None:
+        from etils import epath
+
+        epath.Path(path).unlink()
 
 
 def _remote_open(path: str) -> Any:
