@@ -143,6 +143,7 @@ class _Utterances:
 
     task = "speech"
     fingerprint = ""
+    shards = np.zeros(0, np.int64)
 
     def __init__(self, tables: Sequence[Sequence[Reference]]):
         with_audio = (reference for table in tables for reference in table if reference.audio is not None)
@@ -150,6 +151,11 @@ class _Utterances:
 
     def __len__(self) -> int:
         return len(self.references)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        lengths = [(r.samples, r.input_tokens, len(r.targets)) for r in self.references]
+        return np.array(lengths, np.int32).reshape(-1, 3)
 
     def take(self, indices: np.ndarray) -> list[Reference]:
         return [self.references[index] for index in indices.tolist()]

@@ -1,23 +1,23 @@
 """Index tables: what the planner reads of a task, built once and memory-mapped.
 
-A task's SeqIO pipeline runs over its references, never over audio; what comes out is filtered by rule
-and written to an Arrow IPC file, named by the hash of everything it was made from.
+A task's preprocessors run over its references, never over audio; what comes out is filtered by rule and
+written to a folder (`index_table`), named by the hash of everything it was made from.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import hashlib
 import inspect
-import itertools
 import json
 import logging
 import os
+import shutil
+import time
 import uuid
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,141 +25,18 @@ import numpy as np
 import pyarrow as pa
 import seqio
 
-from slm_jax.data import preprocessors, sources
+from slm_jax.data import columns, index_table, preprocessors, sources
 from slm_jax.data.batch import check_feature_lengths
+from slm_jax.data.columns import Chunk, Pipeline, Ragged
 from slm_jax.data.host_tensorflow import Tensor, tf
-from slm_jax.data.references import SPEECH, Reference, audio_path
+from slm_jax.data.index_table import IndexTable, TableWriter, count_markers
+from slm_jax.data.sources.base import CHUNK
 from slm_jax.errors import UserError, nearest
 
 logger = logging.getLogger(__name__)
 
-# References that pass through TensorFlow, and lie in the file, at a time.
-_CHUNK = 16_384
-
-_SCHEMA = pa.schema(
-    {
-        "id": pa.string(),
-        "audio": pa.string(),
-        "samples": pa.int32(),
-        "inputs": pa.large_list(pa.int32()),
-        "targets": pa.large_list(pa.int32()),
-        "task": pa.string(),
-        "language": pa.string(),
-        "said_first": pa.int32(),
-        "said_tokens": pa.int32(),
-        "part": pa.string(),
-    }
-)
-
-
-@dataclass(frozen=True)
-class IndexReport:
-    """What became of a task's references.
-
-    Attributes:
-      kept: how many are in the table.
-      rejected: reason -> how many are not.
-      examples: reason -> ids of the first of them.
-    """
-
-    kept: int
-    rejected: dict[str, int]
-    examples: dict[str, list[str]]
-
-    def __str__(self) -> str:
-        counts = ", ".join(f"{reason} {count}" for reason, count in sorted(self.rejected.items()))
-        return f"{self.kept} references" + (f"; rejected: {counts}" if counts else "")
-
-
-class IndexTable:
-    """References of one task and split, memory-mapped.
-
-    Args:
-      path: of the Arrow file that `build_index` wrote.
-      audio_root: folder that its audio paths are relative to.
-
-    Attributes:
-      task: name of the SeqIO task.
-      split: its split.
-      fingerprint: SHA-256 of the table's contents.
-      report: what was kept and what was rejected.
-    """
-
-    def __init__(self, path: Path, audio_root: str = ""):
-        # Chunks stay views of the mapped file; the mapping lives as long as they do.
-        self._table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
-        metadata = json.loads(self._table.schema.metadata[b"slm_jax"])
-        summary = json.loads(path.with_suffix(".json").read_text())
-        if summary["kept"] != len(self._table):
-            raise ValueError(f"{path} holds {len(self._table)} references, its report says {summary['kept']}")
-        self._audio_root = audio_root
-        self.task: str = metadata["task"]
-        self.split: str = metadata["split"]
-        self.fingerprint: str = summary.pop("fingerprint")
-        self.report = IndexReport(**summary)
-
-    def __len__(self) -> int:
-        return len(self._table)
-
-    @functools.cached_property
-    def samples(self) -> np.ndarray:
-        """Samples of each reference, int32 [n]."""
-        return self._table["samples"].to_numpy()
-
-    @functools.cached_property
-    def input_lengths(self) -> np.ndarray:
-        """Entries of each reference's `inputs`, the speech marker included, int64 [n]."""
-        return _list_lengths(self._table["inputs"])
-
-    @functools.cached_property
-    def target_lengths(self) -> np.ndarray:
-        """Target tokens of each reference, int64 [n]."""
-        return _list_lengths(self._table["targets"])
-
-    def reference(self, index: int) -> Reference:
-        """Returns one reference."""
-        return self.take(np.array([index]))[0]
-
-    def references(self) -> Iterator[Reference]:
-        """Yields all references in the order of the source."""
-        for start in range(0, len(self), _CHUNK):
-            yield from self.take(np.arange(start, min(start + _CHUNK, len(self))))
-
-    def take(self, indices: np.ndarray) -> list[Reference]:
-        """Returns the references at `indices`, int64 [n], in their order."""
-        chosen = self._table.take(pa.array(indices)).combine_chunks()
-        columns = {name: chosen[name] for name in chosen.column_names}
-        root = self._audio_root
-        audio = [None if path is None else audio_path(root, path) for path in columns["audio"].to_pylist()]
-        return [
-            Reference(*fields)
-            for fields in zip(
-                columns["id"].to_pylist(),
-                audio,
-                columns["samples"].to_pylist(),
-                _list_arrays(columns["inputs"]),
-                _list_arrays(columns["targets"]),
-                [self.task] * len(indices),
-                columns["language"].to_pylist(),
-                zip(columns["said_first"].to_pylist(), columns["said_tokens"].to_pylist(), strict=True),
-                columns["part"].to_pylist(),
-                strict=True,
-            )
-        ]
-
-
-def _list_lengths(column: pa.ChunkedArray) -> np.ndarray:
-    lengths = [np.diff(chunk.offsets.to_numpy()) for chunk in column.chunks]
-    return np.concatenate(lengths) if lengths else np.zeros(0, np.int64)
-
-
-def _list_arrays(column: pa.ChunkedArray) -> list[np.ndarray]:
-    arrays: list[np.ndarray] = []
-    for chunk in column.chunks:
-        offsets = chunk.offsets.to_numpy().tolist()
-        values = chunk.values.to_numpy()
-        arrays += [values[start:stop] for start, stop in itertools.pairwise(offsets)]
-    return arrays
+# Seconds between lines of progress.
+_REPORT_SECONDS = 10.0
 
 
 def build_index(
@@ -197,7 +74,7 @@ def build_index(
     root = getattr(task.source, "audio_root", lambda split: "")(split)
     limits = dict(sorted(feature_lengths.items())) | {"samples_per_position": samples_per_position}
     key = _content_key(task, split, limits, seed)
-    path = Path(cache_dir) / f"{task.name.replace(':', '_')}-{split}-{key[:24]}.arrow"
+    path = Path(cache_dir) / f"{task.name.replace(':', '_')}-{split}-{key[:24]}.index"
     table = _open_cached(path, root)
     if table is None:
         _build(task, split, limits, path, seed)
@@ -225,7 +102,7 @@ def _open_cached(path: Path, root: str) -> IndexTable | None:
         return IndexTable(path, root)
     except (OSError, ValueError, KeyError, TypeError) as error:
         # A machine that lost power may have left a file without its last blocks.
-        logger.warning("index file %s is damaged (%s) and is built again", path, error)
+        logger.warning("index %s is damaged (%s) and is built again", path, error)
         return None
 
 
@@ -252,7 +129,7 @@ def _content_key(task: seqio.Task, split: str, limits: Mapping[str, int], seed: 
 @functools.cache
 def _code_fingerprint() -> str:
     sources_of = sorted(Path(str(sources.__file__)).parent.glob("*.py"))
-    files = [preprocessors.__file__, __file__, *sources_of]
+    files = [preprocessors.__file__, columns.__file__, index_table.__file__, __file__, *sources_of]
     return hashlib.sha256(b"".join(Path(str(file)).read_bytes() for file in files)).hexdigest()
 
 
@@ -298,64 +175,78 @@ def vocabulary_fingerprint(vocabulary: seqio.SentencePieceVocabulary) -> str:
 
 
 def _build(task: seqio.Task, split: str, limits: Mapping[str, int], path: Path, seed: int) -> None:
-    metadata = {b"slm_jax": json.dumps({"task": task.name, "split": split}).encode()}
-    schema = _SCHEMA.with_metadata(metadata)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with _replacing(path) as temporary:
-            with temporary.open("wb") as file, pa.ipc.new_file(file, schema) as writer:
-                summary = _write_table(task, split, limits, seed, writer, schema)
-            # The table comes last, and at once: a reader finds it with its report, or not at all.
-            with _replacing(path.with_suffix(".json")) as report:
-                report.write_text(json.dumps(summary))
+        with _replacing(path) as folder, TableWriter(folder, task.name, split) as writer:
+            _fill(writer, task, split, limits, seed)
     except OSError as error:
         raise UserError(f"index folder {path.parent} cannot be written: {error.strerror or error}") from None
 
 
 @contextlib.contextmanager
 def _replacing(path: Path) -> Iterator[Path]:
-    """Yields a file beside `path` that takes its place at the end, or is removed where something fails."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.{uuid.uuid4().hex}")
+    """Yields a folder beside `path` that takes its place at the end, or is removed where something fails."""
+    folder = path.with_name(f".{path.name}.{os.getpid()}.{uuid.uuid4().hex}")
+    folder.mkdir()
     try:
-        yield temporary
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+        yield folder
+        for file in folder.iterdir():
+            with file.open("rb") as opened:
+                os.fsync(opened.fileno())
+        _rename(folder, path)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
-def _write_table(
-    task: seqio.Task,
-    split: str,
-    limits: Mapping[str, int],
-    seed: int,
-    writer: Any,
-    schema: pa.Schema,
-) -> dict[str, Any]:
-    """Writes what passes the rules and returns the report."""
-    digest = hashlib.sha256()
-    kept, rejected, examples = 0, Counter(), {}
-    seen: set[str] = set()
-    for columns in _chunks(task, split, seed):
-        _check_ids(columns["id"], seen, task.name, split)
-        reasons = _reject_reasons(columns, limits)
-        for id_, reason in zip(columns["id"], reasons, strict=True):
+def _rename(folder: Path, path: Path) -> None:
+    """Moves a folder to a path, aside from which an older one goes; of two at once either stays whole."""
+    while True:
+        aside = folder.with_name(f"{folder.name}.old")
+        with contextlib.suppress(FileNotFoundError):
+            path.rename(aside)
+        try:
+            folder.rename(path)
+        except OSError as error:
+            # Another process put its own there in between.
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+        else:
+            return
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
+
+
+def _fill(writer: TableWriter, task: seqio.Task, split: str, limits: Mapping[str, int], seed: int) -> None:
+    hashes: list[np.ndarray] = []
+    told = time.monotonic()
+    count = 0
+    for chunk in _chunks(task, split, seed):
+        reasons = _reject_reasons(chunk, limits)
+        for id_, reason in zip(chunk["id"], reasons, strict=True):
             if reason:
-                rejected[reason] += 1
-                if len(first := examples.setdefault(reason, [])) < 100:
-                    first.append(id_)
                 logger.info("task %s, split %s: example %s is rejected: %s", task.name, split, id_, reason)
-        batch = _record_batch(columns, reasons == "", task.name, schema)
-        _update_digest(digest, batch)
-        writer.write_batch(batch)
-        kept += len(batch)
-    return {"kept": kept, "rejected": dict(rejected), "examples": examples, "fingerprint": digest.hexdigest()}
+        writer.add(chunk, reasons)
+        hashes.append(tf.strings.to_hash_bucket_fast(chunk["id"].tolist(), np.iinfo(np.int64).max).numpy())
+        count += len(reasons)
+        if time.monotonic() - told > _REPORT_SECONDS:
+            told = time.monotonic()
+            logger.info("task %s, split %s: %s references indexed", task.name, split, f"{count:,}")
+    _check_ids(np.concatenate(hashes) if hashes else np.zeros(0, np.int64), task, split, seed)
+    writer.finish()
 
 
-def _chunks(task: seqio.Task, split: str, seed: int) -> Iterator[dict[str, Any]]:
-    """Yields columns of references; `inputs` and `targets` as pairs (values, offsets)."""
+def _chunks(task: seqio.Task, split: str, seed: int) -> Iterator[Chunk]:
+    """Yields what the preprocessors leave of the references, chunk by chunk, with the fields of the table."""
+    if not Pipeline.fits(task):
+        yield from _by_seqio(task, split, seed)
+        return
+    pipeline = Pipeline(task)
+    for chunk in task.source.chunks(split):  # pyright: ignore[reportAttributeAccessIssue]
+        yield _complete(pipeline(chunk))
+    pipeline.check_fields()
+
+
+def _by_seqio(task: seqio.Task, split: str, seed: int) -> Iterator[Chunk]:
     # Without lengths SeqIO cuts nothing; what is too long is rejected by name instead.
     dataset = task.get_dataset(
         sequence_length=None, split=split, shuffle=False, seed=seed, try_in_mem_cache=False
@@ -367,40 +258,67 @@ def _chunks(task: seqio.Task, split: str, seed: int) -> Iterator[dict[str, Any]]
         chosen = {name: example[name] for name in wanted if name in example}
         return chosen | {name: tf.cast(chosen[name], tf.int32) for name in ("inputs", "targets")}
 
-    for chunk in dataset.map(select).ragged_batch(_CHUNK):
-        count = int(chunk["inputs"].nrows())
-        columns: dict[str, Any] = {}
-        for name in {"inputs", "inputs_speech", "targets"} & chunk.keys():
-            ragged = chunk[name]
-            columns[name] = (ragged.values.numpy(), ragged.row_splits.numpy())
-        for name in ("id", "audio", "part", "language", "reject"):
-            values = chunk[name].numpy() if name in chunk else np.full(count, b"", object)
-            columns[name] = np.array([value.decode() for value in values], object)
+    for found in dataset.map(select).ragged_batch(CHUNK):
+        count = int(found["inputs"].nrows())
+        chunk: Chunk = {}
+        for name, values in found.items():
+            if name in ("inputs", "inputs_speech", "targets"):
+                chunk[name] = Ragged(values.values.numpy(), values.row_splits.numpy())
+            elif name == "samples":
+                chunk[name] = values.numpy()
+            else:
+                chunk[name] = np.array([value.decode() for value in values.numpy()], object)
         if "id" not in chunk:
-            columns["id"] = np.array([str(position + i) for i in range(count)], object)
-        columns["samples"] = chunk["samples"].numpy() if "samples" in chunk else np.zeros(count, np.int32)
-        yield columns
+            chunk["id"] = np.array([str(position + i) for i in range(count)], object)
+        yield _complete(chunk)
         position += count
 
 
-def _check_ids(ids: Sequence[str], seen: set[str], task: str, split: str) -> None:
-    for id_ in ids:
-        if id_ in seen:
-            raise UserError(f"task {task!r}, split {split!r}: id {id_!r} stands for more than one example")
-        seen.add(id_)
+def _complete(chunk: Chunk) -> Chunk:
+    """Returns a chunk with every field that the table has; those that no reference has are empty."""
+    count = len(chunk["id"])
+    empty = {name: np.full(count, "", object) for name in ("audio", "part", "language", "reject")}
+    return empty | {"samples": np.zeros(count, np.int32)} | chunk
 
 
-def _reject_reasons(columns: Mapping[str, Any], limits: Mapping[str, int]) -> np.ndarray:
+def _check_ids(hashes: np.ndarray, task: seqio.Task, split: str, seed: int) -> None:
+    """Raises UserError where an id stands for two examples.
+
+    Only where two hashes are equal are the ids themselves read again: those of a hundred million references
+    would not fit into memory.
+    """
+    ordered = np.sort(hashes)
+    doubtful = set(ordered[1:][ordered[1:] == ordered[:-1]].tolist())
+    if not doubtful:
+        return
+    first: dict[str, int] = {}
+    start = 0
+    for chunk in _chunks(task, split, seed):
+        ids = chunk["id"].tolist()
+        for place in np.flatnonzero(np.isin(hashes[start : start + len(ids)], list(doubtful))).tolist():
+            number = first.setdefault(ids[place], start + place)
+            if number != start + place:
+                raise UserError(
+                    f"task {task.name!r}, split {split!r}: id {ids[place]!r} stands for two examples, "
+                    f"references {number + 1} and {start + place + 1} of {_where(task.source, split)}"
+                )
+        start += len(ids)
+
+
+def _where(source: Any, split: str) -> str:
+    return ", ".join(source.list_shards(split)[:1])
+
+
+def _reject_reasons(chunk: Chunk, limits: Mapping[str, int]) -> np.ndarray:
     """Returns the reason code of each reference, empty where it is kept."""
-    values, offsets = columns["inputs"]
-    markers = _sum_per_row(values == SPEECH, offsets)
-    tokens = np.diff(offsets) - markers
-    targets = np.diff(columns["targets"][1])
+    markers = count_markers(chunk["inputs"])
+    tokens = np.diff(chunk["inputs"].offsets) - markers
+    targets = np.diff(chunk["targets"].offsets)
     spoken = markers > 0
-    samples = np.where(spoken, columns["samples"], 0)
-    has_path = np.array([bool(path) for path in columns["audio"]], bool)
+    samples = np.where(spoken, chunk["samples"], 0)
+    has_path = np.array([bool(path) for path in chunk["audio"]], bool)
     positions = -(-samples // limits["samples_per_position"])
-    reasons = np.array(columns["reject"], object)
+    reasons = np.array(chunk["reject"], object)
     for reason, holds in (
         ("several_speech_markers", markers > 1),
         ("missing_audio", spoken & ~has_path),
@@ -413,64 +331,3 @@ def _reject_reasons(columns: Mapping[str, Any], limits: Mapping[str, int]) -> np
     ):
         reasons[(reasons == "") & holds] = reason
     return reasons
-
-
-def _sum_per_row(flags: np.ndarray, offsets: np.ndarray) -> np.ndarray:
-    total = np.concatenate([[0], np.cumsum(flags, dtype=np.int64)])
-    return total[offsets[1:]] - total[offsets[:-1]]
-
-
-def _record_batch(
-    columns: Mapping[str, Any], keep: np.ndarray, task: str, schema: pa.Schema
-) -> pa.RecordBatch:
-    values, offsets = columns["inputs"]
-    spoken = _sum_per_row(values == SPEECH, offsets) > 0
-    # A prompt without a place for speech is text alone, whatever the manifest holds beside it.
-    audio = [path if is_spoken else None for path, is_spoken in zip(columns["audio"], spoken, strict=True)]
-    part = [name if is_spoken else "" for name, is_spoken in zip(columns["part"], spoken, strict=True)]
-    lists = {
-        name: pa.LargeListArray.from_arrays(columns[name][1], columns[name][0])
-        for name in ("inputs", "targets")
-    }
-    arrays = [
-        pa.array(columns["id"], pa.string()),
-        pa.array(audio, pa.string()),
-        pa.array(np.where(spoken, columns["samples"], 0).astype(np.int32)),
-        lists["inputs"],
-        lists["targets"],
-        pa.array([task] * len(keep), pa.string()),
-        pa.array(columns["language"], pa.string()),
-        *_said_columns(columns, spoken),
-        pa.array(part, pa.string()),
-    ]
-    return pa.record_batch(arrays, schema=schema).filter(pa.array(keep))
-
-
-def _said_columns(columns: Mapping[str, Any], spoken: np.ndarray) -> tuple[pa.Array, pa.Array]:
-    """First and count of the input tokens that stand in place of speech; zeros where there is speech."""
-    if "inputs_speech" not in columns:
-        nothing = np.zeros(len(spoken), np.int32)
-        return pa.array(nothing), pa.array(nothing)
-    flags, offsets = columns["inputs_speech"]
-    tokens = np.where(spoken, 0, _sum_per_row(flags, offsets)).astype(np.int32)
-    places = np.flatnonzero(flags)
-    # The first flag at or after the start of its row; one past the last row's flags is never used.
-    found = np.append(places, 0)[np.searchsorted(places, offsets[:-1])]
-    first = np.where(tokens > 0, found - offsets[:-1], 0).astype(np.int32)
-    return pa.array(first), pa.array(tokens)
-
-
-def _update_digest(digest: Any, batch: pa.RecordBatch) -> None:
-    # Lengths separate the values of a column, so that no two tables run into the same bytes.
-    for name, column in zip(batch.schema.names, batch.columns, strict=True):
-        if pa.types.is_large_list(column.type):
-            values = column.flatten().to_numpy(zero_copy_only=False)
-            lengths = np.diff(column.offsets.to_numpy())
-            parts = [lengths.tobytes(), values.tobytes()]
-        elif pa.types.is_string(column.type):
-            parts = [json.dumps(column.to_pylist()).encode()]
-        else:
-            parts = [column.to_numpy(zero_copy_only=False).tobytes()]
-        for part in (name.encode(), *parts):
-            digest.update(len(part).to_bytes(8, "little"))
-            digest.update(part)

@@ -1,51 +1,124 @@
-"""The order of rows, by index arithmetic on (seed, epoch): random access, no state, no hosts, no meshes.
+"""The order of rows: references by index arithmetic, packed in independent blocks; no hosts, no meshes.
 
-Position p of the stream belongs to a task by a low-discrepancy table (an additive recurrence on 2^16
-places against the cumulative rates), so that every stretch of the stream holds the tasks in their
-rates. Within a task, epoch e is a keyed pseudo-random permutation: a Feistel network with cycle
-walking (Black and Rogaway 2002, "Ciphers with arbitrary finite domains"). Rows are made of independent
-blocks of K references, so that a seek replays one block at most.
+`order` says which reference stands at each position of the stream. A block is K positions; the rows that it
+makes depend on nothing outside it, so that a seek replays one block. How many rows came before a block is
+known by counting (`_Starts`), and a run's cursor says it for the block in which it stands.
 """
 
 from __future__ import annotations
 
+import bisect
+import contextlib
 import dataclasses
 import functools
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+import os
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from slm_jax.data.batch import BatchShape, Placed, Row
+from slm_jax.data.order import PERIOD, Passes, Shuffle, Stream, key_of, mix
+from slm_jax.data.packing import Packed, Sizes, bucket_shapes, one_each, pack, pack_in_buckets
 from slm_jax.data.references import Reference
 from slm_jax.errors import UserError, nearest
 
-PERIOD = 1 << 16
-# Odd, so that p -> p * STRIDE is a bijection on the period; nearest to PERIOD / golden ratio, so that
-# consecutive positions land far apart.
-_STRIDE = 40_503
-_ROUNDS = 6
 # Changes with the arithmetic: a run must not resume on another order.
-_VERSION = 1
+_VERSION = 2
+# New blocks that are counted before their row counts are written to disk.
+_COUNTS_TO_KEEP = 256
 
 
 class Table(Protocol):
-    """What the plan needs of an `index.IndexTable`."""
+    """What the plan needs of an `index_table.IndexTable`: `lengths` are samples, text-input tokens and target
+    tokens, int32 [n, 3]; `shards` is where each file of several references starts, and the end.
+    """
 
     task: str
     fingerprint: str
+
+    @property
+    def lengths(self) -> np.ndarray: ...
+
+    @property
+    def shards(self) -> np.ndarray: ...
 
     def __len__(self) -> int: ...
 
     def take(self, indices: np.ndarray) -> list[Reference]: ...
 
 
-def one_example_per_row(references: Sequence[Reference]) -> list[Row]:
-    """Returns a row for each reference, its speech at the start of slot 0."""
-    return [(Placed(reference),) for reference in references]
+class Anchor(NamedTuple):
+    """A block, and how many rows come before it."""
+
+    block: int
+    first_row: int
+
+
+@dataclass(frozen=True)
+class Packing:
+    """How references share rows.
+
+    Attributes:
+      pack: whether a row holds several references; otherwise one.
+      block: K, references whose rows are made together; None takes 1024, or with buckets enough of them that
+        steps which are not full are rare.
+      buckets: for encoders of one utterance a slot: samples of a slot, ascending; the shape's own are added.
+        Every step has rows of one bucket.
+    """
+
+    pack: bool = False
+    block: int | None = None
+    buckets: tuple[int, ...] = ()
+
+
+class Perturbation(Protocol):
+    """What changes the length of speech: `augmentation.SpeedConfig`."""
+
+    def speeds(self, draws: np.ndarray) -> np.ndarray:
+        """Returns how much faster each example is said: uint64 [n] -> float64 [n]."""
+        ...
+
+    def samples_at(self, samples: np.ndarray, speeds: np.ndarray) -> np.ndarray:
+        """Returns the samples that are left at these speeds: int64 [n]."""
+        ...
+
+
+@dataclass(frozen=True)
+class Block:
+    """The rows of a block; its arrays are sorted by row, and in a row by place.
+
+    Attributes:
+      starts: where each row starts in the arrays below, and the end, int64 [rows + 1].
+      task, index: which reference, int64 [n] each.
+      slot, first_sample: where its speech lies, int64 [n] each.
+      sizes: what it takes, its speech as it is said here.
+      samples: of its speech as it is said here, int64 [n].
+      draw: of its augmentation, uint64 [n]; zeros where nothing is augmented.
+      speed: of its speech, float64 [n].
+      bucket: of each row, int64 [rows].
+    """
+
+    starts: np.ndarray
+    task: np.ndarray
+    index: np.ndarray
+    slot: np.ndarray
+    first_sample: np.ndarray
+    sizes: Sizes
+    samples: np.ndarray
+    draw: np.ndarray
+    speed: np.ndarray
+    bucket: np.ndarray
+
+    @property
+    def rows(self) -> int:
+        """How many rows there are."""
+        return len(self.starts) - 1
 
 
 class Plan:
@@ -57,17 +130,24 @@ class Plan:
         no use with `epochs`, where every table is passed exactly that often.
       seed: of the order.
       rows_per_step: B, global.
-      shape: of a batch; part of the fingerprint.
+      shape: of a batch, with the longest bucket; part of the fingerprint.
       epochs: passes over all tables; None for a stream without end.
       shuffle: whether the order is permuted, differently in each epoch.
-      block: K, references whose rows are made together.
+      packing: how references share rows.
       name: of the mixture; part of the fingerprint.
+      shuffle_window: None permutes each table as a whole; a number mixes the references of so many files
+        that hold several references each, so that a stretch of the order reads few files.
+      augmented: whether references get a `draw`.
+      perturbation: what changes the length of speech.
+      counts_dir: folder where row counts of packed blocks are kept.
 
     Attributes:
       fingerprint: SHA-256 of everything that the order depends on.
+      shapes: of the buckets, ascending; one where there are none.
 
     Raises:
-      UserError: no tables, a table without references, a rate that is not positive, or the same task twice.
+      UserError: no tables, a table without references, a rate that is not positive, the same task twice, or
+        settings that do not fit together.
     """
 
     def __init__(
@@ -79,26 +159,39 @@ class Plan:
         shape: BatchShape,
         epochs: int | None = None,
         shuffle: bool = True,
-        block: int = 1024,
+        packing: Packing = Packing(),
         name: str = "",
+        *,
+        shuffle_window: int | None = None,
+        augmented: bool = False,
+        perturbation: Perturbation | None = None,
+        counts_dir: str | Path | None = None,
     ):
-        _check(tables, rates, epochs, block)
+        _check(tables, rates, epochs)
+        _check_packing(packing, shape, epochs)
         self.tables = tuple(tables)
         self.rows_per_step = rows_per_step
         self.shape = shape
         self.seed = seed
         self.epochs = epochs
         self.shuffle = shuffle
-        self.block = block
+        self.packing = packing
         self.name = name
+        self.shapes = bucket_shapes(shape, packing.buckets) if packing.buckets else (shape,)
+        self.block = packing.block or _usual_block(packing, shape, rows_per_step, len(self.shapes))
+        self._window = shuffle_window
+        self._perturbation = perturbation
+        self._augmented = augmented or perturbation is not None
         self._sizes = np.array([len(table) for table in tables], np.int64)
         self.rates = tuple(float(rate) for rate in (self._sizes if rates is None else rates))
         # A key per task by name: removing a task leaves the order within the others as it was.
-        self._keys = np.array([_key(seed, table.task) for table in tables], np.uint64)
-        if epochs is None:
-            self._places = _integer_rates(self.rates)
-            self._task_of_place, self._rank_of_place = _task_table(self._places, _key(seed, "tasks"))
-        self._block_rows = functools.lru_cache(maxsize=2)(self._make_block)
+        self._keys = np.array([key_of(seed, table.task) for table in tables], np.uint64)
+        self._order = self._make_order()
+        self._block_of = functools.lru_cache(maxsize=4)(self._make_block)
+        self._blocks = None if self.num_references is None else -(-self.num_references // self.block)
+        kept = counts_dir is not None and packing.pack
+        file = Path(counts_dir) / f"{self.fingerprint[:24]}.rows" if kept else None
+        self._starts = _Starts(lambda block: self._block_of(block).rows, self._blocks, file)
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -115,7 +208,10 @@ class Plan:
             },
             "epochs": self.epochs,
             "shuffle": self.shuffle,
-            "block": self.block,
+            "packing": dataclasses.asdict(self.packing) | {"block": self.block},
+            "shuffle_window": self._window,
+            # Whether there are draws changes no row; what becomes of them is the configuration's.
+            "perturbation": repr(self._perturbation),
         }
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
@@ -124,15 +220,124 @@ class Plan:
         """Length of the plan in references; None without end."""
         return None if self.epochs is None else self.epochs * int(self._sizes.sum())
 
-    @property
+    @functools.cached_property
     def num_rows(self) -> int | None:
-        """Length of the plan in rows; None without end. A row holds one reference."""
-        return self.num_references
+        """Length of the plan in rows; None without end. Where rows are packed, all of them are counted."""
+        if self._blocks is None or not self.packing.pack:
+            return self.num_references
+        return self._starts.first_row(self._blocks)
 
     @property
     def num_steps(self) -> int | None:
         """Length of the plan in steps, the last one maybe not full; None without end."""
         return None if self.num_rows is None else -(-self.num_rows // self.rows_per_step)
+
+    # ---- rows
+
+    def rows(self, start: int, count: int, wanted: np.ndarray | None = None) -> list[Row]:
+        """Returns rows `start` to `start + count` of the plan, fewer at the end.
+
+        Args:
+          start: number of the first row.
+          count: how many rows.
+          wanted: int64 [n], which of them are asked for, counted from `start`; the others are empty here.
+        """
+        asked = np.ones(count, bool)
+        if wanted is not None:
+            asked[:] = False
+            asked[wanted] = True
+        rows: list[Row] = []
+        for block, first, stop in self._spans(start, count):
+            rows += self._materialised(block, first, asked[len(rows) : len(rows) + stop - first])
+        return rows
+
+    def blocks(self, start: int, count: int) -> list[tuple[Block, int, int]]:
+        """Returns the blocks that hold rows `start` to `start + count`, with the stretch of rows of each."""
+        return list(self._spans(start, count))
+
+    def bucket(self, row: int) -> int:
+        """Returns the bucket of a row, a place in `shapes`."""
+        for block, first, _ in self._spans(row, 1):
+            return int(block.bucket[first])
+        return 0
+
+    def anchor(self, row: int) -> Anchor | None:
+        """Returns the block of a row, from which a seek to it starts; None where rows are not packed."""
+        return self._starts.block_of(row) if self.packing.pack else None
+
+    def seek(self, anchor: Anchor | None) -> None:
+        """Takes an anchor's word for how many rows come before its block."""
+        if anchor is not None:
+            self._starts.anchored(anchor)
+
+    def _spans(self, start: int, count: int) -> Any:
+        stop = start + count
+        while start < stop:
+            number, skip = self._find(start)
+            block = self._block_of(number)
+            last = min(block.rows, skip + stop - start)
+            if last <= skip:
+                return
+            yield block, skip, last
+            start += last - skip
+
+    def _find(self, row: int) -> tuple[int, int]:
+        """Returns the block that holds a row, and the rows of that block before it."""
+        if not self.packing.pack:
+            # One reference per row: each block counts K rows, so where one starts is a division.
+            return divmod(row, self.block)
+        anchor = self._starts.block_of(row)
+        return anchor.block, row - anchor.first_row
+
+    def _materialised(self, block: Block, first: int, asked: np.ndarray) -> list[Row]:
+        rows: list[Row] = [()] * len(asked)
+        numbers = np.flatnonzero(asked) + first
+        if not len(numbers):
+            return rows
+        spans = [np.arange(block.starts[row], block.starts[row + 1]) for row in numbers.tolist()]
+        members = np.concatenate(spans)
+        references = self._take(block, members)
+        placed = [
+            Placed(reference, slot, first_sample)
+            for reference, slot, first_sample in zip(
+                references, block.slot[members].tolist(), block.first_sample[members].tolist(), strict=True
+            )
+        ]
+        ends = np.cumsum([len(span) for span in spans]).tolist()
+        for row, begin, end in zip((numbers - first).tolist(), [0, *ends], ends, strict=False):
+            rows[row] = tuple(placed[begin:end])
+        return rows
+
+    def _take(self, block: Block, members: np.ndarray) -> list[Reference]:
+        found = self._look_up(block.task[members], block.index[members])
+        if not self._augmented:
+            return found
+        return [
+            dataclasses.replace(reference, draw=draw, speed=speed, samples=samples)
+            for reference, draw, speed, samples in zip(
+                found,
+                block.draw[members].tolist(),
+                block.speed[members].tolist(),
+                block.samples[members].tolist(),
+                strict=True,
+            )
+        ]
+
+    def references(self, start: int, count: int) -> list[Reference]:
+        """Returns the references at positions `start` to `start + count` of the stream, fewer at the end."""
+        stop = start + count if self.num_references is None else min(start + count, self.num_references)
+        drawn = self._order(np.arange(start, max(start, stop)))
+        return self._look_up(drawn.task, drawn.index)
+
+    def _look_up(self, task: np.ndarray, index: np.ndarray) -> list[Reference]:
+        found: list[Any] = [None] * len(task)
+        for number in np.unique(task).tolist():
+            at = np.flatnonzero(task == number)
+            for place, reference in zip(at.tolist(), self.tables[number].take(index[at]), strict=True):
+                found[place] = reference
+        return found
+
+    # ---- blocks
 
     def order(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Returns which reference stands at each position of the stream.
@@ -143,60 +348,178 @@ class Plan:
         Returns:
           Number of the task and index in its table, int64 [n] each.
         """
-        positions = np.asarray(positions, np.int64)
+        drawn = self._order(np.asarray(positions, np.int64))
+        return drawn.task, drawn.index
+
+    def _make_order(self) -> Stream | Passes:
         if self.epochs is not None:
-            return self._finite_order(positions)
-        place = positions % PERIOD
-        task = self._task_of_place[place].astype(np.int64)
-        rank = positions // PERIOD * self._places[task] + self._rank_of_place[place]
-        size = self._sizes[task]
-        epoch, index = rank // size, rank % size
+            whole = Shuffle(int(self._sizes.sum()), key_of(self.seed, "all tasks"))
+            return Passes(self._sizes.tolist(), whole if self.shuffle else None)
+        shuffles = None
         if self.shuffle:
-            index = permute(index, size, _mix(self._keys[task] + epoch.astype(np.uint64)))
-        return task, index
+            shuffles = [
+                Shuffle(len(table), key, self._shards_of(table), self._window or 0)
+                for table, key in zip(self.tables, self._keys, strict=True)
+            ]
+        return Stream(self._sizes.tolist(), self.rates, key_of(self.seed, "tasks"), shuffles)
 
-    def _finite_order(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        total = int(self._sizes.sum())
-        epoch, index = positions // total, positions % total
-        if self.shuffle:
-            key = _key(self.seed, "all tasks")
-            index = permute(index, np.full_like(index, total), _mix(key + epoch.astype(np.uint64)))
-        ends = np.cumsum(self._sizes)
-        task = np.searchsorted(ends, index, side="right")
-        return task, index - (ends - self._sizes)[task]
+    def _shards_of(self, table: Table) -> np.ndarray | None:
+        return table.shards if self._window and len(table.shards) else None
 
-    def references(self, start: int, count: int) -> list[Reference]:
-        """Returns the references at positions `start` to `start + count`, fewer at the end."""
-        stop = start + count if self.num_references is None else min(start + count, self.num_references)
-        task, index = self.order(np.arange(start, max(start, stop)))
-        found: list[Reference | None] = [None] * len(task)
-        for number in np.unique(task):
-            at = np.flatnonzero(task == number)
-            for place, reference in zip(at.tolist(), self.tables[number].take(index[at]), strict=True):
-                found[place] = reference
-        return found  # pyright: ignore[reportReturnType]  # every place has its task
+    def _drawn(self, block: int) -> tuple[Any, Sizes, np.ndarray, np.ndarray, np.ndarray]:
+        """Returns what stands in a block: references, sizes, samples, draws and speeds."""
+        begin, end = block * self.block, (block + 1) * self.block
+        if self.num_references is not None:
+            end = max(begin, min(end, self.num_references))
+        drawn = self._order(np.arange(begin, end))
+        lengths = np.zeros((len(drawn.task), 3), np.int64)
+        for number in np.unique(drawn.task).tolist():
+            at = drawn.task == number
+            lengths[at] = self.tables[number].lengths[drawn.index[at]]
+        samples, inputs, targets = lengths.T
+        draws = np.zeros(len(samples), np.uint64)
+        speeds = np.ones(len(samples))
+        if self._augmented:
+            keys = mix(mix(self._keys[drawn.task] + drawn.epoch.astype(np.uint64)) ^ np.uint64(_AUGMENTATION))
+            draws = mix(keys ^ drawn.index.astype(np.uint64))
+        if self._perturbation is not None:
+            speeds = self._perturbation.speeds(draws)
+            changed = self._perturbation.samples_at(samples, speeds)
+            layout = self._positions(changed) + inputs
+            # What would not fit a row any more is said at its own speed.
+            stays = (samples == 0) | (changed > self.shape.samples) | (layout > self.shape.layout)
+            speeds = np.where(stays, 1.0, speeds)
+            samples = np.where(stays, samples, changed)
+        return drawn, Sizes(self._positions(samples), inputs, targets), samples, draws, speeds
 
-    def rows(self, start: int, count: int) -> list[Row]:
-        """Returns rows `start` to `start + count` of the plan, fewer at the end."""
-        rows: list[Row] = []
-        while len(rows) < count:
-            block, skip = self._seek(start + len(rows))
-            found = self._block_rows(block)[skip : skip + count - len(rows)]
-            if not found:
-                break
-            rows += found
-        return rows
+    def _positions(self, samples: np.ndarray) -> np.ndarray:
+        return -(-samples // self.shape.samples_per_position)
 
-    def _seek(self, row: int) -> tuple[int, int]:
-        """Returns the block that holds a row, and the rows of that block before it."""
-        # One reference per row: each block counts K rows, so where one starts is a division.
-        return divmod(row, self.block)
+    def _packed(self, sizes: Sizes) -> tuple[Packed, np.ndarray | None]:
+        if not self.packing.pack:
+            return one_each(sizes), None
+        if self.packing.buckets:
+            return pack_in_buckets(sizes, self.shapes)
+        return pack(sizes, self.shape), None
 
-    def _make_block(self, block: int) -> list[Row]:
-        return one_example_per_row(self.references(block * self.block, self.block))
+    def _make_block(self, number: int) -> Block:
+        drawn, sizes, samples, draws, speeds = self._drawn(number)
+        packed, bucket = self._packed(sizes)
+        if self.packing.pack:
+            packed, bucket = self._in_random_order(packed, bucket, number)
+        by_row = np.lexsort((packed.first, packed.slot, packed.row))
+        starts = np.searchsorted(packed.row[by_row], np.arange(packed.rows + 1))
+        return Block(
+            starts=starts,
+            task=drawn.task[by_row],
+            index=drawn.index[by_row],
+            slot=packed.slot[by_row],
+            first_sample=packed.first[by_row] * self.shape.samples_per_position,
+            sizes=sizes.at(by_row),
+            samples=samples[by_row],
+            draw=draws[by_row],
+            speed=speeds[by_row],
+            bucket=np.zeros(packed.rows, np.int64) if bucket is None else bucket,
+        )
+
+    def _in_random_order(
+        self, packed: Packed, bucket: np.ndarray | None, block: int
+    ) -> tuple[Packed, np.ndarray | None]:
+        """Permutes the rows of a block, which packing leaves the longest first.
+
+        With buckets whole steps are permuted, and rows within the bucket, so that a step stays in one.
+        """
+        keys = mix(
+            mix(key_of(self.seed, "rows") + np.uint64(block)) ^ np.arange(packed.rows, dtype=np.uint64)
+        )
+        if bucket is None:
+            order = np.argsort(keys, kind="stable")
+        else:
+            within = np.lexsort((keys, bucket)).reshape(-1, self.rows_per_step)
+            order = within[np.argsort(keys[: len(within)], kind="stable")].reshape(-1)
+        place = np.empty(packed.rows, np.int64)
+        place[order] = np.arange(packed.rows)
+        return packed._replace(row=place[packed.row]), None if bucket is None else bucket[order]
 
 
-def _check(tables: Sequence[Table], rates: Sequence[float] | None, epochs: int | None, block: int) -> None:
+_AUGMENTATION = 0x6175676D656E74
+
+
+class _Starts:
+    """Where packed blocks begin, in rows: counted from the first block on, or from an anchor.
+
+    Args:
+      count: block -> how many rows it has.
+      blocks: how many there are; None without end.
+      file: where counts from the first block on are kept.
+    """
+
+    def __init__(self, count: Callable[[int], int], blocks: int | None, file: Path | None):
+        self._count = count
+        self._blocks = blocks
+        self._file = file
+        self._first_block = 0
+        self._starts = [0]
+        self._kept = 0
+        self._read()
+
+    def block_of(self, row: int) -> Anchor:
+        """Returns the block that holds a row, or the end; blocks before it are counted."""
+        if row < self._starts[0]:
+            self._restart()
+        while self._starts[-1] <= row and self._next_block != self._blocks:
+            self._extend()
+        # The first of equal starts: only the end has no rows.
+        place = bisect.bisect_right(self._starts, min(row, self._starts[-1])) - 1
+        return Anchor(self._first_block + place, self._starts[place])
+
+    def first_row(self, block: int) -> int:
+        """Returns how many rows come before a block."""
+        if block < self._first_block:
+            self._restart()
+        while self._next_block < block:
+            self._extend()
+        return self._starts[block - self._first_block]
+
+    def anchored(self, anchor: Anchor) -> None:
+        """Goes on from an anchor, unless its block is among the known."""
+        if not self._starts[0] <= anchor.first_row <= self._starts[-1]:
+            self._first_block, self._starts = anchor.block, [anchor.first_row]
+
+    @property
+    def _next_block(self) -> int:
+        """The first block that is not counted."""
+        return self._first_block + len(self._starts) - 1
+
+    def _restart(self) -> None:
+        self._first_block, self._starts = 0, [0]
+        self._read()
+
+    def _extend(self) -> None:
+        self._starts.append(self._starts[-1] + self._count(self._next_block))
+        if not self._first_block and len(self._starts) - self._kept > _COUNTS_TO_KEEP:
+            self._write()
+
+    def _read(self) -> None:
+        if self._file is None:
+            return
+        with contextlib.suppress(OSError, ValueError):
+            counts = np.fromfile(self._file, "<u4")
+            self._starts = [0, *np.cumsum(counts, dtype=np.int64).tolist()]
+            self._kept = len(self._starts)
+
+    def _write(self) -> None:
+        if self._file is None:
+            return
+        self._kept = len(self._starts)
+        unfinished = self._file.with_name(f".{self._file.name}.{os.getpid()}.{uuid.uuid4().hex}")
+        # Counts that cannot be kept are counted again.
+        with contextlib.suppress(OSError):
+            np.diff(self._starts).astype("<u4").tofile(unfinished)
+            unfinished.replace(self._file)
+
+
+def _check(tables: Sequence[Table], rates: Sequence[float] | None, epochs: int | None) -> None:
     if not tables:
         raise UserError("the mixture is empty, expected at least one task")
     names = [table.task for table in tables]
@@ -213,80 +536,28 @@ def _check(tables: Sequence[Table], rates: Sequence[float] | None, epochs: int |
             raise UserError(f"task {name!r} has rate {rate}, expected a positive number")
     if epochs is not None and epochs < 1:
         raise UserError(f"epochs is {epochs}, expected at least 1")
-    if block < 1:
-        raise UserError(f"block is {block}, expected at least 1")
     if len(tables) > PERIOD:
         raise UserError(f"the mixture has {len(tables)} tasks, expected at most {PERIOD}")
 
 
-def _integer_rates(rates: Sequence[float]) -> np.ndarray:
-    """Returns the places of each task among PERIOD, int64: at least one, then by largest remainder."""
-    share = np.asarray(rates, np.float64)
-    exact = share / share.sum() * PERIOD
-    places = np.maximum(np.floor(exact), 1).astype(np.int64)
-    # Tasks that were raised to one place may have taken more than there are.
-    while (surplus := int(places.sum()) - PERIOD) > 0:
-        largest = int(np.argmax(places))
-        places[largest] -= min(surplus, int(places[largest]) - 1)
-    short = PERIOD - int(places.sum())
-    order = np.argsort(-(exact - places), kind="stable")
-    places[order[:short]] += 1
-    return places
+def _check_packing(packing: Packing, shape: BatchShape, epochs: int | None) -> None:
+    if packing.block is not None and packing.block < 1:
+        raise UserError(f"block is {packing.block}, expected at least 1")
+    if shape.slots > 1 and shape.segments > 1:
+        raise ValueError(f"{shape.slots} slots of {shape.segments} utterances: one of both must be 1")
+    if packing.buckets and not packing.pack:
+        raise UserError("buckets are given, and rows are not packed; expected pack = True")
+    if packing.buckets and shape.segments > 1:
+        raise UserError(
+            "buckets are for speech encoders of one utterance a slot; this one packs, expected no buckets"
+        )
 
 
-def _task_table(places: np.ndarray, key: np.uint64) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the task of each position of a period, and its rank among that task's positions."""
-    start = int(key) % PERIOD
-    point = (np.arange(PERIOD, dtype=np.int64) * _STRIDE + start) % PERIOD
-    task = np.searchsorted(np.cumsum(places), point, side="right")
-    order = np.argsort(task, kind="stable")
-    rank = np.empty(PERIOD, np.int64)
-    rank[order] = np.arange(PERIOD) - np.repeat(np.cumsum(places) - places, places)
-    return task.astype(np.int32), rank.astype(np.int32)
-
-
-def permute(index: np.ndarray, size: np.ndarray, key: np.ndarray) -> np.ndarray:
-    """Returns where a keyed pseudo-random permutation of `range(size)` sends each index.
-
-    Args:
-      index: int64 [n], each within `range(size)`.
-      size: int64 [n], at least 1.
-      key: uint64 [n].
-
-    Returns:
-      int64 [n].
-    """
-    # Half the bits of the smallest even-width domain that holds `size`: less than 4 walks on average.
-    bits = np.ceil(np.log2(np.maximum(size, 2).astype(np.float64))).astype(np.int64)
-    half = ((bits + 1) // 2).astype(np.uint64)
-    out = index.astype(np.uint64)
-    limit = size.astype(np.uint64)
-    walking = np.arange(len(out))
-    while len(walking):
-        out[walking] = _feistel(out[walking], half[walking], key[walking])
-        walking = walking[out[walking] >= limit[walking]]
-    return out.astype(np.int64)
-
-
-def _feistel(value: np.ndarray, half: np.ndarray, key: np.ndarray) -> np.ndarray:
-    mask = (np.uint64(1) << half) - np.uint64(1)
-    left, right = value >> half, value & mask
-    for turn in range(_ROUNDS):
-        left, right = right, left ^ (_mix(right + key + np.uint64(turn * 0x9E3779B9)) & mask)
-    return (left << half) | right
-
-
-def _mix(value: np.ndarray) -> np.ndarray:
-    """splitmix64 (Steele, Lea and Flood 2014): a bijection on 64 bits whose output bits look independent."""
-    value = value + np.uint64(0x9E3779B97F4A7C15)
-    value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return value ^ (value >> np.uint64(31))
-
-
-def _key(seed: int, name: str) -> np.uint64:
-    digest = hashlib.sha256(f"{seed}\n{name}".encode()).digest()
-    return np.uint64(int.from_bytes(digest[:8], "little"))
+def _usual_block(packing: Packing, shape: BatchShape, rows_per_step: int, buckets: int) -> int:
+    if not packing.buckets:
+        return 1024
+    # A step that is not full costs at most one of 16 for each bucket.
+    return max(1024, 16 * buckets * rows_per_step * max(shape.slots, 1))
 
 
 def plan_mixture(
@@ -299,7 +570,8 @@ def plan_mixture(
     seed: int,
     epochs: int | None = None,
     shuffle: bool = True,
-    block: int = 1024,
+    packing: Packing = Packing(),
+    **options: Any,
 ) -> Plan:
     """Returns the plan of a registered SeqIO mixture or task; builds the index tables that it lacks.
 
@@ -312,7 +584,8 @@ def plan_mixture(
       seed: of the order, and of preprocessors that draw random numbers.
       epochs: passes over all tasks; None for a stream without end, mixed by the rates.
       shuffle: whether the order is permuted.
-      block: references whose rows are made together.
+      packing: how references share rows.
+      **options: further ones of `Plan`.
 
     Raises:
       UserError: an unknown name, or as `build_index` and `Plan`.
@@ -346,6 +619,8 @@ def plan_mixture(
         shape,
         epochs=epochs,
         shuffle=shuffle,
-        block=block,
+        packing=packing,
         name=mixture_or_task,
+        counts_dir=cache_dir,
+        **options,
     )

@@ -122,6 +122,17 @@ def repeat(dataset: Dataset, *, times: int) -> Dataset:
     return dataset.flat_map(variants)
 
 
+def check_prompts(templates: Sequence[str], target: str, salt: str, speech: str) -> None:
+    """Raises UserError unless there are templates, and `{speech}` stands in no text; as `render_prompts`."""
+    if not templates:
+        raise UserError(f"task {salt!r} has no prompt templates, expected at least one")
+    for template in (target, speech) if speech != SPEECH_MARKER else (target,):
+        if "speech" in template_fields(template):
+            raise UserError(
+                f"task {salt!r}: template {template!r} holds {SPEECH_MARKER}, expected text alone"
+            )
+
+
 def render_prompts(
     dataset: Dataset,
     *,
@@ -147,14 +158,8 @@ def render_prompts(
     Raises:
       UserError: a template is malformed or names a field that the manifest does not have.
     """
-    if not templates:
-        raise UserError(f"task {salt!r} has no prompt templates, expected at least one")
+    check_prompts(templates, target, salt, speech)
     text_only = speech != SPEECH_MARKER
-    for template in (target, speech) if text_only else (target,):
-        if "speech" in template_fields(template):
-            raise UserError(
-                f"task {salt!r}: template {template!r} holds {SPEECH_MARKER}, expected text alone"
-            )
     _check_templates((*templates, target, speech), dataset)
     halves = [template.partition(SPEECH_MARKER) for template in templates]
     markers = [bool(marker) for _, marker, _ in halves]

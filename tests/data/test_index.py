@@ -40,7 +40,7 @@ def test_table_holds_what_the_pipeline_gives(write_corpus, vocabulary_path, tmp_
         assert table.reference(i).id == found.id
         assert Path(str(found.audio)).exists()
     assert table.samples.tolist() == [int(example["samples"]) for example in examples]
-    assert table.input_lengths.tolist() == [len(example["inputs"]) for example in examples]
+    assert table.input_lengths.tolist() == [np.sum(example["inputs"] != SPEECH) for example in examples]
     assert table.target_lengths.tolist() == [len(example["targets"]) for example in examples]
 
 
@@ -147,19 +147,24 @@ def test_moved_corpus_keeps_its_index(write_manifest, vocabulary_path, tmp_path)
         assert table.reference(0).audio == str(folder / "a.wav")
         found.append(table.fingerprint)
         seqio.TaskRegistry.remove("t")
-    assert found[0] == found[1] and len(list((tmp_path / "cache").glob("*.arrow"))) == 1
+    assert found[0] == found[1] and len(list((tmp_path / "cache").iterdir())) == 1
 
 
 def test_damaged_file_is_built_again(write_manifest, vocabulary_path, tmp_path, caplog):
     path = write_manifest([{"id": str(i), **GOOD} for i in range(5)])
     register_asr("t", manifests={"train": path}, vocabulary=vocabulary_path)
     first = build_index("t", "train", LENGTHS, tmp_path / "cache").fingerprint
-    (file,) = (tmp_path / "cache").glob("*.arrow")
-    file.write_bytes(file.read_bytes()[:100])
-    assert build_index("t", "train", LENGTHS, tmp_path / "cache").fingerprint == first
-    assert "is damaged" in caplog.text
-    file.with_suffix(".json").unlink()
-    assert build_index("t", "train", LENGTHS, tmp_path / "cache").fingerprint == first
+    (folder,) = (tmp_path / "cache").iterdir()
+    for file in sorted(folder.iterdir()):
+        contents = file.read_bytes()
+        file.write_bytes(contents[:-9])
+        assert build_index("t", "train", LENGTHS, tmp_path / "cache").fingerprint == first, file
+        assert "is damaged" in caplog.text
+        caplog.clear()
+        file.unlink()
+        assert build_index("t", "train", LENGTHS, tmp_path / "cache").fingerprint == first, file
+        assert file.read_bytes() == contents
+    assert list((tmp_path / "cache").iterdir()) == [folder]
 
 
 def test_two_that_build_at_once_do_not_disturb_each_other(
@@ -167,20 +172,20 @@ def test_two_that_build_at_once_do_not_disturb_each_other(
 ):
     path = write_manifest([{"id": str(i), **GOOD} for i in range(50)])
     register_asr("t", manifests={"train": path}, vocabulary=vocabulary_path)
-    write_table, others = index._write_table, []
+    fill, others = index._fill, []
 
-    def write_while_another_starts_and_ends(*args):
+    def fill_while_another_starts_and_ends(*args):
         if not others:
             others.append(None)
             others[0] = build_index("t", "train", LENGTHS, tmp_path / "cache")
-        return write_table(*args)
+        return fill(*args)
 
-    monkeypatch.setattr(index, "_write_table", write_while_another_starts_and_ends)
+    monkeypatch.setattr(index, "_fill", fill_while_another_starts_and_ends)
     table = build_index("t", "train", LENGTHS, tmp_path / "cache")
     assert table.fingerprint == others[0].fingerprint
     # The one that was mapped first still reads what it did, though its file was replaced.
     assert [r.id for r in others[0].references()] == [r.id for r in table.references()]
-    assert sorted(file.suffix for file in (tmp_path / "cache").iterdir()) == [".arrow", ".json"]
+    assert [folder.suffix for folder in (tmp_path / "cache").iterdir()] == [".index"]
 
 
 def test_failed_build_leaves_nothing(write_manifest, vocabulary_path, tmp_path, monkeypatch):
@@ -190,7 +195,7 @@ def test_failed_build_leaves_nothing(write_manifest, vocabulary_path, tmp_path, 
     def fail(*args):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(index, "_record_batch", fail)
+    monkeypatch.setattr(index.TableWriter, "add", fail)
     with pytest.raises(UserError, match="cannot be written: No space left on device"):
         build_index("t", "train", LENGTHS, tmp_path / "cache")
     assert not list((tmp_path / "cache").iterdir())
@@ -200,7 +205,10 @@ def test_failed_build_leaves_nothing(write_manifest, vocabulary_path, tmp_path, 
     ("lines", "sentence"),
     [
         ([{"id": "a", **GOOD, "duration": 9}], "yields nothing: 0 references; rejected: speech_too_long 1"),
-        ([{"id": "a", **GOOD}, {"id": "a", **GOOD}], "line 2: id 'a' is that of line 1 as well"),
+        (
+            [{"id": "b", **GOOD}, {"id": "a", **GOOD}, {"id": "b", **GOOD}],
+            "id 'b' stands for two examples, references 1 and 3 of",
+        ),
         (["{"], "line 1: not JSON"),
     ],
 )

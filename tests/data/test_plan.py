@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from slm_jax.data.batch import BatchShape
-from slm_jax.data.plan import PERIOD, Plan, _integer_rates, permute
+from slm_jax.data.order import PERIOD, integer_rates, permute
+from slm_jax.data.plan import Packing, Plan
 from slm_jax.data.references import Reference
 from slm_jax.errors import UserError
 
@@ -25,8 +26,14 @@ class FakeTable:
     size: int
     fingerprint: str = "contents"
 
+    shards = np.zeros(0, np.int64)
+
     def __len__(self) -> int:
         return self.size
+
+    @property
+    def lengths(self) -> np.ndarray:
+        return np.broadcast_to(np.int32(0), (self.size, 3))
 
     def take(self, indices: np.ndarray) -> list[Reference]:
         nothing = np.zeros(0, np.int32)
@@ -79,7 +86,7 @@ def test_permutation_looks_random(rng: np.random.Generator):
 @given(sizes=sizes_of_tasks, seed=seeds, shuffle=st.booleans(), block=st.integers(1, 400))
 @settings(max_examples=40, deadline=None)
 def test_every_epoch_of_every_task_is_complete(sizes: dict[str, int], seed: int, shuffle: bool, block: int):
-    stream = plan(sizes, seed=seed, shuffle=shuffle, block=block)
+    stream = plan(sizes, seed=seed, shuffle=shuffle, packing=Packing(block=block))
     task, index = stream.order(np.arange(3 * PERIOD))
     for number, size in enumerate(sizes.values()):
         found = index[task == number]
@@ -114,17 +121,20 @@ def test_every_stretch_holds_the_tasks_in_their_rates(rates: list[float], seed: 
 @given(rates=st.lists(st.floats(1e-9, 1e9), min_size=1, max_size=50))
 @settings(max_examples=100, deadline=None)
 def test_integer_rates_use_all_places_and_leave_no_task_out(rates: list[float]):
-    places = _integer_rates(rates)
+    places = integer_rates(rates)
     assert places.sum() == PERIOD and places.min() >= 1
 
 
 @given(sizes=sizes_of_tasks, seed=seeds, block=st.integers(1, 50), data=st.data())
 @settings(max_examples=40, deadline=None)
 def test_seeking_is_walking(sizes: dict[str, int], seed: int, block: int, data: st.DataObject):
-    walked = ids(plan(sizes, seed=seed, block=block).rows(0, 600))
+    walked = ids(plan(sizes, seed=seed, packing=Packing(block=block)).rows(0, 600))
     start = data.draw(st.integers(0, 590))
     count = data.draw(st.integers(0, 600 - start))
-    assert ids(plan(sizes, seed=seed, block=block).rows(start, count)) == walked[start : start + count]
+    assert (
+        ids(plan(sizes, seed=seed, packing=Packing(block=block)).rows(start, count))
+        == walked[start : start + count]
+    )
 
 
 @given(sizes=sizes_of_tasks, seed=seeds, epochs=st.integers(1, 3), shuffle=st.booleans())
@@ -132,7 +142,7 @@ def test_seeking_is_walking(sizes: dict[str, int], seed: int, block: int, data: 
 def test_a_plan_with_an_end_passes_every_table_as_often(
     sizes: dict[str, int], seed: int, epochs: int, shuffle: bool
 ):
-    finite = plan(sizes, seed=seed, epochs=epochs, shuffle=shuffle, block=64)
+    finite = plan(sizes, seed=seed, epochs=epochs, shuffle=shuffle, packing=Packing(block=64))
     found = ids(finite.rows(0, 10_000))
     assert finite.num_rows == len(found) == epochs * sum(sizes.values())
     assert finite.num_steps == -(-len(found) // SHAPE.rows)
@@ -150,7 +160,7 @@ def test_removing_a_task_keeps_the_order_within_the_others():
 
 CHANGES = {
     "seed": {"seed": 1},
-    "block": {"block": 7},
+    "block": {"packing": Packing(block=7)},
     "shuffle": {"shuffle": False},
     "epochs": {"epochs": 2},
     "name": {"name": "other"},

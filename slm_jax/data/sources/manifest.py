@@ -104,15 +104,11 @@ def _read_records(path: Path) -> list[dict[str, Any]]:
     except UnicodeDecodeError as error:
         raise UserError(f"manifest {path} is not UTF-8 text: byte {error.start} is {error.reason}") from None
     records: list[dict[str, Any]] = []
-    lines_by_id: dict[str, int] = {}
     # Not splitlines: a text may hold characters that it takes for line ends.
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
         record = _parse_line(line, number, f"{path}, line {number}")
-        first = lines_by_id.setdefault(record["id"], number)
-        if first != number:
-            raise UserError(f"{path}, line {number}: id {record['id']!r} is that of line {first} as well")
         records.append(record)
     if not records:
         raise UserError(f"manifest {path} holds no references")
