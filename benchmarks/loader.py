@@ -31,7 +31,8 @@ import soundfile
 
 RATE = 16_000
 SHORTEST, LONGEST = 5, 20
-ROWS = 16
+# Rows hold several utterances, as in training.
+ROWS, ROW_SECONDS = 8, 40
 
 
 def main() -> None:
@@ -101,13 +102,16 @@ def make_loader(
     from slm_jax.data import host_tensorflow  # noqa: F401
     from slm_jax.data.batch import BatchShape
     from slm_jax.data.iterator import TrainBatches
-    from slm_jax.data.plan import plan_mixture
+    from slm_jax.data.plan import Packing, plan_mixture
     from slm_jax.tasks.asr import register_asr
 
     register_asr("loader", manifests={"train": manifest}, vocabulary=vocabulary)
-    lengths = {"speech": LONGEST * RATE, "inputs": 64, "targets": 64}
-    shape = BatchShape.from_feature_lengths(lengths, rows=ROWS, samples_per_position=2560)
-    plan = plan_mixture("loader", "train", lengths, shape, cache_dir=cache, seed=0, epochs=1)
+    lengths = {"speech": ROW_SECONDS * RATE, "inputs": 256, "targets": 256}
+    shape = BatchShape.from_feature_lengths(
+        lengths, rows=ROWS, samples_per_position=2560, segments=ROW_SECONDS // SHORTEST
+    )
+    packing = Packing(pack=True)
+    plan = plan_mixture("loader", "train", lengths, shape, cache_dir=cache, seed=0, epochs=1, packing=packing)
     mesh = Mesh(np.array(jax.devices()[:1]), ("data",))
     sharding = NamedSharding(mesh, PartitionSpec("data"))
 
@@ -128,11 +132,12 @@ def augmentations(folder: Path) -> dict[str, Any]:
         GainConfig,
         NoiseConfig,
         RoomConfig,
+        SpeedConfig,
     )
 
     noises, rooms = [str(folder / "noises")], [str(folder / "rooms")]
     return {
-        "speed": AugmentationConfig(speed=(1.1,)),
+        "speed": AugmentationConfig(speed=SpeedConfig([1.1])),
         "gain": AugmentationConfig(gain=GainConfig()),
         "noise": AugmentationConfig(noise=NoiseConfig(noises, probability=1.0)),
         "pink noise": AugmentationConfig(noise=NoiseConfig(generated=["pink"], probability=1.0)),
@@ -142,7 +147,7 @@ def augmentations(folder: Path) -> dict[str, Any]:
             for name in ("mu_law", "gsm", "mp3", "vorbis", "opus")
         },
         "usual mix": AugmentationConfig(
-            speed=(1.0, 1.1),
+            speed=SpeedConfig([1.0, 1.1]),
             room=RoomConfig(rooms, probability=0.3),
             noise=NoiseConfig(noises, ["white", "pink"], probability=0.5),
             gain=GainConfig(),
@@ -156,13 +161,13 @@ def augmented(config: Any) -> Callable[[Any], Any]:
 
     The plan's rows are those of the files, so that all ways read the same; a speed above 1 leaves room.
     """
-    from slm_jax.data.augmentation import Augmenter, samples_at, speeds
+    from slm_jax.data.augmentation import Augmenter, samples_at
 
     augmenter = Augmenter(config)
 
     def load(reference: Any) -> Any:
         draw = int.from_bytes(hashlib.sha256(reference.id.encode()).digest()[:8], "little")
-        speed = float(speeds(np.array([draw], np.uint64), config)[0])
+        speed = float(config.speed.speeds([draw])[0]) if config.speed else 1.0
         samples = int(samples_at(reference.samples, speed))
         return augmenter(dataclasses.replace(reference, draw=draw, speed=speed, samples=samples))
 

@@ -6,8 +6,8 @@ There is no state, so threads, hosts and restarts give the same samples, given t
 soxr and libsndfile. Opus and MP3 compute with what the processor offers: hosts of several kinds may differ in
 the last bits there.
 
-Order: speed, room, noise, gain, codec. Speed changes the length and is drawn in the plan (`speeds`); nothing
-else changes it.
+Order: speed, room, noise, gain, codec. Speed changes the length and is drawn in the plan (`SpeedConfig`);
+nothing else changes it.
 """
 
 from __future__ import annotations
@@ -120,47 +120,57 @@ class CodecConfig:
 
 
 @dataclass(frozen=True)
-class AugmentationConfig:
-    """What may happen to the speech of an example; None and () leave it alone.
+class SpeedConfig:
+    """Another speed, and with it another pitch and length; a `plan.Perturbation`.
 
     Attributes:
-      speed: factors, drawn with equal chance, such as (0.9, 1.0, 1.1) (Ko et al. 2015, "Audio augmentation
-        for speech recognition"); whole thousandths from 0.5 to 2. Pitch changes with the speed.
-      room, noise, gain, codec: the other effects, in their order.
+      factors: drawn with equal chance; above 1 is faster. Whole thousandths from 0.5 to 2. The default is
+        that of Ko et al. 2015, "Audio augmentation for speech recognition".
     """
 
-    speed: Sequence[float] = ()
+    factors: Sequence[float] = (0.9, 1.0, 1.1)
+
+    def __post_init__(self):
+        _make_tuple(self, "factors")
+        for factor in self.factors:
+            number = isinstance(factor, (int, float)) and not isinstance(factor, bool)
+            if not number or not SLOWEST <= factor <= FASTEST or factor != _per_mille(factor) / _PER_MILLE:
+                raise UserError(
+                    f"SpeedConfig.factors has {factor!r}, expected factors from {SLOWEST:g} to {FASTEST:g} "
+                    "in whole thousandths, such as 0.9"
+                )
+        if not self.factors:
+            raise UserError("SpeedConfig.factors is empty, expected at least one factor")
+
+    def speeds(self, draws: np.ndarray) -> np.ndarray:
+        """Returns the speed of each example, float64 [n]: 1 where its draw is 0.
+
+        Args:
+          draws: uint64 [n], `Reference.draw`.
+        """
+        draws = np.asarray(draws, np.uint64)
+        # The upper half of the bits, as a fraction of the factors; effects have streams keyed by all bits.
+        choice = (draws >> np.uint64(32)) * np.uint64(len(self.factors)) >> np.uint64(32)
+        return np.where(draws == 0, 1.0, np.asarray(self.factors, np.float64)[choice.astype(np.int64)])
+
+    def samples_at(self, samples: np.ndarray, speeds: np.ndarray) -> np.ndarray:
+        """Returns the samples that are left at these speeds, as `samples_at` does."""
+        return samples_at(samples, speeds)
+
+
+@dataclass(frozen=True)
+class AugmentationConfig:
+    """What may happen to the speech of an example, in the order of its fields; None leaves it alone."""
+
+    speed: SpeedConfig | None = None
     room: RoomConfig | None = None
     noise: NoiseConfig | None = None
     gain: GainConfig | None = None
     codec: CodecConfig | None = None
 
     def __post_init__(self):
-        _make_tuple(self, "speed")
-        for factor in self.speed:
-            number = isinstance(factor, (int, float)) and not isinstance(factor, bool)
-            if not number or not SLOWEST <= factor <= FASTEST or factor != _per_mille(factor) / _PER_MILLE:
-                raise UserError(
-                    f"AugmentationConfig.speed has {factor!r}, expected factors from {SLOWEST:g} to "
-                    f"{FASTEST:g} in whole thousandths, such as 0.9"
-                )
-        if not self.speed and not any((self.room, self.noise, self.gain, self.codec)):
+        if not any((self.speed, self.room, self.noise, self.gain, self.codec)):
             raise UserError("AugmentationConfig has no effect, expected one at least, or no augmentation")
-
-
-def speeds(draws: np.ndarray, config: AugmentationConfig | None) -> np.ndarray:
-    """Returns the speed of each example, float64 [n]: 1 where its draw is 0.
-
-    Args:
-      draws: uint64 [n], `Reference.draw`.
-      config: None changes no speed.
-    """
-    draws = np.asarray(draws, np.uint64)
-    if config is None or not config.speed:
-        return np.ones(draws.shape)
-    # The upper half of the bits, as a fraction of the factors; effects have streams keyed by all bits.
-    choice = (draws >> np.uint64(32)) * np.uint64(len(config.speed)) >> np.uint64(32)
-    return np.where(draws == 0, 1.0, np.asarray(config.speed, np.float64)[choice.astype(np.int64)])
 
 
 def samples_at(samples: Any, speed: Any) -> Any:

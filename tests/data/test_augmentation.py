@@ -21,9 +21,9 @@ from slm_jax.data.augmentation import (
     GainConfig,
     NoiseConfig,
     RoomConfig,
+    SpeedConfig,
     samples_at,
     samples_of_file,
-    speeds,
 )
 from slm_jax.data.references import Reference
 from slm_jax.errors import BadExample, UserError
@@ -53,7 +53,7 @@ def sounds(rng, tmp_path: Path) -> Path:
 @pytest.fixture
 def everything() -> AugmentationConfig:
     return AugmentationConfig(
-        speed=KALDI,
+        speed=SpeedConfig(KALDI),
         room=RoomConfig(["rooms"], probability=0.7),
         noise=NoiseConfig(["noise"], ["white", "pink"], probability=0.7),
         gain=GainConfig(),
@@ -111,7 +111,7 @@ def test_an_effect_leaves_what_others_draw(rng, sounds, speech):
     noise, draws = NoiseConfig(["noise"], ["pink"]), draws_of(rng, 20)
     alone = heard(Augmenter(AugmentationConfig(noise=noise), sounds), speech, draws)
     others = AugmentationConfig(
-        speed=KALDI,
+        speed=SpeedConfig(KALDI),
         noise=noise,
         room=RoomConfig(["rooms"], probability=0.0),
         gain=GainConfig((0.0, 0.0)),
@@ -169,12 +169,11 @@ def test_lengths_stay(samples: int, draw: int, loud: int):
 
 def test_speeds_are_uniform_and_apart_from_effects(rng):
     draws = draws_of(rng, 9000)
-    found = speeds(draws, AugmentationConfig(speed=KALDI))
+    found = SpeedConfig(KALDI).speeds(draws)
     values, counts = np.unique(found, return_counts=True)
     assert values.tolist() == list(KALDI)
     np.testing.assert_allclose(counts / 9000, 1 / 3, atol=0.03)
-    assert (speeds(np.zeros(3, np.uint64), AugmentationConfig(speed=KALDI)) == 1).all()
-    assert (speeds(draws, None) == 1).all()
+    assert (SpeedConfig(KALDI).speeds(np.zeros(3, np.uint64)) == 1).all()
     # One seed, two questions: a third of the slow ones are as loud as a third of all.
     augmenter = Augmenter(AugmentationConfig(gain=GainConfig((-6, 6), probability=0.5)))
     tone = np.full(4, 1000, np.int16)
@@ -189,7 +188,10 @@ def test_lengths_of_files_come_back(samples: int, per_mille: int):
     length = samples_at(samples, speed)
     assert length >= 1 and abs(length - samples / speed) <= 0.5
     assert samples_at(samples, np.float32(speed)) == length
-    assert samples_at(np.array([samples, 1]), np.array([speed, 1.0])).tolist() == [length, 1]
+    assert SpeedConfig((speed,)).samples_at(np.array([samples, 1]), np.array([speed, 1.0])).tolist() == [
+        length,
+        1,
+    ]
     file = samples_of_file(length, speed)
     assert samples_at(file, speed) == length and samples_at(file + 1, speed) > length
     assert samples <= file <= samples + speed
@@ -200,7 +202,7 @@ def test_utterances_have_the_planned_samples(rng, tmp_path, speed: float):
     """Of the file's rules: at most 10 ms longer is trimmed, more is refused, much shorter too."""
     count = int(rng.integers(20_000, 40_000))
     wave = rng.integers(-9000, 9000, count + 400).astype(np.int16)
-    augmenter = Augmenter(AugmentationConfig(speed=KALDI))
+    augmenter = Augmenter(AugmentationConfig(speed=SpeedConfig(KALDI)))
     planned = int(samples_at(count, speed))
     for extra in (0, 1, 150):
         audio = write(tmp_path / "u.wav", wave[: count + extra])
@@ -221,7 +223,7 @@ def test_utterances_have_the_planned_samples(rng, tmp_path, speed: float):
 def test_overshoot_of_another_speed_is_counted(tmp_path):
     square = np.repeat(np.array([32767, -32768], np.int16), 50)
     audio = write(tmp_path / "u.wav", np.tile(square, 100))
-    augmenter = Augmenter(AugmentationConfig(speed=KALDI))
+    augmenter = Augmenter(AugmentationConfig(speed=SpeedConfig(KALDI)))
     length = int(samples_at(10_000, 1.1))
     assert augmenter(reference_of(audio, length, speed=1.1, draw=1)).clipped > 100
     plain = audio_files.load_utterance(reference_of(audio, 10_000))
@@ -309,8 +311,9 @@ def test_noise_that_goes_missing_later_is_a_bad_example(sounds, speech):
     ("make", "says"),
     [
         (lambda: AugmentationConfig(), "has no effect"),
-        (lambda: AugmentationConfig(speed=(0.9, 3)), r"speed has 3, expected factors from 0\.5 to 2"),
-        (lambda: AugmentationConfig(speed=(0.9001,)), "whole thousandths"),
+        (lambda: SpeedConfig((0.9, 3)), r"SpeedConfig\.factors has 3, expected factors from 0\.5 to 2"),
+        (lambda: SpeedConfig((0.9001,)), "whole thousandths"),
+        (lambda: SpeedConfig(()), "SpeedConfig.factors is empty"),
         (lambda: GainConfig((3, -3)), r"GainConfig\.db is \(3, -3\), expected a pair"),
         (lambda: GainConfig(cast(Any, 4.0)), r"GainConfig\.db is 4\.0, expected a pair"),
         (lambda: GainConfig(probability=1.5), r"GainConfig\.probability is 1\.5, expected a number"),
@@ -336,4 +339,4 @@ def test_a_codec_that_libsndfile_lacks_is_told(monkeypatch, format: str, subtype
 def test_fields_of_lists_become_tuples():
     config = CodecConfig(["gsm"], cast(Any, [0.1, 0.2]))
     assert hash(config) == hash(dataclasses.replace(config)) and config.level == (0.1, 0.2)
-    assert AugmentationConfig(speed=list(KALDI)) == AugmentationConfig(speed=KALDI)
+    assert SpeedConfig(list(KALDI)) == SpeedConfig(KALDI)

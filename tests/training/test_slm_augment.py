@@ -51,7 +51,7 @@ def with_encoder(encoder: Any, **fields: Any) -> SLMConfig:
     return dataclasses.replace(CONFIG, speech_encoder=encoder, **fields)
 
 
-def batch_of(rng, config: SLMConfig, packed: bool) -> dict[str, np.ndarray]:
+def batch_of(rng, config: SLMConfig, packed: bool) -> dict[str, Any]:
     """Four rows of one utterance, or of two in the same slot, without text."""
     step, rows, half = SLM(config).samples_per_position, 4, POSITIONS // 2
     segments, number = [], np.zeros((rows, POSITIONS), np.int32)
