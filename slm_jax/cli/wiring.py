@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from slm_jax.checkpoints.foundation import architecture, load_foundation, read_foundation
 from slm_jax.checkpoints.manager import RunCheckpoints
@@ -36,15 +37,16 @@ class Wiring:
 
     Args:
       run: what gin built.
-
-    Raises:
-      UserError: the mesh does not fit the devices.
     """
 
     def __init__(self, run: Run):
         self.run = run
         self._predictors: dict[tuple[int, int, int | None], Predictor] = {}
-        self.mesh = make_mesh(run.mesh.data, run.mesh.fsdp, run.mesh.tensor)
+
+    @functools.cached_property
+    def mesh(self) -> Mesh:
+        """The devices of the run; raises UserError where its axes do not fit them."""
+        return make_mesh(self.run.mesh.data, self.run.mesh.fsdp, self.run.mesh.tensor)
 
     # ---- data
 
