@@ -1,6 +1,7 @@
-"""`slm data rows`: names the examples of the rows that a host would read, on a mesh that need not be there."""
+"""`slm data rows`: names the examples of the rows that a host would read, on a mesh that is not here."""
 
 import argparse
+import contextlib
 import json
 import math
 
@@ -89,9 +90,7 @@ def mesh_sizes(text: str) -> dict[str, int]:
 def _cpu_devices(count: int) -> list:
     import jax
 
-    try:
+    # JAX may have its devices already; they may be enough.
+    with contextlib.suppress(RuntimeError):
         jax.config.update("jax_num_cpu_devices", count)
-    except RuntimeError:
-        # JAX has its devices already; they may be enough.
-        pass
     return jax.devices()

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
+from slm_jax.data.index_table import IndexTable
 from slm_jax.data.plan import Plan
 from slm_jax.data.references import SAMPLE_RATE, SPEECH, Reference
 
@@ -45,7 +46,8 @@ class PlanReport:
 
     Attributes:
       steps: that were asked about.
-      rows: that were looked at, from the first on; all of the steps', or as many as 2,000,000 references fill.
+      rows: that were looked at, from the first on; all of the steps', or as many as 2,000,000 references
+        fill.
       examples: in these rows.
       examples_per_row: on average.
       tasks: the parts of the tasks.
@@ -96,6 +98,7 @@ def report(plan: Plan, steps: int) -> PlanReport:
     shares = {name: value / size for (name, value), size in zip(used.items(), room, strict=True) if size}
     planned = examples / max(rows, 1) * steps * plan.rows_per_step
     total = sum(plan.rates)
+    tables = cast(Sequence[IndexTable], plan.tables)
     tasks = [
         TaskShare(
             task=table.task,
@@ -106,7 +109,7 @@ def report(plan: Plan, steps: int) -> PlanReport:
             realised=float(count) / max(examples, 1),
             epochs=planned * rate / total / len(table),
         )
-        for table, rate, count in zip(plan.tables, plan.rates, of_task.tolist(), strict=True)
+        for table, rate, count in zip(tables, plan.rates, of_task.tolist(), strict=True)
     ]
     hours = samples / SAMPLE_RATE / 3600
     return PlanReport(
