@@ -104,7 +104,7 @@ def report(plan: Plan, steps: int) -> PlanReport:
             task=table.task,
             references=len(table),
             hours=float(table.lengths[:, 0].sum(dtype=np.int64)) / SAMPLE_RATE / 3600,
-            rejected=sum(table.report.rejected.values()) if hasattr(table, "report") else 0,
+            rejected=sum(table.report.rejected.values()),
             target=rate / total,
             realised=float(count) / max(examples, 1),
             epochs=planned * rate / total / len(table),
