@@ -174,6 +174,11 @@ class Wiring:
         if not self.run.data.encode_once or not has_speech:
             return 0
         model = self.run.objective.model
+        if getattr(self.run.objective, "augment", None) is not None:
+            raise UserError(
+                "SLMObjective.augment is set, and DataConfig.encode_once leaves no features to hide in a "
+                "step; expected AUGMENT = None, or encode_once = False"
+            )
         trainable = model.config.trainable if isinstance(model, SLM) else None
         if trainable is None or "speech_encoder" in trainable:
             found = f"a run of {type(model).__name__}" if trainable is None else f"trainable={trainable!r}"
