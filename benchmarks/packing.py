@@ -1,7 +1,7 @@
 """How full rows are: fixed length, eight buckets and packing, on durations drawn like published corpora's.
 
-Planning needs lengths alone, so nothing is read. Durations (seconds), by the corpora's published descriptions:
-- librispeech: three of four around 14.5 (normal, deviation 1.2, cut to 10 .. 17.3), the rest uniform 1.3 .. 13;
+Planning needs lengths alone, so nothing is read. Durations in seconds, after the corpora's descriptions:
+- librispeech: three of four normal around 14.5, deviation 1.2, cut to 10 .. 17.3, the rest uniform 1.3 .. 13;
 - common_voice: log-normal, median 4.9, sigma 0.38, cut to 1 .. 15;
 - mls: uniform 10 .. 20.
 A prompt has 10 to 15 tokens; a target 3 tokens a second, give or take a fifth. A speech position is 160 ms.
