@@ -215,7 +215,7 @@ def test_augmentation_is_drawn_for_each_example_in_each_epoch(seed: int, block: 
     def plan(**options) -> Plan:
         return Plan([found], None, seed, shape.rows, shape, packing=Packing(True, block=block), **options)
 
-    rows = plan(perturbation=speed).rows(0, 60)
+    rows = plan(perturbation=speed).rows(0, 120)
     check_rows(rows, shape)
     said = [placed.reference for row in rows for placed in row]
     assert len({reference.draw for reference in said}) == len(said) > 80
