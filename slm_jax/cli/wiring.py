@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from slm_jax.checkpoints.foundation import architecture, load_foundation, read_foundation
 from slm_jax.checkpoints.manager import RunCheckpoints
@@ -36,15 +37,16 @@ class Wiring:
 
     Args:
       run: what gin built.
-
-    Raises:
-      UserError: the mesh does not fit the devices.
     """
 
     def __init__(self, run: Run):
         self.run = run
         self._predictors: dict[tuple[int, int, int | None], Predictor] = {}
-        self.mesh = make_mesh(run.mesh.data, run.mesh.fsdp, run.mesh.tensor)
+
+    @functools.cached_property
+    def mesh(self) -> Mesh:
+        """The devices of the run; raises UserError where its axes do not fit them."""
+        return make_mesh(self.run.mesh.data, self.run.mesh.fsdp, self.run.mesh.tensor)
 
     # ---- data
 
@@ -137,6 +139,8 @@ class Wiring:
                 order_seed=seed_of_stage(data.seed, step),
                 packing=packing,
                 shuffle_window=data.shuffle_shards,
+                augmented=data.augment is not None,
+                perturbation=data.augment and data.augment.speed,
             )
         return StagedPlan(plans) if data.stages else plans[0]
 
@@ -159,9 +163,19 @@ class Wiring:
                 _say(f"{table.task}, split {table.split}: {table.report}")
         sharding = batch_sharding(self.mesh, self.run.mesh.rules)
         options: dict[str, Any] = {"threads": data.reader_threads, "max_bad_share": data.max_bad_share}
+        if self._augmenter is not None:
+            options["load"] = self._augmenter
         if shape.frame_dim:
             return EncodedBatches(plan, shape, sharding, encoder=self._encode_speech, report=_say, **options)
         return TrainBatches(plan, shape, sharding, **options)
+
+    @functools.cached_property
+    def _augmenter(self) -> Any:
+        """What reads and augments utterances; None where nothing is augmented."""
+        from slm_jax.data.augmentation import Augmenter
+
+        augment = self.run.data.augment
+        return Augmenter(augment, self.run.path(".")) if augment else None
 
     def _frame_dim(self, has_speech: bool) -> int:
         """Returns the features of frames that are computed once; 0 where rows hold samples.
@@ -385,6 +399,8 @@ class Wiring:
             model = getattr(self.vocabulary(feature), "sp_model", None)
             if model is not None:
                 fingerprints[f"tokenizer/{feature}"] = hashlib.sha256(model).hexdigest()
+        if self._augmenter is not None:
+            fingerprints["augmentation"] = self._augmenter.fingerprint
         fingerprints |= _template_fingerprints(self.mixture)
         return make_provenance(config, fingerprints)
 
