@@ -15,9 +15,9 @@ import pyarrow.compute as pc
 from pyarrow import json as pa_json
 
 from slm_jax.data import storage
-from slm_jax.data.references import SAMPLE_RATE
 from slm_jax.data.sources import text_files
 from slm_jax.data.sources.base import CHUNK, TEXT_FIELDS, Columns, ReferenceSource
+from slm_jax.data.sources.fields import samples_of_seconds
 from slm_jax.errors import UserError
 
 # Fields with a type of their own; every other field is a string.
@@ -203,17 +203,6 @@ def _samples_of(records: list[dict[str, Any]]) -> np.ndarray:
     if any("duration" not in record and record.get("audio") for record in records):
         raise ValueError("duration")
     return samples_of_seconds(durations)
-
-
-def samples_of_seconds(durations: Sequence[float] | np.ndarray) -> np.ndarray:
-    """Returns durations in seconds as samples at 16 kHz, int32 [n]; 0 for what is no positive number."""
-    try:
-        seconds = np.array(durations, np.float64)
-    except OverflowError:
-        seconds = np.array([duration if duration < 1e300 else np.inf for duration in durations], np.float64)
-    # What is no positive number is a bad example, counted by the index; not an error here.
-    seconds = np.where(np.isfinite(seconds) & (seconds > 0), np.minimum(seconds, 1e9), 0.0)
-    return np.minimum(np.rint(seconds * SAMPLE_RATE), np.iinfo(np.int32).max).astype(np.int32)
 
 
 def _check_line(line: str, where: str) -> None:
