@@ -6,6 +6,7 @@ from slm_jax.data.sources.manifest import ManifestSource
 from slm_jax.data.sources.nemo import NemoSource
 from slm_jax.data.sources.parquet import ParquetSource
 from slm_jax.data.sources.table import TableSource
+from slm_jax.data.sources.tfds import TfdsSource
 from slm_jax.data.sources.webdataset import WebDatasetSource
 
 __all__ = [
@@ -16,5 +17,6 @@ __all__ = [
     "ParquetSource",
     "ReferenceSource",
     "TableSource",
+    "TfdsSource",
     "WebDatasetSource",
 ]

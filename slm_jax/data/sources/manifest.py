@@ -35,7 +35,7 @@ class ManifestSource(ReferenceSource):
     A line is an object with `audio` (path relative to the manifest), `duration` (seconds), `language`,
     `text`, `translations` (`{"de": ...}`), an optional `id` (by default the line number) and any
     other string fields. A text-only line leaves `audio` and `duration` out; `part` names a part of the file,
-    as of `slm_jax.data.containers`.
+    as of `slm_jax.data.parts`.
 
     Args:
       manifests: split -> path of its manifest.

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from slm_jax.data import storage
-from slm_jax.data.containers import byte_range, seconds
+from slm_jax.data.parts import byte_range, seconds
 from slm_jax.data.sources import fields, text_files
 from slm_jax.data.sources.base import CHUNK, Columns, ReferenceSource
 from slm_jax.data.sources.patterns import Paths, files_of

@@ -11,7 +11,8 @@ import numpy as np
 import pyarrow as pa
 
 from slm_jax.data import storage
-from slm_jax.data.containers import bytes_column, parquet_row
+from slm_jax.data.containers import bytes_column
+from slm_jax.data.parts import parquet_row
 from slm_jax.data.references import SAMPLE_RATE
 from slm_jax.data.sources import fields
 from slm_jax.data.sources.base import CHUNK, Columns, ReferenceSource

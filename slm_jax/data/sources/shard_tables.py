@@ -27,8 +27,8 @@ THREADS = min(16, 2 * (os.cpu_count() or 1))
 
 def shard_columns(
     shards: Sequence[str], what: str, settings: Any, scan: Callable[[str], Columns]
-) -> Iterator[tuple[str, Columns]]:
-    """Yields the columns of shards in their order, each with its path, at most `CHUNK` rows at a time.
+) -> Iterator[tuple[int, int, Columns]]:
+    """Yields the columns of shards in their order, at most `CHUNK` rows at a time.
 
     Args:
       shards: paths, local or remote.
@@ -36,15 +36,18 @@ def shard_columns(
       settings: JSON of all that `scan` depends on beside the shard, its version included.
       scan: returns the columns of a shard; called in threads, for shards that are new or changed.
 
+    Yields:
+      Number of the shard in `shards`, number of the first row in it, columns.
+
     Raises:
       UserError: a shard is missing or cannot be read.
     """
     # Few at a time, so that little more is held than is scanned.
-    waiting: deque[tuple[str, Future[Columns]]] = deque()
+    waiting: deque[tuple[int, Future[Columns]]] = deque()
     with ThreadPoolExecutor(THREADS, "slm-shards") as pool:
         try:
-            for path in shards:
-                waiting.append((path, pool.submit(_columns_of, path, what, settings, scan)))
+            for i, path in enumerate(shards):
+                waiting.append((i, pool.submit(_columns_of, path, what, settings, scan)))
                 if len(waiting) > 2 * THREADS:
                     yield from _finished(*waiting.popleft())
             while waiting:
@@ -91,7 +94,7 @@ def _of_table(table: pa.Table) -> Columns:
     return {name: table.column(name).to_numpy(zero_copy_only=False) for name in table.column_names}
 
 
-def _finished(path: str, future: Future[Columns]) -> Iterator[tuple[str, Columns]]:
+def _finished(shard: int, future: Future[Columns]) -> Iterator[tuple[int, int, Columns]]:
     columns = future.result()
     for start in range(0, count_of(columns), CHUNK):
-        yield path, {name: values[start : start + CHUNK] for name, values in columns.items()}
+        yield shard, start, {name: values[start : start + CHUNK] for name, values in columns.items()}

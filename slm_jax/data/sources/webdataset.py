@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from slm_jax.data import containers
+from slm_jax.data import ranges
 from slm_jax.data.audio_files import count_samples
-from slm_jax.data.containers import byte_range
+from slm_jax.data.parts import byte_range
 from slm_jax.data.references import SAMPLE_RATE
 from slm_jax.data.sources import fields
 from slm_jax.data.sources.base import Columns, ReferenceSource, count_of
@@ -20,6 +20,7 @@ from slm_jax.data.sources.patterns import Paths, files_of
 from slm_jax.data.sources.shard_tables import shard_columns, stats_of
 from slm_jax.data.sources.tar_index import Member, tar_members
 from slm_jax.data.sources.text_files import naming_mistakes
+from slm_jax.data.storage import SharedFile
 from slm_jax.errors import BadExample, UserError, nearest
 
 AUDIO = ("wav", "flac", "mp3", "ogg", "opus")
@@ -84,7 +85,8 @@ class WebDatasetSource(ReferenceSource):
         """
         shards = self._shards[self.check_split(split)]
         settings = [_VERSION, self._columns, self._audio, self._rate]
-        for path, columns in shard_columns(shards, "tar shard", settings, self._scan):
+        for shard, _, columns in shard_columns(shards, "tar shard", settings, self._scan):
+            path = shards[shard]
             name = path.rpartition("/")[2].removesuffix(".tar")
             chunk = columns | {"audio": np.where(columns["part"] == "", "", path).astype(object)}
             chunk["id"] = np.array([f"{name}/{key}" for key in columns["id"]], object)
@@ -95,7 +97,7 @@ class WebDatasetSource(ReferenceSource):
         groups = itertools.groupby(_named(tar_members(path)), key=lambda named: named[0])
         members = [{suffix: member for _, suffix, member in group} | {"": key} for key, group in groups]
         with naming_mistakes(path, "tar shard"):
-            file = containers.shared_file(path)
+            file = ranges.shared_file(path)
             records = [self._record(file, group, path, found) for group in members]
         if not records:
             raise UserError(f"tar shard {path} holds no examples")
@@ -113,7 +115,7 @@ class WebDatasetSource(ReferenceSource):
         return columns | {"samples": samples}
 
     def _record(
-        self, file: containers.SharedFile, group: dict[str, Any], path: str, found: set[str]
+        self, file: SharedFile, group: dict[str, Any], path: str, found: set[str]
     ) -> dict[str, str | int]:
         key = group.pop("")
         record: dict[str, str | int] = {}
@@ -137,14 +139,14 @@ def _named(members: Sequence[Member]) -> Iterator[tuple[str, str, Member]]:
             yield found[1], found[2].lower(), member
 
 
-def _text(file: containers.SharedFile, member: Member, path: str) -> str:
+def _text(file: SharedFile, member: Member, path: str) -> str:
     try:
         return file.read_at(member.offset, member.length).decode("utf-8").strip()
     except UnicodeDecodeError as error:
         raise UserError(f"{path}, member {member.name} is not UTF-8 text: {error.reason}") from None
 
 
-def _object(file: containers.SharedFile, member: Member, path: str) -> dict[str, str]:
+def _object(file: SharedFile, member: Member, path: str) -> dict[str, str]:
     text = _text(file, member, path)
     try:
         value = json.loads(text)
