@@ -19,7 +19,7 @@ import soundfile
 
 from slm_jax.data import storage
 from slm_jax.data.handles import Handles
-from slm_jax.data.parts import whole_number, whole_numbers
+from slm_jax.data.parts import quoted, whole_number, whole_numbers
 from slm_jax.data.ranges import read_range
 from slm_jax.errors import BadExample
 
