@@ -181,7 +181,9 @@ def _read_row(path: str, values: Mapping[str, str]) -> bytes:
         value = _ROW_GROUPS.get(path, changed, place[0], column)[place[1]].as_py()
     except KeyError:
         raise BadExample("missing_part", f"{path} has no column {column!r} of bytes") from None
-    except pa.ArrowException as error:
+    except (FileNotFoundError, storage.RemoteError):
+        raise
+    except (pa.ArrowException, OSError) as error:
         raise BadExample("damaged_container", f"{path}: {error}") from None
     if value is None:
         raise BadExample("missing_part", f"{path}, row {row}: no bytes in column {column!r}")

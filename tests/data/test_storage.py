@@ -87,7 +87,7 @@ def test_local_and_remote_files_read_alike(tmp_path: Path, remote: str, rng: np.
         assert storage.parent(path) == folder
         with storage.open_binary(path) as file:
             for _ in range(20):
-                start, length = rng.integers(0, 6_000), rng.integers(0, 3_000)
+                start, length = int(rng.integers(0, 6_000)), int(rng.integers(0, 3_000))
                 file.seek(start)
                 assert file.read(length) == data[start : start + length]
             file.seek(-7, 2)
