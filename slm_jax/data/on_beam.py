@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import logging
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -29,14 +30,14 @@ def check_runner(runner: str, workers: int | None, options: Mapping[str, Any]) -
     if workers is not None:
         check_whole("--workers", workers)
         if runner != "DirectRunner":
-            raise UserError(
-                f"--workers is of DirectRunner; tell {runner} by its own options, as --beam NAME=VALUE"
-            )
+            raise UserError(f"--workers is of DirectRunner; give {runner} its options by --beam NAME=VALUE")
     _, PipelineOptions = _beam()
     known = PipelineOptions(flags=[]).get_all_options()
     for name in options:
         if name not in known:
-            raise UserError(f"--beam {name}: Beam has no such option{nearest(name, known)}")
+            # There are too many to list.
+            near = nearest(name, difflib.get_close_matches(name, known, n=1))
+            raise UserError(f"--beam {name}: Beam has no such option{near}")
 
 
 def run_on_beam(
