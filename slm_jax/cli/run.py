@@ -33,6 +33,17 @@ class DataConfig:
       seed: of the order of examples.
       max_bad_share: the run stops when more than this share of its examples cannot be loaded.
       reader_threads: threads that read audio ahead.
+      pack: whether a row holds several examples, in speech and in both halves of the LLM at once.
+      utterances: with `pack`, most utterances of a row. A speech encoder that packs takes them side by side
+        in a slot of `feature_lengths['speech']` samples (None: one for each second of it); one that takes
+        one utterance a slot gets so many slots of that length (None: 1).
+      buckets: with `pack`, for an encoder of one utterance a slot: slot lengths in samples besides that of
+        `feature_lengths`. Every step has rows of one of them, the same on every host.
+      block: with `pack`, references whose rows are made together; None chooses.
+      shuffle_shards: None shuffles a whole task; a number mixes so many speech shards at a time, so that a
+        stretch of training reads few files.
+      stages: step -> registered SeqIO name that is trained on from that step on, in place of
+        `mixture_or_task`. Every stage begins its own epochs.
       encode_once: a frozen speech encoder encodes each utterance once, before the first step, and its
         reduced frames stay in memory in bfloat16; the encoder is no part of a step. For corpora whose
         frames fit, on one process.
@@ -47,11 +58,33 @@ class DataConfig:
     seed: int = 0
     max_bad_share: float = 0.05
     reader_threads: int = 4
+    pack: bool = False
+    utterances: int | None = None
+    buckets: Sequence[int] = ()
+    block: int | None = None
+    shuffle_shards: int | None = None
+    stages: Mapping[int, str] = dataclasses.field(default_factory=dict)
     encode_once: bool = False
 
     def __post_init__(self):
         check_whole("BATCH_SIZE", self.batch_size)
         check_whole("DataConfig.reader_threads", self.reader_threads)
+        for name in ("utterances", "block", "shuffle_shards"):
+            if (value := getattr(self, name)) is not None:
+                check_whole(f"DataConfig.{name}", value)
+        for bucket in self.buckets:
+            check_whole("DataConfig.buckets", bucket)
+        for name, given in (
+            ("utterances", self.utterances),
+            ("buckets", self.buckets),
+            ("block", self.block),
+        ):
+            if given and not self.pack:
+                raise UserError(
+                    f"DataConfig.{name} is {given!r}, and rows are not packed; expected pack = True"
+                )
+        for step in self.stages:
+            check_whole("DataConfig.stages: a step", step)
 
 
 @dataclasses.dataclass(frozen=True)

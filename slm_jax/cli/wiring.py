@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from slm_jax.checkpoints.foundation import architecture, load_foundation, read_foundation
 from slm_jax.checkpoints.manager import RunCheckpoints
@@ -36,15 +37,16 @@ class Wiring:
 
     Args:
       run: what gin built.
-
-    Raises:
-      UserError: the mesh does not fit the devices.
     """
 
     def __init__(self, run: Run):
         self.run = run
         self._predictors: dict[tuple[int, int, int | None], Predictor] = {}
-        self.mesh = make_mesh(run.mesh.data, run.mesh.fsdp, run.mesh.tensor)
+
+    @functools.cached_property
+    def mesh(self) -> Mesh:
+        """The devices of the run; raises UserError where its axes do not fit them."""
+        return make_mesh(self.run.mesh.data, self.run.mesh.fsdp, self.run.mesh.tensor)
 
     # ---- data
 
@@ -73,14 +75,21 @@ class Wiring:
         """Returns the SeqIO vocabulary of the feature `inputs` or `targets`."""
         return self.mixture.output_features[feature].vocabulary
 
-    def shape(self, rows: int, feature_lengths: Mapping[str, int] | None = None) -> Any:
-        """Returns the `BatchShape` with that many rows, by default of the lengths that training has."""
+    def shape(self, rows: int, feature_lengths: Mapping[str, int] | None = None, packed: bool = False) -> Any:
+        """Returns the `BatchShape` with that many rows.
+
+        Args:
+          rows: of a batch.
+          feature_lengths: of a row, by default those of training.
+          packed: whether rows hold what `DataConfig.utterances` says; otherwise one example.
+        """
         from slm_jax.data.batch import BatchShape
 
         shape = BatchShape.from_feature_lengths(
             feature_lengths or self.run.data.feature_lengths,
             rows=rows,
             samples_per_position=self.run.objective.samples_per_position,
+            **(self._room() if packed else {}),
         )
         most = getattr(self.run.objective.model, "longest_samples", None)
         if most is not None and shape.samples > most:
@@ -90,6 +99,49 @@ class Wiring:
             )
         return shape
 
+    def _room(self) -> dict[str, int]:
+        """Returns the slots of a row and the utterances of a slot that training has."""
+        data, objective = self.run.data, self.run.objective
+        if not data.pack:
+            return {}
+        if not objective.takes_packed_rows:
+            raise UserError(
+                f"DataConfig.pack is True, and {type(objective).__name__} takes one example a row; "
+                "expected pack = False"
+            )
+        if not objective.packs and not data.encode_once:
+            return {"slots": data.utterances or 1}
+        seconds = data.feature_lengths.get("speech", 0) // 16_000
+        return {"segments": data.utterances or max(1, seconds)}
+
+    def plan(self) -> Any:
+        """Returns the order of rows of the training split.
+
+        Raises:
+          UserError: the mixture, a length or an example source is not right.
+        """
+        from slm_jax.data.plan import Packing, plan_mixture
+        from slm_jax.data.stages import StagedPlan, seed_of_stage
+
+        data = self.run.data
+        shape = self.shape(data.batch_size, packed=True)
+        packing = Packing(data.pack, data.block, tuple(sorted(data.buckets)))
+        plans = {}
+        for step, mixture in {0: data.mixture_or_task, **data.stages}.items():
+            self.task_or_mixture(mixture)
+            plans[step] = plan_mixture(
+                mixture,
+                data.split,
+                data.feature_lengths,
+                shape,
+                cache_dir=self.run.path(data.cache_dir or default_cache_dir()),
+                seed=data.seed,
+                order_seed=seed_of_stage(data.seed, step),
+                packing=packing,
+                shuffle_window=data.shuffle_shards,
+            )
+        return StagedPlan(plans) if data.stages else plans[0]
+
     def train_batches(self) -> Any:
         """Returns the `BatchSource` of the training split.
 
@@ -98,20 +150,11 @@ class Wiring:
         """
         from slm_jax.data.frames import EncodedBatches
         from slm_jax.data.iterator import TrainBatches
-        from slm_jax.data.plan import plan_mixture
 
         data = self.run.data
-        shape = self.shape(data.batch_size)
+        plan = self.plan()
+        shape = self.shape(data.batch_size, packed=True)
         shape = dataclasses.replace(shape, frame_dim=self._frame_dim(shape.has_speech))
-        self.task_or_mixture(data.mixture_or_task)
-        plan = plan_mixture(
-            data.mixture_or_task,
-            data.split,
-            data.feature_lengths,
-            shape,
-            cache_dir=self.run.path(data.cache_dir or default_cache_dir()),
-            seed=data.seed,
-        )
         tables: Any = plan.tables
         for table in tables:
             if table.report.rejected and jax.process_index() == 0:
@@ -383,7 +426,7 @@ class Wiring:
         )
 
     def _batch_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
-        arrays = self.shape(self.run.data.batch_size).arrays()
+        arrays = self.shape(self.run.data.batch_size, packed=True).arrays()
         return {name: jax.ShapeDtypeStruct(size, dtype) for name, (size, dtype) in arrays.items()}
 
     def _part(self, part: str, field: str) -> Part:

@@ -120,7 +120,8 @@ def encode(vocabulary: seqio.Vocabulary, of: Sequence[str]) -> list[list[int]]:
     """Returns the tokens of texts, each different text encoded once."""
     unique = list(dict.fromkeys(of))
     if isinstance(vocabulary, seqio.SentencePieceVocabulary):
-        found = vocabulary.tokenizer.encode(unique, out_type=int, num_threads=_TOKENIZER_THREADS)
+        tokenizer: Any = vocabulary.tokenizer
+        found = tokenizer.encode(unique, out_type=int, num_threads=_TOKENIZER_THREADS)
     else:
         found = [list(vocabulary.encode(text)) for text in unique]
     tokens = dict(zip(unique, found, strict=True))

@@ -82,10 +82,12 @@ class EncodedBatches(TrainBatches):
         self._encoder, self._load_audio, self._report, self._options = encoder, load, report, options
         self._utterances: dict[tuple[str, str, int], Encoded | BadExample] = {}
 
-    def batches(self, rows_consumed: int) -> Generator[PlacedBatch, None, None]:
+    def batches(
+        self, rows_consumed: int, anchor: tuple[int, int] | None = None
+    ) -> Generator[PlacedBatch, None, None]:
         """As of `TrainBatches`; the first call encodes every utterance of the plan, before it returns."""
         self._encode_all()
-        return super().batches(rows_consumed)
+        return super().batches(rows_consumed, anchor)
 
     def host_batches(self, rows_consumed: int) -> Generator[HostBatch, None, None]:
         """As of `TrainBatches`; encodes as `batches` does."""

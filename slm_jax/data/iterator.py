@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
+import threading
+import time
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Sequence, Set
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -15,8 +18,9 @@ from jax.sharding import Sharding
 from slm_jax.data import audio_files
 from slm_jax.data.batch import BatchShape, Reject, Row, collate
 from slm_jax.data.placement import place, rows_of_devices, rows_of_process
-from slm_jax.data.plan import Plan
+from slm_jax.data.plan import Anchor, Plan
 from slm_jax.data.references import SAMPLE_RATE, Reference
+from slm_jax.data.stages import StagedPlan
 from slm_jax.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -54,7 +58,9 @@ class PlacedBatch(NamedTuple):
       arrays: global arrays, rows split over the mesh.
       ids: global row -> `task/id` of its examples, of the rows that this host read.
       stats: counts of this host: `examples`, `audio_seconds`, `target_tokens`, `clipped_examples`,
-        `trimmed_examples`, and `rejected/<reason>` for each reason that occurred.
+        `trimmed_examples`, `rejected/<reason>` for each reason that occurred, and what of the rows is used:
+        `speech_used` samples of `speech_room`, `encoder_used` positions of `encoder_room`, `decoder_used`
+        tokens of `decoder_room`.
     """
 
     arrays: dict[str, jax.Array]
@@ -91,6 +97,8 @@ class TrainBatches:
       read_ahead: steps whose audio is read before they are asked for; bounds the memory.
       max_bad_share: share of bad examples at which the run stops.
       min_examples: how many examples must have been read before the share counts.
+      stalled_seconds: after so long without a batch, and again after each such time, the files that are
+        waited for are named in the log.
       load: returns the audio of a reference; raises BadExample.
       devices: whose rows are read; by default those of this process.
 
@@ -100,7 +108,7 @@ class TrainBatches:
 
     def __init__(
         self,
-        plan: Plan,
+        plan: Plan | StagedPlan,
         shape: BatchShape,
         sharding: Sharding,
         *,
@@ -108,6 +116,7 @@ class TrainBatches:
         read_ahead: int = 4,
         max_bad_share: float = 0.05,
         min_examples: int = 200,
+        stalled_seconds: float = 30.0,
         load: LoadUtterance = audio_files.load_utterance,
         devices: Set[Any] | None = None,
     ):
@@ -121,6 +130,7 @@ class TrainBatches:
         self._max_bad_share = max_bad_share
         self._min_examples = min_examples
         self._load = load
+        self._stalled_seconds = stalled_seconds
         if devices is None:
             self._local_rows = rows_of_process(sharding, shape.rows)
         else:
@@ -144,15 +154,27 @@ class TrainBatches:
             for name, (size, dtype) in self.shape.arrays().items()
         }
 
-    def batches(self, rows_consumed: int) -> Generator[PlacedBatch, None, None]:
+    def anchor(self, rows_consumed: int) -> tuple[int, int] | None:
+        """Returns what makes a seek to a row short: the block that holds it, and that block's first row."""
+        return self.plan.anchor(rows_consumed)
+
+    def batches(
+        self, rows_consumed: int, anchor: tuple[int, int] | None = None
+    ) -> Generator[PlacedBatch, None, None]:
         """Yields the batches that follow the first `rows_consumed` rows of the plan.
 
         Closing the generator stops the threads. The last batch of a plan with an end is filled up
-        with empty rows.
+        with empty rows. Where the plan has buckets, batches have the shapes of theirs.
+
+        Args:
+          rows_consumed: rows of the plan that were trained on.
+          anchor: what `anchor` of this plan said of that row, if it is known.
 
         Raises:
           UserError: more than `max_bad_share` of the examples read so far are bad.
         """
+        if anchor is not None:
+            self.plan.seek(Anchor(*anchor), rows_consumed)
         for batch in self.host_batches(rows_consumed):
             arrays = place(batch.arrays, batch.rows, self.sharding, self.shape.rows)
             yield PlacedBatch(arrays, batch.ids, batch.stats)
@@ -160,6 +182,7 @@ class TrainBatches:
     def host_batches(self, rows_consumed: int) -> Generator[HostBatch, None, None]:
         """Yields what `batches` places: the rows of this host alone, as NumPy arrays."""
         tally = _Tally(self._max_bad_share, self._min_examples)
+        reads = _Reads(self._load)
         # Two pools, as a batch waits for its audio: in one pool batches could fill every thread and
         # wait for reads that never start.
         readers = ThreadPoolExecutor(self._threads, "slm-audio")
@@ -169,14 +192,16 @@ class TrainBatches:
         try:
             while True:
                 while len(pending) < self._read_ahead:
-                    rows = self.plan.rows(start, self.shape.rows)
+                    # Planned here, in one thread; only this host's rows are looked up.
+                    rows = self.plan.rows(start, self.shape.rows, self._local_rows)
                     if not rows:
                         break
-                    pending.append(assemblers.submit(self._assemble, rows, start, readers))
+                    shape = self._step_shape(start)
+                    pending.append(assemblers.submit(self._assemble, rows, shape, start, reads, readers))
                     start += self.shape.rows
                 if not pending:
                     return
-                batch = pending.popleft().result()
+                batch = self._wait(pending.popleft(), reads)
                 tally.add(batch)
                 yield batch
         finally:
@@ -186,14 +211,72 @@ class TrainBatches:
             assemblers.shutdown(wait=True, cancel_futures=True)
             readers.shutdown(wait=True)
 
-    def _assemble(self, rows: Sequence[Row], start: int, readers: ThreadPoolExecutor) -> HostBatch:
+    def _step_shape(self, start: int) -> BatchShape:
+        if len(self.plan.shapes) == 1:
+            return self.shape
+        own = self.plan.shapes[self.plan.bucket(start)]
+        return dataclasses.replace(own, frame_dim=self.shape.frame_dim)
+
+    def _wait(self, batch: Future[HostBatch], reads: _Reads) -> HostBatch:
+        while True:
+            try:
+                return batch.result(self._stalled_seconds)
+            except TimeoutError:
+                # Of a reader itself, or of this wait.
+                if batch.done():
+                    return batch.result()
+                for line in reads.stalled():
+                    logger.warning("%s", line)
+
+    def _assemble(
+        self,
+        rows: Sequence[Row],
+        shape: BatchShape,
+        start: int,
+        reads: _Reads,
+        readers: ThreadPoolExecutor,
+    ) -> HostBatch:
         local: list[Row] = [rows[row] if row < len(rows) else () for row in self._local_rows.tolist()]
         ids = {
             start + row: tuple(f"{placed.reference.task}/{placed.reference.id}" for placed in content)
             for row, content in zip(self._local_rows.tolist(), local, strict=True)
         }
-        arrays, stats, rejects = _read_rows(local, self.shape, self._load, readers)
+        arrays, stats, rejects = _read_rows(local, shape, reads, readers)
         return HostBatch(self._local_rows, arrays, ids, stats, rejects)
+
+
+class _Reads:
+    """Calls a loader, and knows what it is at.
+
+    Args:
+      load: returns the audio of a reference; raises BadExample.
+    """
+
+    _NAMED = 4
+
+    def __init__(self, load: LoadUtterance):
+        self._load = load
+        self._under_way: dict[int, tuple[float, Reference]] = {}
+
+    def __call__(self, reference: Reference) -> Utterance:
+        thread = threading.get_ident()
+        self._under_way[thread] = time.monotonic(), reference
+        try:
+            return self._load(reference)
+        finally:
+            del self._under_way[thread]
+
+    def stalled(self) -> list[str]:
+        """Returns a line for each of the reads that take longest."""
+        now = time.monotonic()
+        reads = sorted(self._under_way.copy().values(), key=lambda read: read[0])[: self._NAMED]
+        if not reads:
+            return ["no batch is ready, and none is being read: the host is busy with something else"]
+        return [
+            f"no batch is ready: example {reference.id} of task {reference.task} has been read for "
+            f"{now - began:.0f} s from {reference.audio}"
+            for began, reference in reads
+        ]
 
 
 class _Tally:
@@ -252,6 +335,12 @@ def _read_rows(
         "target_tokens": float(arrays["loss_weights"].sum()),
         "clipped_examples": float(stats["clipped_examples"]),
         "trimmed_examples": float(stats["trimmed_examples"]),
+        "speech_used": float(stats["samples"]),
+        "speech_room": float(len(rows) * shape.slots * shape.samples),
+        "encoder_used": float(np.count_nonzero(arrays["layout_segment_ids"])),
+        "encoder_room": float(len(rows) * shape.layout),
+        "decoder_used": float(np.count_nonzero(arrays["target_segment_ids"])),
+        "decoder_room": float(len(rows) * shape.targets),
     }
     for reject in rejects:
         name = f"rejected/{reject.reason}"

@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import hashlib
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -195,7 +195,7 @@ def _feistel(value: np.ndarray, half: np.ndarray, key: np.ndarray) -> np.ndarray
     return (left << half) | right
 
 
-def mix(value: np.ndarray) -> np.ndarray:
+def mix(value: Any) -> Any:
     """splitmix64 (Steele, Lea and Flood 2014): a bijection on 64 bits whose output bits look independent."""
     with np.errstate(over="ignore"):
         value = value + np.uint64(0x9E3779B97F4A7C15)

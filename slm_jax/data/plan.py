@@ -66,8 +66,8 @@ class Packing:
 
     Attributes:
       pack: whether a row holds several references; otherwise one.
-      block: K, references whose rows are made together; None takes 1024, or with buckets enough of them that
-        steps which are not full are rare.
+      block: K, references whose rows are made together; None takes 4096, or with buckets so many that steps
+        which are not full are rare.
       buckets: for encoders of one utterance a slot: samples of a slot, ascending; the shape's own are added.
         Every step has rows of one bucket.
     """
@@ -189,8 +189,9 @@ class Plan:
         self._order = self._make_order()
         self._block_of = functools.lru_cache(maxsize=4)(self._make_block)
         self._blocks = None if self.num_references is None else -(-self.num_references // self.block)
-        kept = counts_dir is not None and packing.pack
-        file = Path(counts_dir) / f"{self.fingerprint[:24]}.rows" if kept else None
+        file = None
+        if counts_dir is not None and packing.pack:
+            file = Path(counts_dir) / f"{self.fingerprint[:24]}.rows"
         self._starts = _Starts(lambda block: self._block_of(block).rows, self._blocks, file)
 
     @functools.cached_property
@@ -265,9 +266,9 @@ class Plan:
         """Returns the block of a row, from which a seek to it starts; None where rows are not packed."""
         return self._starts.block_of(row) if self.packing.pack else None
 
-    def seek(self, anchor: Anchor | None) -> None:
-        """Takes an anchor's word for how many rows come before its block."""
-        if anchor is not None:
+    def seek(self, anchor: Anchor | None, row: int) -> None:
+        """Takes the word of a row's anchor for how many rows come before its block."""
+        if anchor is not None and anchor.first_row <= row:
             self._starts.anchored(anchor)
 
     def _spans(self, start: int, count: int) -> Any:
@@ -555,9 +556,9 @@ def _check_packing(packing: Packing, shape: BatchShape, epochs: int | None) -> N
 
 def _usual_block(packing: Packing, shape: BatchShape, rows_per_step: int, buckets: int) -> int:
     if not packing.buckets:
-        return 1024
+        return 4096 if packing.pack else 1024
     # A step that is not full costs at most one of 16 for each bucket.
-    return max(1024, 16 * buckets * rows_per_step * max(shape.slots, 1))
+    return max(4096, 16 * buckets * rows_per_step * max(shape.slots, 1))
 
 
 def plan_mixture(
@@ -568,6 +569,7 @@ def plan_mixture(
     *,
     cache_dir: str | Path,
     seed: int,
+    order_seed: int | None = None,
     epochs: int | None = None,
     shuffle: bool = True,
     packing: Packing = Packing(),
@@ -581,7 +583,8 @@ def plan_mixture(
       feature_lengths: of a row, as for `BatchShape.from_feature_lengths`.
       shape: of the global batch.
       cache_dir: folder of index files.
-      seed: of the order, and of preprocessors that draw random numbers.
+      seed: of preprocessors that draw random numbers, and of the order.
+      order_seed: of the order, if it has one of its own.
       epochs: passes over all tasks; None for a stream without end, mixed by the rates.
       shuffle: whether the order is permuted.
       packing: how references share rows.
@@ -614,7 +617,7 @@ def plan_mixture(
     return Plan(
         tables,
         rates,
-        seed,
+        seed if order_seed is None else order_seed,
         shape.rows,
         shape,
         epochs=epochs,

@@ -192,6 +192,11 @@ class SLM(nn.Module):
         return self._encoder.longest_samples
 
     @property
+    def packs(self) -> bool:
+        """Whether a slot of speech may hold several utterances."""
+        return self._encoder.packs
+
+    @property
     def _encoder(self) -> Any:
         """The encoder outside of this module: what it says of itself, without variables."""
         config = self.config.speech_encoder

@@ -12,7 +12,8 @@ class PlacedBatch(NamedTuple):
     Attributes:
       arrays: global arrays, rows split over the mesh.
       ids: global row -> ids of its examples, of the rows that this host read.
-      stats: counts of this host: `audio_seconds`, `target_tokens`, rejected examples by reason.
+      stats: counts of this host: `audio_seconds`, `target_tokens`, rejected examples by reason, and what
+        of the rows is used: `speech_used` of `speech_room`, and so for `encoder` and `decoder`.
     """
 
     arrays: dict[str, jax.Array]
@@ -26,7 +27,7 @@ class BatchSource(Protocol):
     Attributes:
       fingerprint: of the plan that decides the order of rows.
       rows_per_step: rows of a global batch.
-      shapes: shape and dtype of every array of the global batch.
+      shapes: shape and dtype of every array of the global batch, the largest where batches differ.
     """
 
     @property
@@ -38,6 +39,15 @@ class BatchSource(Protocol):
     @property
     def shapes(self) -> dict[str, jax.ShapeDtypeStruct]: ...
 
-    def batches(self, rows_consumed: int) -> Iterator[PlacedBatch]:
-        """Yields the batches that follow the first `rows_consumed` rows of the plan."""
+    def anchor(self, rows_consumed: int) -> tuple[int, int] | None:
+        """Returns what makes a later seek to a row short, or None where nothing is needed."""
+        ...
+
+    def batches(self, rows_consumed: int, anchor: tuple[int, int] | None = None) -> Iterator[PlacedBatch]:
+        """Yields the batches that follow the first `rows_consumed` rows of the plan.
+
+        Args:
+          rows_consumed: rows that were trained on.
+          anchor: what `anchor` said of that row when it was saved, if it was.
+        """
         ...

@@ -160,10 +160,10 @@ def train(
     variables = make_variables(objective, source.shapes, wanted, load_variables, config.seed, mesh, rules)
     if restored:
         first_step, state = restored.step, restored.state
-        rows_consumed = restored.cursor["rows_consumed"]
+        rows_consumed, anchor = restored.cursor["rows_consumed"], restored.cursor.get("anchor")
         reporter.say(f"going on from step {first_step}" + "".join(f"; {note}" for note in restored.notes))
     else:
-        first_step, rows_consumed = 0, 0
+        first_step, rows_consumed, anchor = 0, 0, None
         state = make_state(variables["params"], transformation, shapes.state)
     if jax.process_index() == 0:
         (model_dir / "sharding_plan.txt").write_text(plan_text(shapes.boxed, mesh, rules), encoding="utf-8")
@@ -199,7 +199,7 @@ def train(
     )
     try:
         # Before requests to stop are taken: a source that prepares for long can be stopped at once.
-        batches = source.batches(rows_consumed)
+        batches = source.batches(rows_consumed, anchor)
         with stop_requests() as stop_after:
             return run.go(
                 batches,
@@ -241,6 +241,7 @@ class _Run:
         self._throughput = Throughput(devices)
         self._pending: list[StepRecord] = []
         self._metrics: dict[str, float] = {}
+        self._shapes: set[tuple[tuple[int, ...], ...]] = set()
 
     def go(
         self,
@@ -258,13 +259,14 @@ class _Run:
             placed = self._next(batches)
             if step == first_step:
                 _say_batch(self._reporter, placed)
+            first_of_shape = self._is_new_shape(step, placed)
             state, metrics = take(state, placed.arrays)
             step += 1
             rows_consumed += self._source.rows_per_step
             self._pending.append(StepRecord(step, metrics, placed.ids, placed.stats))
             self._throughput.add(placed.stats)
-            if step == first_step + 1:
-                # The first step compiles; rates count from the second.
+            if first_of_shape:
+                # The first step of a shape compiles; rates count from the next.
                 jax.block_until_ready(metrics)
                 self._throughput.restart()
             if len(self._pending) > STEPS_IN_FLIGHT:
@@ -275,18 +277,17 @@ class _Run:
             stopping = stop_after(step)
             if last or stopping or step % config.log_period == 0:
                 self._log(step)
-            cursor = DataCursor(rows_consumed, self._source.fingerprint)
             due = last or stopping or step % config.checkpoint_period == 0
             if due and not config.keep_best:
                 # Before the evaluation: whatever goes wrong there, the step is not lost.
-                self._save(step, state, cursor, None)
+                self._save(step, state, rows_consumed, None)
             scores = None
             eval_due = bool(config.eval_period) and step % (config.eval_period or 1) == 0
             # Asked to stop there is time to save, not to decode.
             if self._evaluate and (last or (eval_due and not stopping)):
                 scores = self._run_evaluation(step, state, frozen)
             if config.keep_best and (due or scores is not None):
-                self._save(step, state, cursor, scores)
+                self._save(step, state, rows_consumed, scores)
         self._checkpoints.wait()
         if stopping and step < config.train_steps:
             self._reporter.say(f"asked to stop: saved step {step}; the same command goes on from there")
@@ -301,11 +302,23 @@ class _Run:
             self._writer.flush()
 
     def _save(
-        self, step: int, state: TrainState, cursor: DataCursor, scores: dict[str, float] | None
+        self, step: int, state: TrainState, rows_consumed: int, scores: dict[str, float] | None
     ) -> None:
         # Lines of all steps are written first: the checkpoint must never be ahead of them.
         self._log(step)
+        cursor = DataCursor(rows_consumed, self._source.fingerprint, self._source.anchor(rows_consumed))
         self._checkpoints.save(step, state, cursor, self._provenance, scores)
+
+    def _is_new_shape(self, step: int, placed: PlacedBatch) -> bool:
+        shapes = tuple(array.shape for array in placed.arrays.values())
+        if shapes in self._shapes:
+            return False
+        self._shapes.add(shapes)
+        if len(self._shapes) > 1:
+            speech = placed.arrays.get("speech")
+            what = f" with {speech.shape[-1]} samples a slot" if speech is not None else ""
+            self._reporter.say(f"step {step + 1}: batch shape number {len(self._shapes)}{what}; compiling")
+        return True
 
     def _next(self, batches: Iterator[PlacedBatch]) -> PlacedBatch:
         began = time.monotonic()
@@ -330,7 +343,7 @@ class _Run:
         metrics = summarise(records)
         self._metrics.update(metrics)
         self._reporter.say(log_line(step, self._config.train_steps, metrics, rates))
-        self._write(step, "train", {**metrics, **rates})
+        self._write(step, "train", {**metrics, **rates, "batch_shapes": len(self._shapes)})
         worst = max(int(record.metrics["nonfinite_in_a_row"]) for record in records)
         if worst >= self._config.max_nonfinite_in_a_row:
             saved = self._checkpoints.latest_step()

@@ -48,6 +48,10 @@ def summarise(records: Iterable[StepRecord]) -> dict[str, float]:
     return {**last, **ratios}
 
 
+# What of a batch may be padding: a row's samples, positions of the LLM's encoder, tokens of its decoder.
+_PARTS = ("speech", "encoder", "decoder")
+
+
 class Throughput:
     """Clock and counters between two log lines.
 
@@ -79,9 +83,12 @@ class Throughput:
     def read(self, steps_left: int) -> dict[str, float]:
         """Rates of the period over all hosts, and the seconds that the steps left will take."""
         seconds = max(time.monotonic() - self._began, 1e-9)
-        names = ("audio_seconds", "target_tokens")
-        audio_seconds, tokens = _over_hosts([self._stats[name] for name in names])
-        return {
+        names = ["audio_seconds", "target_tokens"]
+        names += [f"{part}_{what}" for part in _PARTS for what in ("used", "room")]
+        audio_seconds, tokens, *used_and_room = _over_hosts([self._stats[name] for name in names])
+        rooms = dict(zip(_PARTS, zip(used_and_room[::2], used_and_room[1::2], strict=True), strict=True))
+        useful = {f"useful_{part}_percent": 100 * used / room for part, (used, room) in rooms.items() if room}
+        return useful | {
             "steps_per_second": self._steps / seconds,
             "audio_hours_per_second": audio_seconds / 3600 / seconds,
             "tokens_per_second_per_device": tokens / seconds / self._devices,
@@ -98,11 +105,17 @@ def log_line(step: int, train_steps: int, metrics: dict[str, float], rates: dict
         f"{rates['audio_hours_per_second']:.4g} audio-h/s",
         f"{rates['tokens_per_second_per_device']:.4g} tokens/s/device",
         f"data wait {rates['data_wait_percent']:.0f} %",
+        *_useful(rates),
         f"ETA {_clock(rates['eta_seconds'])}",
     ]
     if metrics.get("nonfinite_total"):
         parts.append(f"non-finite steps skipped {metrics['nonfinite_total']:.0f}")
     return "  ".join(parts)
+
+
+def _useful(rates: dict[str, float]) -> list[str]:
+    shares = [f"{part} {rates[name]:.0f}" for part in _PARTS if (name := f"useful_{part}_percent") in rates]
+    return [f"useful {' '.join(shares)} %"] if shares else []
 
 
 class Reporter:

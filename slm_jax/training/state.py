@@ -25,7 +25,9 @@ class DataCursor:
     Attributes:
       rows_consumed: rows of the plan that were trained on.
       fingerprint: of the plan.
+      anchor: what the source said of that row, so that a seek to it is short; None where it says nothing.
     """
 
     rows_consumed: int
     fingerprint: str
+    anchor: tuple[int, int] | None = None

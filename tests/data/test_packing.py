@@ -162,7 +162,7 @@ def test_seeking_is_walking_with_and_without_an_anchor(count: int, seed: int, da
     length = data.draw(st.integers(0, 300 - start))
     assert [ids_of(row) for row in plan().rows(start, length)] == rows[start : start + length]
     anchored = plan()
-    anchored.seek(walked.anchor(start))
+    anchored.seek(walked.anchor(start), start)
     assert [ids_of(row) for row in anchored.rows(start, length)] == rows[start : start + length]
     # Also before the anchor.
     assert [ids_of(row) for row in anchored.rows(0, 5)] == rows[:5]
@@ -187,7 +187,7 @@ def test_a_seek_from_an_anchor_replays_one_block(monkeypatch):
     made = []
     make = plan._make_block
     plan._block_of = lambda block: made.append(block) or make(block)
-    plan.seek(anchor)
+    plan.seek(anchor, 20_000)
     assert ids_of(plan.rows(20_000, 1)[0]) == ids_of(far.rows(20_000, 1)[0])
     assert set(made) == {anchor.block}
 

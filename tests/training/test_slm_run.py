@@ -84,7 +84,10 @@ class SpeechSource:
             "loss_weights": inside.astype(np.float32),
         }
 
-    def batches(self, rows_consumed: int) -> Iterator[PlacedBatch]:
+    def anchor(self, rows_consumed: int) -> None:
+        return None
+
+    def batches(self, rows_consumed: int, anchor: object = None) -> Iterator[PlacedBatch]:
         while True:
             rows = [self.row(rows_consumed + place) for place in range(ROWS)]
             arrays = {

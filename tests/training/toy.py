@@ -99,7 +99,10 @@ class ToySource:
         poison = np.asarray(self._poisoned.get(step + 1, 0) if place == 0 else 0, np.float32)
         return {"tokens": tokens, "targets": (tokens * 3 + 1) % VOCAB, "weights": weights, "poison": poison}
 
-    def batches(self, rows_consumed: int) -> Iterator[PlacedBatch]:
+    def anchor(self, rows_consumed: int) -> None:
+        return None
+
+    def batches(self, rows_consumed: int, anchor: object = None) -> Iterator[PlacedBatch]:
         while True:
             time.sleep(self._delay)
             numbers = range(rows_consumed, rows_consumed + self.rows_per_step)

@@ -80,7 +80,7 @@ class ManifestSource(ReferenceSource):
 
 
 def _columns(records: Sequence[Mapping[str, Any]]) -> Columns:
-    names = dict.fromkeys(TEXT_FIELDS)
+    names: dict[str, None] = dict.fromkeys(TEXT_FIELDS)
     for record in records:
         names.update(dict.fromkeys(record))
     del names["samples"]

@@ -35,9 +35,15 @@ class Objective(Protocol):
       model: the network.
       parts: name -> the part of the model of that name: `speech_encoder`, `llm`.
       samples_per_position: samples behind one position of speech in a row; 1 for text alone.
+      takes_packed_rows: whether a row may hold several examples.
+      packs: whether a slot of speech may hold several utterances.
     """
 
     model: Any
+    takes_packed_rows: bool
+
+    @property
+    def packs(self) -> bool: ...
 
     @property
     def parts(self) -> dict[str, Part]: ...

@@ -135,6 +135,8 @@ class BestRQObjective:
       UserError: the encoder has other features.
     """
 
+    takes_packed_rows = True
+
     def __init__(self, encoder: Any, config: BestRQConfig | None = None):
         # Where a slot has a limit, features are of the whole window, whatever the speech in it.
         if not encoder.features_are_mel or encoder.longest_samples is not None:
@@ -149,6 +151,11 @@ class BestRQObjective:
         """The encoder, without heads and quantizer."""
         config = self.model.encoder.config
         return {"speech_encoder": Part(encoder_kind(config), config, ("encoder",))}
+
+    @property
+    def packs(self) -> bool:
+        """Whether a slot of speech may hold several utterances."""
+        return self.model.encoder.packs
 
     @property
     def samples_per_position(self) -> int:

@@ -70,6 +70,8 @@ class CTCObjective:
       UserError: SpecAugment is asked for, and the encoder's features are no mel bins.
     """
 
+    takes_packed_rows = False
+
     def __init__(
         self,
         encoder: Any,
@@ -90,6 +92,11 @@ class CTCObjective:
         """The encoder, without the head."""
         config = self.model.encoder.config
         return {"speech_encoder": Part(encoder_kind(config), config, ("encoder",))}
+
+    @property
+    def packs(self) -> bool:
+        """Whether a slot of speech may hold several utterances."""
+        return self.model.encoder.packs
 
     @property
     def samples_per_position(self) -> int:

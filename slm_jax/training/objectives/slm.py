@@ -26,6 +26,8 @@ class SLMObjective:
       UserError: `frozen_weights` is neither.
     """
 
+    takes_packed_rows = True
+
     def __init__(self, model: SLM, frozen_weights: str = "float"):
         if frozen_weights not in FROZEN_WEIGHTS:
             found = f"SLMObjective.frozen_weights is {frozen_weights!r}"
@@ -43,6 +45,11 @@ class SLMObjective:
             ),
             "llm": Part("t5", config.llm, ("llm",)),
         }
+
+    @property
+    def packs(self) -> bool:
+        """Whether a slot of speech may hold several utterances."""
+        return self.model.packs
 
     @property
     def samples_per_position(self) -> int:

@@ -37,6 +37,8 @@ class TextObjective:
       UserError: the noise or the blur is negative.
     """
 
+    takes_packed_rows = True
+
     def __init__(self, model: T5, embedding_noise: float = 0.0, embedding_blur: float = 0.0):
         for name, value in (("embedding_noise", embedding_noise), ("embedding_blur", embedding_blur)):
             if value < 0:
@@ -49,6 +51,11 @@ class TextObjective:
     def parts(self) -> dict[str, Part]:
         """The whole model is the LLM."""
         return {"llm": Part("t5", self.model.config, ())}
+
+    @property
+    def packs(self) -> bool:
+        """Whether a slot of speech may hold several utterances."""
+        return True
 
     @property
     def samples_per_position(self) -> int:
