@@ -65,3 +65,15 @@ def find_task(args: argparse.Namespace) -> Any:
     for register in config.register:
         register()
     return find(args.task)
+
+
+def run_feature_lengths() -> Any:
+    """Returns the feature lengths in the gin files that `find_task` read; None where they say none."""
+    from slm_jax.cli import gin_config
+    from slm_jax.cli.run import DataConfig
+
+    if gin_config.bound("run.DataConfig.feature_lengths") is None:
+        return None
+    if "TASK_FEATURE_LENGTHS" in gin_config.missing_required():
+        return None
+    return gin_config.build(DataConfig, mixture_or_task="", batch_size=1).feature_lengths

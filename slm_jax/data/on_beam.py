@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
+import io
 import logging
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -38,10 +40,17 @@ def check_runner(runner: str, workers: int | None, options: Mapping[str, Any]) -
             # There are too many to list.
             near = nearest(name, difflib.get_close_matches(name, known, n=1))
             raise UserError(f"--beam {name}: Beam has no such option{near}")
+    said = io.StringIO()
+    try:
+        # Its values are parsed as flags of a command, which ends where one is wrong.
+        with contextlib.redirect_stderr(said):
+            PipelineOptions.from_dictionary(dict(options)).get_all_options()
+    except SystemExit:
+        raise UserError(f"--beam: {said.getvalue().strip().rpartition('error: ')[2]}") from None
 
 
 def run_on_beam(
-    function: Callable[[Any], None],
+    function: Callable[[Any], object],
     jobs: Sequence[Any],
     *,
     runner: str = "DirectRunner",
@@ -77,7 +86,9 @@ def run_on_beam(
             _ = pipeline | beam.Create(jobs) | beam.Reshuffle() | beam.Map(function)
     except Exception as error:
         logger.info("the pipeline failed", exc_info=True)
-        said = str(error).strip().split("\n")[-1] or type(error).__name__
+        said = str(error).strip() or type(error).__name__
+        if "Traceback" in said:
+            said = said.splitlines()[-1]
         raise UserError(f"--runner {runner}: the pipeline failed: {said}") from error
 
 

@@ -356,6 +356,11 @@ def test_options_that_cannot_be(tmp_path: Path, options, sentence: str):
         ),
         ({"options": {"projekt": "x"}}, r"--beam projekt: Beam has no such option; did you mean 'project'\?"),
         ({"options": {"qqqqq": "x"}}, r"--beam qqqqq: Beam has no such option$"),
+        (
+            {"options": {"direct_num_workers": "many"}},
+            "--beam: argument --direct_num_workers: invalid int value: 'many'$",
+        ),
+        ({"runner": "DataflowRunner"}, "--runner DataflowRunner: the pipeline failed: .*Missing.*project"),
     ],
 )
 def test_runners_and_options_that_beam_lacks(options, sentence: str):
@@ -369,13 +374,13 @@ def test_beam_that_is_not_installed(monkeypatch):
         run_on_beam(print, ["never"])
 
 
-def fail(job: str) -> None:
-    raise OSError(28, "No space left on device")
-
-
-def test_a_job_that_fails_is_told_in_one_sentence():
-    with pytest.raises(UserError, match=r"--runner DirectRunner: the pipeline failed: .*No space left"):
-        run_on_beam(fail, ["job"])
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_job_that_fails_is_told_in_one_sentence(workers: int, tmp_path: Path):
+    # A function that the processes of the workers find by its name.
+    jobs = [str(tmp_path / name / "lost") for name in "ab"]
+    with pytest.raises(UserError, match=r"pipeline failed: .*No such file or directory: '.*/lost'") as error:
+        run_on_beam(os.stat, jobs, workers=workers)
+    assert "Traceback" not in str(error.value)
 
 
 def test_a_directory_of_something_else(tmp_path: Path):
