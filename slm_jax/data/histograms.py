@@ -118,9 +118,9 @@ def draw(path: str | Path, spreads: Mapping[str, Spread], title: str) -> None:
     for axis, (name, found) in zip(axes, spreads.items(), strict=True):
         width = found._end - found.edges[-1]
         axis.bar(found.edges, found.counts, width=width, align="edge", edgecolor="white", linewidth=0.5)
-        axis.axvline(found.median, color="black", linewidth=1, label=f"median {found.median:,g}")
-        axis.axvline(found.p95, color="black", linewidth=1, linestyle=":", label=f"95 % {found.p95:,g}")
-        longer = f", the last bin up to {found.longest:,g}" if found.last_is_open else ""
+        axis.axvline(found.median, color="black", linewidth=1, label=f"median {found.median:,.4g}")
+        axis.axvline(found.p95, color="black", linewidth=1, linestyle=":", label=f"95 % {found.p95:,.4g}")
+        longer = f", the last bin up to {found.longest:,.4g}" if found.last_is_open else ""
         axis.set_title(name, fontsize=10)
         axis.set_xlabel(f"{found.unit}{longer}", fontsize=9)
         axis.set_ylabel("examples", fontsize=9)
