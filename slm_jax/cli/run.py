@@ -7,6 +7,7 @@ from pathlib import Path
 
 from slm_jax.checkpoints.foundation import FORMATS
 from slm_jax.cli import gin_config
+from slm_jax.data.augmentation import AugmentationConfig
 from slm_jax.data.batch import FEATURES
 from slm_jax.errors import UserError, check_whole, nearest
 from slm_jax.partitioning.rules import DEFAULT_RULES, LogicalRules
@@ -44,6 +45,7 @@ class DataConfig:
         stretch of training reads few files.
       stages: step -> registered SeqIO name that is trained on from that step on, in place of
         `mixture_or_task`. Every stage begins its own epochs.
+      augment: what happens to the samples of speech on the host, anew in every epoch; None leaves them alone.
       encode_once: a frozen speech encoder encodes each utterance once, before the first step, and its
         reduced frames stay in memory in bfloat16; the encoder is no part of a step. For corpora whose
         frames fit, on one process.
@@ -64,6 +66,7 @@ class DataConfig:
     block: int | None = None
     shuffle_shards: int | None = None
     stages: Mapping[int, str] = dataclasses.field(default_factory=dict)
+    augment: AugmentationConfig | None = None
     encode_once: bool = False
 
     def __post_init__(self):
@@ -83,6 +86,11 @@ class DataConfig:
                 raise UserError(
                     f"DataConfig.{name} is {given!r}, and rows are not packed; expected pack = True"
                 )
+        if self.augment is not None and self.encode_once:
+            raise UserError(
+                "DataConfig.augment changes the speech in every epoch, and DataConfig.encode_once encodes it "
+                "once; expected one of both"
+            )
         for step in self.stages:
             check_whole("DataConfig.stages: a step", step)
 

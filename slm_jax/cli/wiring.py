@@ -139,6 +139,8 @@ class Wiring:
                 order_seed=seed_of_stage(data.seed, step),
                 packing=packing,
                 shuffle_window=data.shuffle_shards,
+                augmented=data.augment is not None,
+                perturbation=data.augment and data.augment.speed,
             )
         return StagedPlan(plans) if data.stages else plans[0]
 
@@ -161,9 +163,19 @@ class Wiring:
                 _say(f"{table.task}, split {table.split}: {table.report}")
         sharding = batch_sharding(self.mesh, self.run.mesh.rules)
         options: dict[str, Any] = {"threads": data.reader_threads, "max_bad_share": data.max_bad_share}
+        if self._augmenter is not None:
+            options["load"] = self._augmenter
         if shape.frame_dim:
             return EncodedBatches(plan, shape, sharding, encoder=self._encode_speech, report=_say, **options)
         return TrainBatches(plan, shape, sharding, **options)
+
+    @functools.cached_property
+    def _augmenter(self) -> Any:
+        """What reads and augments utterances; None where nothing is augmented."""
+        from slm_jax.data.augmentation import Augmenter
+
+        augment = self.run.data.augment
+        return Augmenter(augment, self.run.path(".")) if augment else None
 
     def _frame_dim(self, has_speech: bool) -> int:
         """Returns the features of frames that are computed once; 0 where rows hold samples.
@@ -174,6 +186,11 @@ class Wiring:
         if not self.run.data.encode_once or not has_speech:
             return 0
         model = self.run.objective.model
+        if getattr(self.run.objective, "augment", None) is not None:
+            raise UserError(
+                "SLMObjective.augment is set, and DataConfig.encode_once leaves no features to hide in a "
+                "step; expected AUGMENT = None, or encode_once = False"
+            )
         trainable = model.config.trainable if isinstance(model, SLM) else None
         if trainable is None or "speech_encoder" in trainable:
             found = f"a run of {type(model).__name__}" if trainable is None else f"trainable={trainable!r}"
@@ -382,6 +399,8 @@ class Wiring:
             model = getattr(self.vocabulary(feature), "sp_model", None)
             if model is not None:
                 fingerprints[f"tokenizer/{feature}"] = hashlib.sha256(model).hexdigest()
+        if self._augmenter is not None:
+            fingerprints["augmentation"] = self._augmenter.fingerprint
         fingerprints |= _template_fingerprints(self.mixture)
         return make_provenance(config, fingerprints)
 

@@ -101,6 +101,8 @@ def decode(path: AudioPath, max_samples: int | None = None, part: str = "") -> A
     wave, rate = _read(os.fspath(path), part, max_samples)
     if not len(wave):
         raise BadExample("empty_audio", f"{name} holds no samples")
+    if wave.dtype == np.int16:
+        return Audio(_bounded(wave[:, 0], max_samples, name), 0)
     if not np.isfinite(wave).all():
         raise BadExample("non_finite_audio", f"{name} holds NaN or infinite samples")
     mono = wave[:, 0] if wave.shape[1] == 1 else wave.mean(axis=1, dtype=np.float32)
@@ -108,11 +110,16 @@ def decode(path: AudioPath, max_samples: int | None = None, part: str = "") -> A
         mono = soxr.resample(mono, rate, SAMPLE_RATE)
         if not len(mono):
             raise BadExample("empty_audio", f"{name} is shorter than one sample at 16 kHz")
-    if max_samples is not None and len(mono) > max_samples:
-        raise BadExample("too_long", f"{name} is longer than {max_samples / SAMPLE_RATE:g} s")
+    mono = _bounded(mono, max_samples, name)
     # 32768 is the scale of soundfile's own conversion, so that 16-bit files come back bit for bit.
     clipped = int(np.count_nonzero(np.abs(mono) > 1.0))
     return Audio(np.clip(np.rint(mono * 32768.0), -32768, 32767).astype(np.int16), clipped)
+
+
+def _bounded(mono: np.ndarray, max_samples: int | None, name: str) -> np.ndarray:
+    if max_samples is not None and len(mono) > max_samples:
+        raise BadExample("too_long", f"{name} is longer than {max_samples / SAMPLE_RATE:g} s")
+    return mono
 
 
 def load_utterance(reference: Reference) -> Audio:
@@ -159,7 +166,7 @@ def _name(path: AudioPath, part: str) -> str:
 
 
 def _read(path: str, part: str, max_samples: int | None) -> tuple[np.ndarray, int]:
-    """Returns float32 [n, channels] and the rate."""
+    """Returns float32 [n, channels] and the rate, or int16 of a file whose samples are just that."""
     parsed = containers.parse(part)
     with _open(path, parsed, seek=parsed.is_stretch) as file:
         rate = file.samplerate
@@ -172,7 +179,8 @@ def _read(path: str, part: str, max_samples: int | None) -> tuple[np.ndarray, in
         try:
             if first:
                 file.seek(first)
-            return file.read(frames, dtype="float32", always_2d=True), rate
+            ready = file.subtype == "PCM_16" and file.channels == 1 and rate == SAMPLE_RATE
+            return file.read(frames, dtype="int16" if ready else "float32", always_2d=True), rate
         except (soundfile.SoundFileError, RuntimeError, MemoryError, ValueError) as error:
             raise BadExample("unreadable_audio", f"{_name(path, part)}: {error}") from None
 

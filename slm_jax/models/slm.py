@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from slm_jax.audio.log_mel import frame_segments
+from slm_jax.audio.spec_augment import SpecAugmentConfig, spec_augment
 from slm_jax.errors import UserError, nearest
 from slm_jax.models import conformer, t5
 from slm_jax.models.adapters import AdapterConfig, TransformerAdapter
@@ -120,14 +121,24 @@ class SLM(nn.Module):
         """Samples of speech per position of the LLM's encoder."""
         return self._encoder.samples_per_frame * self.config.reducer.factor
 
-    def __call__(self, batch: Mapping[str, jax.Array], *, deterministic: bool = True) -> dict[str, jax.Array]:
+    def __call__(
+        self,
+        batch: Mapping[str, jax.Array],
+        *,
+        deterministic: bool = True,
+        augment: SpecAugmentConfig | None = None,
+    ) -> dict[str, jax.Array]:
         """Returns `token_losses`, float32 [B, T], and `correct` (target is the likeliest token), bool [B, T].
 
         Args:
           batch: arrays as in docs/architecture.md.
           deterministic: False applies dropout (rng `dropout`) in the trainable parts.
+          augment: SpecAugment (rng `augment`) of the encoder's features, which are mel bins; None for none.
+
+        Raises:
+          ValueError: there is `augment`, and the batch has frames, of which nothing can be hidden any more.
         """
-        encoded_BLD, segment_ids_BL = self.encode(batch, deterministic=deterministic)
+        encoded_BLD, segment_ids_BL = self.encode(batch, deterministic=deterministic, augment=augment)
         hidden_BTD = self.llm.decode(
             encoded_BLD,
             segment_ids_BL,
@@ -140,18 +151,23 @@ class SLM(nn.Module):
         return {"token_losses": losses_BT, "correct": correct_BT}
 
     def encode(
-        self, batch: Mapping[str, jax.Array], *, deterministic: bool = True
+        self,
+        batch: Mapping[str, jax.Array],
+        *,
+        deterministic: bool = True,
+        augment: SpecAugmentConfig | None = None,
     ) -> tuple[jax.Array, jax.Array]:
         """Returns the LLM encoder's states [B, L, D] of the batch, and its segment ids [B, L].
 
         These are `layout_segment_ids`, but 0 where the layout names speech that the encoder has no frame for.
+        Arguments are those of the call.
         """
         sources_BPD = self.llm.embed(batch["inputs"])
         if self.is_initializing() and "speech" not in batch:
             self._adapt(*self.reduced_speech(*self._silence()), deterministic)
         segment_ids_BL = batch["layout_segment_ids"]
         if "speech_segments" in batch:
-            frames_BKPD, ids_BKP = self._speech_of(batch, deterministic)
+            frames_BKPD, ids_BKP = self._speech_of(batch, deterministic, augment)
             speech_BPD = self._adapt(frames_BKPD, ids_BKP, deterministic)
             present_BP = ids_BKP.reshape(speech_BPD.shape[:2]) > 0
             present_BP = jnp.concatenate([present_BP, jnp.ones(sources_BPD.shape[:2], bool)], axis=1)
@@ -170,13 +186,24 @@ class SLM(nn.Module):
         return self.llm.decode_step(encoded_BLD, segment_ids_BL, tokens_B1, max_tokens)
 
     def reduced_speech(
-        self, speech: jax.Array, speech_segments: jax.Array, *, deterministic: bool = True
+        self,
+        speech: jax.Array,
+        speech_segments: jax.Array,
+        *,
+        deterministic: bool = True,
+        augment: SpecAugmentConfig | None = None,
     ) -> tuple[jax.Array, jax.Array]:
         """Returns the encoder's frames after the reducer, [B, K, P, D], and their segment ids, [B, K, P]."""
         trains = "speech_encoder" in self.config.trainable
-        frames_BKFD, segment_ids_BKF = self.speech_encoder(
-            speech, speech_segments, deterministic=deterministic or not trains
+        features, feature_segment_ids = self.speech_encoder.features(speech, speech_segments)
+        if augment is not None:
+            features = spec_augment(self.make_rng("augment"), features, feature_segment_ids, augment)
+        frames_BKFD, segment_ids_BKF = self.speech_encoder.encode_features(
+            features, feature_segment_ids, deterministic=deterministic or not trains
         )
+        # Where a slot has a limit, the halves are of the whole window, whatever the speech in it.
+        count = speech.shape[-1] // self._encoder.samples_per_frame
+        frames_BKFD, segment_ids_BKF = frames_BKFD[:, :, :count], segment_ids_BKF[:, :, :count]
         if not trains:
             frames_BKFD = jax.lax.stop_gradient(frames_BKFD)
         return self.config.reducer(frames_BKFD, segment_ids_BKF)
@@ -192,6 +219,11 @@ class SLM(nn.Module):
         return self._encoder.longest_samples
 
     @property
+    def features_are_mel(self) -> bool:
+        """Whether the encoder's features are mel bins over time, which SpecAugment hides."""
+        return self._encoder.features_are_mel
+
+    @property
     def packs(self) -> bool:
         """Whether a slot of speech may hold several utterances."""
         return self._encoder.packs
@@ -202,11 +234,17 @@ class SLM(nn.Module):
         config = self.config.speech_encoder
         return encoder_class(config)(config, parent=None)
 
-    def _speech_of(self, batch: Mapping[str, jax.Array], deterministic: bool) -> tuple[jax.Array, jax.Array]:
+    def _speech_of(
+        self, batch: Mapping[str, jax.Array], deterministic: bool, augment: SpecAugmentConfig | None
+    ) -> tuple[jax.Array, jax.Array]:
         """Returns the reduced speech of a batch and its segment ids, computed now or before."""
         segments = batch["speech_segments"]
         if "speech_frames" not in batch:
-            return self.reduced_speech(batch["speech"], segments, deterministic=deterministic)
+            return self.reduced_speech(
+                batch["speech"], segments, deterministic=deterministic, augment=augment
+            )
+        if augment is not None:
+            raise ValueError("the batch has speech_frames, whose features cannot be augmented any more")
         frames_BKPD = batch["speech_frames"]
         ids_BKP = frame_segments(segments, frames_BKPD.shape[2], self.samples_per_position)[0]
         # What the encoder has no frame for was kept as zeros, which no frame is.

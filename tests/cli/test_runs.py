@@ -197,6 +197,10 @@ def test_infer_names_audio_that_it_cannot_use(workshop, whole, tmp_path, name, t
             ["run.DataConfig.encode_once=True", "slm.SLMConfig.trainable=('adapter', 'speech_encoder')"],
             "speech encoder is frozen",
         ),
+        (
+            ["run.DataConfig.encode_once=True", "AUGMENT=@spec_augment.SpecAugmentConfig()"],
+            "SLMObjective.augment is set",
+        ),
     ],
 )
 def test_a_mistake_in_a_run_is_one_sentence(workshop, tmp_path, more, told):

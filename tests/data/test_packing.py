@@ -1,83 +1,22 @@
 """Packed rows: nothing overflows, nothing is lost, and a seek gives what walking gives."""
 
-import dataclasses
-
+import jax
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from tables import SPP, draw_table, shape_of
 
+from slm_jax.data.audio_files import Audio
+from slm_jax.data.augmentation import SpeedConfig, samples_at
 from slm_jax.data.batch import BatchShape, collate
+from slm_jax.data.iterator import TrainBatches
 from slm_jax.data.order import Shuffle, key_of
 from slm_jax.data.packing import Sizes, bucket_shapes, pack, pack_in_buckets
 from slm_jax.data.plan import Packing, Plan
-from slm_jax.data.references import SPEECH, Reference
+from slm_jax.data.stages import StagedPlan, seed_of_stage
 from slm_jax.errors import UserError
-
-SPP = 640
-
-
-def shape_of(rows=2, slots=1, positions=20, segments=5, inputs=12, layout=None, targets=16) -> BatchShape:
-    return BatchShape(
-        rows=rows,
-        slots=slots,
-        samples=positions * SPP,
-        segments=segments,
-        inputs=inputs,
-        layout=layout or slots * positions + inputs,
-        targets=targets,
-        samples_per_position=SPP,
-    )
-
-
-@dataclasses.dataclass
-class FakeTable:
-    """References of these lengths; their audio counts from their index."""
-
-    task: str
-    lengths: np.ndarray
-    fingerprint: str = "contents"
-    shards = np.zeros(0, np.int64)
-
-    def __len__(self) -> int:
-        return len(self.lengths)
-
-    def take(self, indices: np.ndarray) -> list[Reference]:
-        found = []
-        for i in indices.tolist():
-            samples, inputs, targets = self.lengths[i].tolist()
-            tokens = np.full(inputs, i % 90 + 2, np.int32)
-            tokens = np.append([SPEECH], tokens) if samples else tokens
-            found.append(
-                Reference(
-                    str(i),
-                    f"{i}.wav" if samples else None,
-                    samples,
-                    tokens.astype(np.int32),
-                    np.full(targets, i % 90 + 2, np.int32),
-                    self.task,
-                    "en",
-                )
-            )
-        return found
-
-
-def table(seed: int, count: int, shape: BatchShape, task: str = "t") -> FakeTable:
-    """Ragged references that fit a row, every tenth of text alone."""
-    rng = np.random.default_rng(seed)
-    samples = rng.integers(1, shape.samples + 1, count)
-    samples[rng.random(count) < 0.1] = 0
-    room = np.minimum(shape.inputs, shape.layout - -(-samples // SPP))
-    inputs = np.minimum(rng.integers(0, shape.inputs + 1, count), room)
-    inputs = np.maximum(inputs, samples == 0)
-    targets = rng.integers(1, shape.targets + 1, count)
-    return FakeTable(task, np.stack([samples, inputs, targets], 1).astype(np.int32))
-
-
-def sizes_of(found: FakeTable) -> Sizes:
-    samples, inputs, targets = found.lengths.astype(np.int64).T
-    return Sizes(-(-samples // SPP), inputs, targets)
-
 
 shapes = st.builds(
     shape_of,
@@ -117,7 +56,7 @@ def check_rows(rows, shape: BatchShape):
 @given(shape=shapes, count=st.integers(1, 120), seed=st.integers(0, 2**32))
 @settings(max_examples=60, deadline=None)
 def test_rows_hold_everything_once_and_never_overflow(shape: BatchShape, count: int, seed: int):
-    found = table(seed, count, shape)
+    found = draw_table(seed, count, shape)
     plan = Plan([found], None, seed, shape.rows, shape, epochs=1, packing=Packing(True, block=50))
     rows = plan.rows(0, 10_000)
     assert len(rows) == plan.num_rows
@@ -135,7 +74,7 @@ def test_rows_hold_everything_once_and_never_overflow(shape: BatchShape, count: 
 @settings(max_examples=40, deadline=None)
 def test_every_step_has_rows_of_one_bucket(count: int, seed: int, slots: int, buckets: tuple[int, ...]):
     shape = shape_of(rows=3, slots=slots, segments=1, positions=30, inputs=30, targets=40)
-    found = table(seed, count, shape)
+    found = draw_table(seed, count, shape)
     packing = Packing(True, block=70, buckets=buckets or (SPP,))
     plan = Plan([found], None, seed, shape.rows, shape, epochs=2, packing=packing)
     rows = plan.rows(0, 10_000)
@@ -151,7 +90,7 @@ def test_every_step_has_rows_of_one_bucket(count: int, seed: int, slots: int, bu
 @settings(max_examples=40, deadline=None)
 def test_seeking_is_walking_with_and_without_an_anchor(count: int, seed: int, data: st.DataObject):
     shape = shape_of()
-    tables = [table(seed, count, shape), table(seed + 1, 15, shape, "other")]
+    tables = [draw_table(seed, count, shape), draw_table(seed + 1, 15, shape, "other")]
 
     def plan() -> Plan:
         return Plan(tables, [2.0, 1.0], seed, shape.rows, shape, packing=Packing(True, block=16))
@@ -180,7 +119,7 @@ def ids_of(row) -> tuple[str, ...]:
 
 def test_a_seek_from_an_anchor_replays_one_block(monkeypatch):
     shape = shape_of()
-    found = table(0, 1_000, shape)
+    found = draw_table(0, 1_000, shape)
     far = Plan([found], None, 0, shape.rows, shape, packing=Packing(True, block=64))
     anchor = far.anchor(20_000)
     plan = Plan([found], None, 0, shape.rows, shape, packing=Packing(True, block=64))
@@ -194,7 +133,7 @@ def test_a_seek_from_an_anchor_replays_one_block(monkeypatch):
 
 def test_row_counts_are_kept(tmp_path):
     shape = shape_of()
-    found = table(0, 1_000, shape)
+    found = draw_table(0, 1_000, shape)
 
     def plan(**options) -> Plan:
         packing = Packing(True, block=4)
@@ -267,6 +206,121 @@ def test_shuffling_in_windows_reads_few_shards_at_a_time(sizes: list[int], windo
             start += length
 
 
+@given(seed=st.integers(0, 2**32), block=st.integers(1, 50))
+@settings(max_examples=20, deadline=None)
+def test_augmentation_is_drawn_for_each_example_in_each_epoch(seed: int, block: int):
+    shape = shape_of()
+    found, speed = draw_table(seed, 40, shape), SpeedConfig((0.5, 1.0, 1.25))
+
+    def plan(**options) -> Plan:
+        return Plan([found], None, seed, shape.rows, shape, packing=Packing(True, block=block), **options)
+
+    rows = plan(perturbation=speed).rows(0, 120)
+    check_rows(rows, shape)
+    said = [placed.reference for row in rows for placed in row]
+    assert len({reference.draw for reference in said}) == len(said) > 80
+    for reference in said:
+        own = int(found.lengths[int(reference.id), 0])
+        drawn = float(speed.speeds(np.array([reference.draw], np.uint64))[0])
+        # What would not fit a row any more is said at its own speed.
+        assert reference.speed in ((drawn, 1.0) if own and drawn < 1 else (drawn if own else 1.0,))
+        assert reference.samples == samples_at(own, reference.speed)
+    assert {reference.speed for reference in said if reference.samples} >= {1.0, 1.25}
+    later = plan(perturbation=speed).rows(20, 5)
+    assert [[p.reference.draw for p in row] for row in later] == [
+        [p.reference.draw for p in row] for row in rows[20:25]
+    ]
+    # Without a change of lengths the rows are those without augmentation.
+    still = [ids_of(row) for row in plan().rows(0, 30)]
+    augmented = plan(augmented=True)
+    assert [ids_of(row) for row in augmented.rows(0, 30)] == still
+    assert augmented.fingerprint == plan().fingerprint != plan(perturbation=speed).fingerprint
+    assert all(p.reference.draw for row in augmented.rows(0, 5) for p in row)
+
+
+@given(seed=st.integers(0, 2**32), at=st.lists(st.integers(1, 30), max_size=3, unique=True))
+@settings(max_examples=20, deadline=None)
+def test_stages_begin_at_their_steps(seed: int, at: list[int]):
+    shape = shape_of(rows=3)
+    tables = [draw_table(seed + i, 50, shape, f"t{i}") for i in range(len(at) + 1)]
+
+    def stage(i: int, step: int) -> Plan:
+        return Plan(
+            [tables[i]],
+            None,
+            seed_of_stage(seed, step),
+            3,
+            shape,
+            packing=Packing(True, block=16),
+            name=f"m{i}",
+        )
+
+    steps = [0, *sorted(at)]
+    staged = StagedPlan({step: stage(i, step) for i, step in enumerate(steps)})
+    for step in range(35):
+        number = max(i for i, first in enumerate(steps) if first <= step)
+        alone = stage(number, steps[number]).rows((step - steps[number]) * 3, 3)
+        rows = staged.rows(step * 3, 3)
+        assert [ids_of(row) for row in rows] == [ids_of(row) for row in alone]
+        again = StagedPlan({first: stage(i, first) for i, first in enumerate(steps)})
+        again.seek(staged.anchor(step * 3), step * 3)
+        assert [ids_of(row) for row in again.rows(step * 3, 3)] == [ids_of(row) for row in rows]
+    assert staged.fingerprint == again.fingerprint
+    assert staged.fingerprint != StagedPlan({0: stage(0, 0), 99: stage(0, 99)}).fingerprint
+    # The first stage is what it is without a second.
+    assert seed_of_stage(seed, 0) == seed and len({seed_of_stage(seed, step) for step in steps}) == len(steps)
+
+
+def test_the_first_stage_begins_at_step_0():
+    shape = shape_of()
+    plan = Plan([draw_table(0, 5, shape)], None, 0, 2, shape)
+    with pytest.raises(UserError, match="the first stage begins at step 7, expected step 0"):
+        StagedPlan({7: plan})
+
+
+@given(
+    seed=st.integers(0, 2**32),
+    sizes=st.lists(st.integers(1, 60), min_size=1, max_size=3),
+    mesh=st.sampled_from([(8, 1, 1), (4, 2, 1), (2, 2, 2), (1, 4, 2), (2, 1, 4), (1, 1, 8)]),
+    hosts=st.sampled_from([1, 2, 4, 8]),
+    slots=st.integers(1, 2),
+    step=st.integers(0, 40),
+)
+@settings(max_examples=40, deadline=None)
+def test_hosts_of_any_mesh_read_the_rows_of_the_plan(seed, sizes, mesh, hosts, slots, step):
+    segments = 1 if slots > 1 else 4
+    shape = shape_of(rows=8, slots=slots, segments=segments)
+    tables = [draw_table(seed + i, size, shape, f"t{i}") for i, size in enumerate(sizes)]
+    packing = Packing(True, block=32, buckets=(7 * SPP,) if slots > 1 else ())
+
+    def plan() -> Plan:
+        return Plan(tables, None, seed, shape.rows, shape, packing=packing)
+
+    def load(reference):
+        return Audio(np.full(reference.samples, int(reference.id) + 1, np.int16), 0)
+
+    devices = np.array(jax.devices())
+    sharding = NamedSharding(
+        Mesh(devices.reshape(mesh), ("data", "fsdp", "tensor")), PartitionSpec(("data", "fsdp"))
+    )
+    start = step * shape.rows
+    expected = {
+        start + r: tuple(f"{p.reference.task}/{p.reference.id}" for p in row)
+        for r, row in enumerate(plan().rows(start, shape.rows))
+    }
+    anchor, found = plan().anchor(start), {}
+    for own in devices.reshape(hosts, -1):
+        source = TrainBatches(plan(), shape, sharding, load=load, devices=set(own), threads=1)
+        if anchor is not None:
+            source.plan.seek(anchor, start)
+        batches = source.host_batches(start)
+        batch = next(batches)
+        batches.close()
+        for row, ids in batch.ids.items():
+            assert found.setdefault(row, ids) == ids
+    assert found == expected
+
+
 @pytest.mark.parametrize(
     ("packing", "shape", "sentence"),
     [
@@ -277,4 +331,4 @@ def test_shuffling_in_windows_reads_few_shards_at_a_time(sizes: list[int], windo
 )
 def test_settings_that_do_not_fit(packing: Packing, shape: BatchShape, sentence: str):
     with pytest.raises(UserError, match=sentence):
-        Plan([table(0, 5, shape)], None, 0, 2, shape, packing=packing)
+        Plan([draw_table(0, 5, shape)], None, 0, 2, shape, packing=packing)

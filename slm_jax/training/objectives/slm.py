@@ -5,8 +5,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from slm_jax.audio.spec_augment import SpecAugmentConfig
 from slm_jax.errors import UserError, nearest
-from slm_jax.models.encoders import encoder_kind
+from slm_jax.models.encoders import encoder_class, encoder_kind
 from slm_jax.models.quantization import quantized
 from slm_jax.models.slm import SLM
 from slm_jax.training.objectives.base import Batch, Metrics, Part, Variables
@@ -21,19 +22,27 @@ class SLMObjective:
       model: the SLM.
       frozen_weights: "float", or "int8": frozen matrices are held as int8 with a scale per channel. Trained
         parts are floats either way.
+      augment: SpecAugment of the speech encoder's features, in training alone; None leaves them alone.
 
     Raises:
-      UserError: `frozen_weights` is neither.
+      UserError: `frozen_weights` is neither, or the encoder's features are no mel bins.
     """
 
     takes_packed_rows = True
 
-    def __init__(self, model: SLM, frozen_weights: str = "float"):
+    def __init__(self, model: SLM, frozen_weights: str = "float", augment: SpecAugmentConfig | None = None):
         if frozen_weights not in FROZEN_WEIGHTS:
             found = f"SLMObjective.frozen_weights is {frozen_weights!r}"
             raise UserError(f"{found}{nearest(frozen_weights, FROZEN_WEIGHTS)}")
+        if augment is not None and not model.features_are_mel:
+            raise UserError(
+                f"SLMObjective.augment is set and its encoder is a "
+                f"{encoder_class(model.config.speech_encoder).__name__}, which hears the waveform, expected "
+                "None: SpecAugment hides mel bins"
+            )
         self.model = model
         self.frozen_weights = frozen_weights
+        self.augment = augment
 
     @property
     def parts(self) -> dict[str, Part]:
@@ -67,8 +76,14 @@ class SLMObjective:
         self, params: Any, frozen: Any, batch: Batch, rng: jax.Array
     ) -> tuple[jax.Array, jax.Array, Metrics]:
         """Sums over the batch: weighted token losses, weights, and token accuracy."""
+        # Dropout has the step's own key, so that it draws the same with and without SpecAugment.
+        rngs = {"dropout": rng, "augment": jax.random.fold_in(rng, 1)}
         scores: Any = self.model.apply(
-            {"params": params, "frozen": frozen}, batch, deterministic=False, rngs={"dropout": rng}
+            {"params": params, "frozen": frozen},
+            batch,
+            deterministic=False,
+            augment=self.augment,
+            rngs=rngs,
         )
         return weighted_token_sums(scores["token_losses"], scores["correct"], batch["loss_weights"])
 
