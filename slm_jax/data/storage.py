@@ -13,6 +13,7 @@ import io
 import logging
 import os
 import random
+import shutil
 import threading
 import time
 from collections import Counter
@@ -172,6 +173,14 @@ def remove(path: str) -> None:
         retrying(f"remove {path}", lambda: _remote_system(path).remove(path))
     else:
         Path(path).unlink()
+
+
+def remove_folder(path: str) -> None:
+    """Removes a folder with all that is in it, where it is there; raises OSError."""
+    if not is_remote(path):
+        shutil.rmtree(path, ignore_errors=True)
+    elif is_folder(path):
+        retrying(f"remove {path}", lambda: _remote_system(path).rmtree(path))
 
 
 def open_binary(path: str | os.PathLike[str]) -> BinaryIO:
@@ -385,6 +394,12 @@ class _Epath:
         from etils import epath
 
         epath.Path(path).unlink()
+
+    @staticmethod
+    def rmtree(path: str) -> None:
+        from etils import epath
+
+        epath.Path(path).rmtree()
 
 
 def _remote_open(path: str) -> Any:
