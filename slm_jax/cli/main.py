@@ -5,10 +5,10 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import slm_jax
+from slm_jax.data.cache_folder import default_cache_dir
 from slm_jax.errors import UserError, nearest
 
 # Name -> help; the module of that name has `add_arguments(parser)` and `main(args) -> int`, and is imported
@@ -91,13 +91,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The reader of our output (such as `head`) has gone; point stdout at nothing so that exit is quiet.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-
-
-def default_cache_dir() -> Path:
-    """Where index tables and compiled programs are kept: `SLM_CACHE_DIR`, or the user's cache folder."""
-    if folder := os.environ.get("SLM_CACHE_DIR"):
-        return Path(folder)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "slm_jax"
 
 
 def add_gin_arguments(parser: argparse.ArgumentParser, required: bool = True) -> None:

@@ -8,19 +8,26 @@ Rules, each counted by the iterator:
 - audio that is at most one hop (10 ms) longer than its reference says is trimmed to the reference,
   as written durations are rounded; anything longer is a bad example;
 - audio more than 250 ms shorter than its reference is a bad example too: WAV, Ogg and MP3 files that break
-  off decode without an error. Durations that count an MP3's frames are longer by up to 200 ms (at 8 kHz).
+  off decode without an error. Durations that count an MP3's frames are longer by up to 200 ms (at 8 kHz);
+- where a reference is a part of a file (`containers`), all this holds for the part; of a stretch in seconds
+  nothing else is decoded.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
+import os
+from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import soundfile
 import soxr
 
+from slm_jax.data import containers
+from slm_jax.data.containers import Part
 from slm_jax.data.references import SAMPLE_RATE, Reference
 from slm_jax.errors import BadExample
 
@@ -30,6 +37,12 @@ LOWEST_RATE, HIGHEST_RATE = 1_000, 768_000
 
 REASONS = (
     "missing_file",
+    "unreachable_file",
+    "bad_part",
+    "missing_part",
+    "truncated_part",
+    "damaged_container",
+    "past_the_end",
     "unreadable_audio",
     "empty_audio",
     "non_finite_audio",
@@ -64,33 +77,38 @@ class Audio(NamedTuple):
         return len(self.samples)
 
 
-def load_audio(path: str | Path, max_samples: int | None = None) -> np.ndarray:
+AudioPath = str | os.PathLike[str]
+
+
+def load_audio(path: AudioPath, max_samples: int | None = None, part: str = "") -> np.ndarray:
     """Returns the samples of a WAV, FLAC, Ogg or MP3 file: int16 [n] at 16 kHz, mono.
 
     Args:
-      path: the file.
+      path: the file, local or remote.
       max_samples: most samples at 16 kHz that are accepted; no more than that is decoded.
+      part: which part of the file, as of `containers`.
 
     Raises:
       BadExample: with one of `REASONS`.
     """
-    return decode(path, max_samples).samples
+    return decode(path, max_samples, part).samples
 
 
-def decode(path: str | Path, max_samples: int | None = None) -> Audio:
+def decode(path: AudioPath, max_samples: int | None = None, part: str = "") -> Audio:
     """Returns what `load_audio` does together with the count of clipped samples."""
-    wave, rate = _read(Path(path), max_samples)
+    name = _name(path, part)
+    wave, rate = _read(os.fspath(path), part, max_samples)
     if not len(wave):
-        raise BadExample("empty_audio", f"{path} holds no samples")
+        raise BadExample("empty_audio", f"{name} holds no samples")
     if not np.isfinite(wave).all():
-        raise BadExample("non_finite_audio", f"{path} holds NaN or infinite samples")
+        raise BadExample("non_finite_audio", f"{name} holds NaN or infinite samples")
     mono = wave[:, 0] if wave.shape[1] == 1 else wave.mean(axis=1, dtype=np.float32)
     if rate != SAMPLE_RATE:
         mono = soxr.resample(mono, rate, SAMPLE_RATE)
         if not len(mono):
-            raise BadExample("empty_audio", f"{path} is shorter than one sample at 16 kHz")
+            raise BadExample("empty_audio", f"{name} is shorter than one sample at 16 kHz")
     if max_samples is not None and len(mono) > max_samples:
-        raise BadExample("too_long", f"{path} is longer than {max_samples / SAMPLE_RATE:g} s")
+        raise BadExample("too_long", f"{name} is longer than {max_samples / SAMPLE_RATE:g} s")
     # 32768 is the scale of soundfile's own conversion, so that 16-bit files come back bit for bit.
     clipped = int(np.count_nonzero(np.abs(mono) > 1.0))
     return Audio(np.clip(np.rint(mono * 32768.0), -32768, 32767).astype(np.int16), clipped)
@@ -103,71 +121,117 @@ def load_utterance(reference: Reference) -> Audio:
       BadExample: with one of `REASONS`.
     """
     assert reference.audio is not None
+    name = _name(reference.audio, reference.part)
     try:
-        audio = decode(reference.audio, reference.samples + HOP)
+        audio = decode(reference.audio, reference.samples + HOP, reference.part)
     except BadExample as bad:
         if bad.reason == "too_long":
             raise BadExample(
                 "longer_than_reference",
-                f"{reference.audio} is longer than its reference, {reference.samples / SAMPLE_RATE:g} s",
+                f"{name} is longer than its reference, {reference.samples / SAMPLE_RATE:g} s",
             ) from None
         raise
     if len(audio.samples) < reference.samples - MOST_MISSING:
         found, expected = (count / SAMPLE_RATE for count in (len(audio.samples), reference.samples))
         raise BadExample(
             "shorter_than_reference",
-            f"{reference.audio} has {found:g} s of its reference's {expected:g} s; it may break off",
+            f"{name} has {found:g} s of its reference's {expected:g} s; it may break off",
         )
     surplus = max(0, len(audio.samples) - reference.samples)
     return audio._replace(samples=audio.samples[: reference.samples], trimmed=surplus)
 
 
-def count_samples(path: str | Path) -> int:
-    """Returns the length of a file in samples at 16 kHz, from its header alone.
+def count_samples(path: AudioPath, part: str = "") -> int:
+    """Returns the length of a file or a part of it in samples at 16 kHz, from its header alone.
 
     Raises:
-      BadExample: `missing_file`, `unreadable_audio` or `bad_sample_rate`.
+      BadExample: a reason of `REASONS` that is found without decoding.
     """
-    with _open(Path(path)) as file:
-        return math.ceil(file.frames * SAMPLE_RATE / file.samplerate)
+    parsed = containers.parse(part)
+    with _open(os.fspath(path), parsed, seek=True) as file:
+        first, stop = _frames(parsed, file)
+        return math.ceil((stop - first) * SAMPLE_RATE / file.samplerate)
 
 
-def _read(path: Path, max_samples: int | None) -> tuple[np.ndarray, int]:
-    with _open(path) as file:
+def _name(path: AudioPath, part: str) -> str:
+    return f"{os.fspath(path)}#{part}" if part else os.fspath(path)
+
+
+def _read(path: str, part: str, max_samples: int | None) -> tuple[np.ndarray, int]:
+    """Returns float32 [n, channels] and the rate."""
+    parsed = containers.parse(part)
+    with _open(path, parsed, seek=parsed.is_stretch) as file:
         rate = file.samplerate
+        first, stop = _frames(parsed, file)
         # A header may lie about the length: decoding itself is what is bounded.
-        frames = -1 if max_samples is None else math.ceil((max_samples + 2) * rate / SAMPLE_RATE)
+        frames = stop - first if parsed.end is not None else -1
+        if max_samples is not None:
+            most = math.ceil((max_samples + 2) * rate / SAMPLE_RATE)
+            frames = most if frames < 0 else min(frames, most)
         try:
+            if first:
+                file.seek(first)
             return file.read(frames, dtype="float32", always_2d=True), rate
         except (soundfile.SoundFileError, RuntimeError, MemoryError, ValueError) as error:
-            raise BadExample("unreadable_audio", f"{path}: {error}") from None
+            raise BadExample("unreadable_audio", f"{_name(path, part)}: {error}") from None
 
 
-def _open(path: Path) -> soundfile.SoundFile:
-    if not path.exists():
-        raise BadExample("missing_file", f"{path} does not exist")
+def _frames(part: Part, file: soundfile.SoundFile) -> tuple[int, int]:
+    """Returns the first frame of a part and the one after its last."""
+    if not part.is_stretch:
+        return 0, file.frames
+    first = round(part.start * file.samplerate)
+    if first >= file.frames:
+        raise BadExample(
+            "past_the_end",
+            f"the stretch starts at {part.start:g} s of {file.frames / file.samplerate:g} s",
+        )
+    stop = file.frames if part.end is None else round(part.end * file.samplerate)
+    return first, min(stop, file.frames)
+
+
+@contextlib.contextmanager
+def _open(path: str, part: Part, seek: bool) -> Iterator[soundfile.SoundFile]:
+    source = containers.open_part(path, part, seek)
+    with contextlib.ExitStack() as stack:
+        if not isinstance(source, str):
+            stack.enter_context(source)
+        file = stack.enter_context(_sound_file(path, source))
+        if not LOWEST_RATE <= file.samplerate <= HIGHEST_RATE:
+            raise BadExample("bad_sample_rate", f"{path} says {file.samplerate} Hz")
+        try:
+            yield file
+        finally:
+            containers.raise_broken_off(source)
+
+
+def _sound_file(path: str, source: str | BinaryIO) -> soundfile.SoundFile:
     try:
-        if path.stat().st_size == 0:
-            raise BadExample("empty_audio", f"{path} has no bytes")
-        file = soundfile.SoundFile(str(path))
+        return soundfile.SoundFile(source)
     except (soundfile.SoundFileError, OSError, TypeError, ValueError) as error:
-        if _wav_rate(path) == 0:
-            raise BadExample("bad_sample_rate", f"{path} says 0 Hz") from None
-        raise BadExample("unreadable_audio", f"{path}: {error}") from None
-    if not LOWEST_RATE <= file.samplerate <= HIGHEST_RATE:
-        rate = file.samplerate
-        file.close()
-        raise BadExample("bad_sample_rate", f"{path} says {rate} Hz")
-    return file
+        said = error
+    head = _head(path, source)
+    if not head:
+        raise BadExample("empty_audio", f"{path} has no bytes")
+    if _wav_rate(head) == 0:
+        raise BadExample("bad_sample_rate", f"{path} says 0 Hz")
+    raise BadExample("unreadable_audio", f"{path}: {said}")
 
 
-def _wav_rate(path: Path) -> int | None:
+def _head(path: str, source: str | BinaryIO) -> bytes:
+    """Returns the first bytes of what is no sound file."""
+    with containers.naming_trouble(path):
+        if isinstance(source, str):
+            with Path(source).open("rb") as file:
+                return file.read(4096)
+        source.seek(0)
+        head = source.read(4096)
+    containers.raise_broken_off(source)
+    return head
+
+
+def _wav_rate(head: bytes) -> int | None:
     """Returns the rate in a WAV header, which libsndfile does not tell for files that it refuses."""
-    try:
-        with path.open("rb") as file:
-            head = file.read(4096)
-    except OSError:
-        return None
     start = head.find(b"fmt ")
     if head[:4] != b"RIFF" or start < 0 or len(head) < start + 16:
         return None
