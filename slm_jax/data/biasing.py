@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -40,7 +40,7 @@ class PhrasePool(Protocol):
 
 @dataclass(frozen=True)
 class PhraseFile:
-    """Phrases of a text file, one a line; blank lines are passed over.
+    """Phrases of a text file, one a line; blank lines are passed over. Case does not count for `in`.
 
     Args:
       path: of the file.
@@ -65,9 +65,22 @@ class PhraseFile:
             ) from None
         return _unique(lines, f"phrase list {self.path}")
 
+    @functools.cached_property
+    def _folded(self) -> frozenset[str]:
+        return frozenset(phrase.casefold() for phrase in self._phrases)
+
     def phrases(self) -> np.ndarray:
         """As of `PhrasePool`."""
         return self._phrases
+
+    def __contains__(self, phrase: object) -> bool:
+        return isinstance(phrase, str) and phrase.casefold() in self._folded
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._phrases)
+
+    def __len__(self) -> int:
+        return len(self._phrases)
 
     def __repr__(self) -> str:
         return f"PhraseFile({hashlib.sha256(self._bytes).hexdigest()})"
@@ -184,7 +197,7 @@ def phrase_lists_on_columns(
     return columns | {"phrase_list": np.array([joiner.join(names) for names in shuffled], object)}
 
 
-def rare_words(dataset: Dataset, *, common: PhrasePool, text: str = "text", separator: str = ";") -> Dataset:
+def rare_words(dataset: Dataset, *, common: PhraseFile, text: str = "text", separator: str = ";") -> Dataset:
     """Adds the field `phrases`: the words of a text that are not common, each once.
 
     Args:
@@ -203,20 +216,14 @@ def rare_words(dataset: Dataset, *, common: PhrasePool, text: str = "text", sepa
 
 
 def rare_words_on_columns(
-    columns: Columns, *, common: PhrasePool, text: str = "text", separator: str = ";"
+    columns: Columns, *, common: PhraseFile, text: str = "text", separator: str = ";"
 ) -> Columns:
     """`rare_words` on columns."""
-    known = _folded(common)
     found = [
-        separator.join(dict.fromkeys(word for word in value.split() if word.casefold() not in known))
+        separator.join(dict.fromkeys(word for word in value.split() if word not in common))
         for value in texts(columns, text)
     ]
     return columns | {"phrases": np.array(found, object)}
-
-
-@functools.lru_cache(maxsize=4)
-def _folded(pool: PhrasePool) -> frozenset[str]:
-    return frozenset(phrase.casefold() for phrase in pool.phrases())
 
 
 def _split(value: str, separator: str) -> list[str]:

@@ -53,7 +53,7 @@ def texts(columns: Columns, name: str) -> np.ndarray:
 
 
 def with_reason(columns: Columns, holds: np.ndarray, reason: str) -> np.ndarray:
-    """Returns the field `reject`, object [n]: the reason where it holds, but the first that was found stays."""
+    """Returns the field `reject`, object [n]: the reason where it holds; an earlier one stays."""
     found = texts(columns, "reject").copy()
     found[holds & (found == "")] = reason
     return found
@@ -67,14 +67,14 @@ def check_fields(dataset: Dataset, fields: Iterable[str], where: str) -> None:
             raise UserError(f"{where} reads field {field!r}{nearest(field, known)}")
 
 
-def buckets(salt: str, texts: np.ndarray, count: int) -> np.ndarray:
+def buckets(salt: str, values: np.ndarray, count: int) -> np.ndarray:
     """Returns a number from `range(count)` for each text, int64 [n], by a hash of the salt and the text.
 
     FarmHash Fingerprint64: the same on every platform and in every version of TensorFlow.
     """
-    if not len(texts):
+    if not len(values):
         return np.zeros(0, np.int64)
-    salted = np.array([f"{salt}\n{text}" for text in texts], object)
+    salted = np.array([f"{salt}\n{text}" for text in values], object)
     return tf.strings.to_hash_bucket_fast(salted, count).numpy()
 
 

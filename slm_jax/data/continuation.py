@@ -6,9 +6,11 @@ import functools
 
 import numpy as np
 
+from slm_jax.data import containers
 from slm_jax.data.columnwise import Columns, check_fields, over_columns, texts, with_reason
 from slm_jax.data.host_tensorflow import Dataset
 from slm_jax.data.references import SAMPLE_RATE
+from slm_jax.errors import BadExample
 
 
 def cut_speech(dataset: Dataset, *, cut: str, words: str = "", text: str = "text") -> Dataset:
@@ -53,6 +55,16 @@ def cut_speech_on_columns(columns: Columns, *, cut: str, words: str = "", text: 
         made |= {"text_before": before, "continuation": after}
         holds |= (before == "") | (after == "")
     return columns | made | {"reject": with_reason(columns, holds, "bad_cut")}
+
+
+def _first(part: str, length: float) -> str:
+    """Returns the part that is the first seconds of a part."""
+    try:
+        start = containers.parse(part).start
+    except BadExample:
+        return part  # The loader counts it.
+    others = [item for item in part.split("&") if item and not item.startswith("t=")]
+    return "&".join([*others, containers.seconds(start, start + length)])
 
 
 def _number(value: str) -> float:
