@@ -33,9 +33,10 @@ def register_common_voice(
     """
     source = CommonVoiceSource(directory, splits)
     language = base_code(source.directory.name)
+    settings: dict[str, Any] = {"metric_language": language} | options
     return register_asr(
         name or f"common_voice_{language}_asr",
         source=source,
         vocabulary=vocabulary,
-        **{"metric_language": language} | options,
+        **settings,
     )

@@ -52,6 +52,7 @@ def register_continuation(
     if cut_words and not cut:
         raise UserError(f"task {name!r}: cut_words is {cut_words!r} without `cut`, the field of its seconds")
     cuts = [functools.partial(cut_speech, cut=cut, words=cut_words or "")] if cut else []
+    settings: dict[str, Any] = {"transcript": "{text_before}" if cut_words else "{text}"} | options
     return register_speech_task(
         name,
         manifests=manifests,
@@ -61,5 +62,5 @@ def register_continuation(
         target=target,
         metric_fns=metric_fns,
         prepare=[*prepare, *cuts],
-        **{"transcript": "{text_before}" if cut_words else "{text}"} | options,
+        **settings,
     )

@@ -38,11 +38,12 @@ def register_fleurs_asr(
     """
     source = FleursSource(directory, languages, splits=splits)
     only = language_code(languages[0]) if len(languages) == 1 else ""
+    settings: dict[str, Any] = {"metric_language": only} | options
     return register_asr(
         name or f"fleurs_{_joined(languages)}_asr",
         source=source,
         vocabulary=vocabulary,
-        **{"metric_language": only} | options,
+        **settings,
     )
 
 

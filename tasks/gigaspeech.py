@@ -36,4 +36,5 @@ def register_gigaspeech(
       UserError: as `GigaSpeechSource` and `asr.register_asr`.
     """
     source = GigaSpeechSource(directory, splits, case, marks)
-    return register_asr(name, source=source, vocabulary=vocabulary, **{"metric_language": "en"} | options)
+    settings: dict[str, Any] = {"metric_language": "en"} | options
+    return register_asr(name, source=source, vocabulary=vocabulary, **settings)

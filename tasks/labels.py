@@ -73,7 +73,8 @@ def register_keyword(name: str, *, keywords: Sequence[str], field: str = "keywor
     Raises:
       UserError: as `register_classification`.
     """
-    return register_classification(name, labels=keywords, field=field, **{"templates": "keyword"} | options)
+    settings: dict[str, Any] = {"templates": "keyword"} | options
+    return register_classification(name, labels=keywords, field=field, **settings)
 
 
 def register_slots(

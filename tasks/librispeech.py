@@ -34,4 +34,5 @@ def register_librispeech(
       UserError: as `LibriSpeechSource` and `asr.register_asr`.
     """
     source = LibriSpeechSource(directory, splits, case)
-    return register_asr(name, source=source, vocabulary=vocabulary, **{"metric_language": "en"} | options)
+    settings: dict[str, Any] = {"metric_language": "en"} | options
+    return register_asr(name, source=source, vocabulary=vocabulary, **settings)

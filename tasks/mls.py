@@ -36,9 +36,10 @@ def register_mls(
     """
     source = MLSSource(directory, splits, lengths, limited)
     language = LANGUAGES[source.directory.name.split("_")[1]]
+    settings: dict[str, Any] = {"metric_language": language} | options
     return register_asr(
         name or f"mls_{language}_asr",
         source=source,
         vocabulary=vocabulary,
-        **{"metric_language": language} | options,
+        **settings,
     )

@@ -105,8 +105,8 @@ def find_part(name: str, where: str) -> seqio.Task | seqio.Mixture:
 
 def check_rate(value: object, where: str, verb: str = "has rate") -> None:
     """Raises UserError unless a value is a positive number."""
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not is_number or not math.isfinite(value) or value <= 0:
+    number = math.nan if isinstance(value, bool) or not isinstance(value, int | float) else value
+    if not 0 < number < math.inf:
         raise UserError(f"{where} {verb} {value!r}, expected a positive number")
 
 

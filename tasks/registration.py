@@ -315,7 +315,7 @@ def _is_registered(name: str, definition: object) -> bool:
     return True
 
 
-def _definition_of(step: Callable[..., Any]) -> object:
+def _definition_of(step: Callable[..., Any] | str) -> object:
     return (step.func, step.keywords) if isinstance(step, functools.partial) else step
 
 

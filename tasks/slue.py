@@ -41,11 +41,12 @@ def register_slue_asr(
     if folder not in _CORPORA:
         raise UserError(f"SLUE: folder {directory} is no corpus of it{nearest(folder, _CORPORA)}")
     source: ReferenceSource = _CORPORA[folder](directory, splits)
+    settings: dict[str, Any] = {"metric_language": "en"} | options
     return register_asr(
         name or f"{folder.replace('-', '_')}_asr",
         source=source,
         vocabulary=vocabulary,
-        **{"metric_language": "en"} | options,
+        **settings,
     )
 
 

@@ -48,6 +48,7 @@ def register_spoken_qa(
     if spoken not in _SPOKEN:
         raise UserError(f"task {name!r}: spoken is {spoken!r}{nearest(spoken, _SPOKEN)}")
     packaged, transcript = _SPOKEN[spoken]
+    settings: dict[str, Any] = {"transcript": transcript} | options
     return register_speech_task(
         name,
         manifests=manifests,
@@ -56,5 +57,5 @@ def register_spoken_qa(
         templates=packaged if templates is None else templates,
         target=target,
         metric_fns=metric_fns,
-        **{"transcript": transcript} | options,
+        **settings,
     )

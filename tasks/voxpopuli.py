@@ -32,9 +32,10 @@ def register_voxpopuli(
       UserError: as `VoxPopuliSource` and `asr.register_asr`.
     """
     source = VoxPopuliSource(directory, splits)
+    settings: dict[str, Any] = {"metric_language": base_code(source.directory.name)} | options
     return register_asr(
         name or f"voxpopuli_{source.directory.name}_asr",
         source=source,
         vocabulary=vocabulary,
-        **{"metric_language": base_code(source.directory.name)} | options,
+        **settings,
     )

@@ -12,6 +12,7 @@ import soundfile
 from slm_jax.data import audio_files
 from slm_jax.data.index import IndexTable, build_index
 from slm_jax.data.references import Reference
+from slm_jax.data.sources import ReferenceSource
 from slm_jax.data.sources.corpora.base import CorpusSource
 from slm_jax.data.sources.corpora.common_voice import CommonVoiceSource
 from slm_jax.data.sources.corpora.fleurs import FleursSource
@@ -66,6 +67,12 @@ def row(*values: object) -> str:
 
 def index_of(name: str, split: str, tmp_path: Path) -> IndexTable:
     return build_index(name, split, LENGTHS, tmp_path / "index")
+
+
+def source_of(name: str) -> ReferenceSource:
+    source = seqio.TaskRegistry.get(name).source
+    assert isinstance(source, ReferenceSource)
+    return source
 
 
 def target_of(name: str, reference: Reference) -> str:
@@ -235,7 +242,7 @@ def test_voxpopuli(tmp_path, task_vocabulary, write_audio, first):
     assert name == "voxpopuli_de_asr"
     found = loaded(name, "validation", tmp_path)
     assert [samples for _, samples in found.values()] == samples and list(found) == ids
-    columns = seqio.TaskRegistry.get(name).source.columns("train")
+    columns = source_of(name).columns("train")
     assert (columns["text"][0], columns["speaker"][0], columns["gender"][0]) == (
         "the quick fox",
         "7",
@@ -315,7 +322,7 @@ def test_covost2(tmp_path, task_vocabulary, write_audio):
     )
     assert name == "covost2_de_zh_ast"
     assert next(iter(loaded(name, "validation", tmp_path).values()))[0] == "quick fox"
-    columns = seqio.TaskRegistry.get(name).source.columns("train")
+    columns = source_of(name).columns("train")
     assert columns["text"].tolist() == ['Er sagt "Fuchs"', "Hund"]
     assert columns["translations.zh"].tolist() == ["quick fox", "a \\ dog"]
     rows = seqio.get_mixture_or_task(name).get_dataset(None, "test", shuffle=False).as_numpy_iterator()
@@ -360,7 +367,7 @@ def test_gigaspeech(tmp_path, task_vocabulary, write_audio, monkeypatch):
         "POD1_S0000001": 36_000,
         "POD1_S0000002": 8_000,
     }
-    columns = seqio.TaskRegistry.get(name).source.columns("train")
+    columns = source_of(name).columns("train")
     assert columns["text"].tolist() == ["the fox, quick.", "dog?", "fox!"]
     table = index_of(name, "validation", tmp_path)
     assert (table.report.kept, table.report.rejected) == (1, {"garbage_utterance": 2})
@@ -406,7 +413,7 @@ def test_slue_voxpopuli(tmp_path, task_vocabulary, write_audio):
         for id_, *_ in rows:
             write_audio(root / split / f"{id_}.ogg")
     name = slue.register_slue_ner(root, vocabulary=task_vocabulary)
-    source = seqio.TaskRegistry.get(name).source
+    source = source_of(name)
     assert source.columns("train")["entities"].tolist() == ["WHEN: fox; LAW: dog house", "none", "none"]
     assert source.columns("train")["text"][1] == 'the "quick" fox'
     published = SlueVoxPopuliSource(root, tags="published").columns("dev")["entities"].tolist()

@@ -3,6 +3,7 @@
 import json
 import re
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 
@@ -89,7 +90,7 @@ def test_mistakes_in_the_name_of_a_set_or_file(tmp_path):
         (3, "found 3, expected a list of templates"),
     ):
         with pytest.raises(UserError, match=told):
-            prompts.load_templates(given)
+            prompts.load_templates(cast(Any, given))
 
 
 def test_the_language_of_the_prompts_is_one_that_there_is():

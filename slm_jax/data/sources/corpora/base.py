@@ -8,8 +8,9 @@ import csv
 import hashlib
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
@@ -127,7 +128,7 @@ def in_case(text: str, case: str) -> str:
 
 
 @contextlib.contextmanager
-def opened(path: Path, corpus: str) -> Iterator[BinaryIO]:
+def opened(path: Path, corpus: str) -> Iterator[BufferedReader]:
     """Yields a file of a corpus; raises UserError where it cannot be read."""
     try:
         with path.open("rb") as file:
@@ -195,7 +196,7 @@ def number(value: str, path: Path, corpus: str, column: str) -> float:
 
 
 def _columns(records: Sequence[Record]) -> Columns:
-    names = dict.fromkeys(TEXT_FIELDS)
+    names: dict[str, None] = dict.fromkeys(TEXT_FIELDS)
     for record in records:
         names.update(dict.fromkeys(record))
     names.pop("samples", None)
@@ -203,7 +204,8 @@ def _columns(records: Sequence[Record]) -> Columns:
     samples = np.array([record.get("samples", -1) for record in records], np.int64)
     (unknown,) = np.nonzero(samples < 0)
     if len(unknown):
-        samples[unknown] = samples_of([(records[i]["audio"], records[i].get("part", "")) for i in unknown])
+        asked = [(columns["audio"][i], columns["part"][i]) for i in unknown.tolist()]
+        samples[unknown] = samples_of(asked)
     return columns | {"samples": samples.astype(np.int32)}
 
 
