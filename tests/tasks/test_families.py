@@ -112,7 +112,7 @@ def test_prompts_in_the_language_of_the_speech(given):
         ),
     ):
         with pytest.raises(UserError, match=told):
-            register_asr("wrong", **given, **wrong)
+            register_asr("wrong", **(given | wrong))
 
 
 def test_translation_names_its_language_in_that_of_the_prompt(given):
