@@ -9,7 +9,7 @@ Rules, each counted by the iterator:
   as written durations are rounded; anything longer is a bad example;
 - audio more than 250 ms shorter than its reference is a bad example too: WAV, Ogg and MP3 files that break
   off decode without an error. Durations that count an MP3's frames are longer by up to 200 ms (at 8 kHz);
-- where a reference is a part of a file (`containers`), all this holds for the part; of a stretch in seconds
+- where a reference is a part of a file (`parts`), all this holds for the part; of a stretch in seconds
   nothing else is decoded.
 """
 
@@ -26,8 +26,8 @@ import numpy as np
 import soundfile
 import soxr
 
-from slm_jax.data import containers
-from slm_jax.data.containers import Part
+from slm_jax.data import containers, parts
+from slm_jax.data.parts import Part
 from slm_jax.data.references import SAMPLE_RATE, Reference
 from slm_jax.errors import BadExample
 
@@ -86,7 +86,7 @@ def load_audio(path: AudioPath, max_samples: int | None = None, part: str = "") 
     Args:
       path: the file, local or remote.
       max_samples: most samples at 16 kHz that are accepted; no more than that is decoded.
-      part: which part of the file, as of `containers`.
+      part: which part of the file, as of `parts`.
 
     Raises:
       BadExample: with one of `REASONS`.
@@ -147,7 +147,7 @@ def count_samples(path: AudioPath, part: str = "") -> int:
     Raises:
       BadExample: a reason of `REASONS` that is found without decoding.
     """
-    parsed = containers.parse(part)
+    parsed = parts.parse(part)
     with _open(os.fspath(path), parsed, seek=True) as file:
         first, stop = _frames(parsed, file)
         return math.ceil((stop - first) * SAMPLE_RATE / file.samplerate)
@@ -159,7 +159,7 @@ def _name(path: AudioPath, part: str) -> str:
 
 def _read(path: str, part: str, max_samples: int | None) -> tuple[np.ndarray, int]:
     """Returns float32 [n, channels] and the rate."""
-    parsed = containers.parse(part)
+    parsed = parts.parse(part)
     with _open(path, parsed, seek=parsed.is_stretch) as file:
         rate = file.samplerate
         first, stop = _frames(parsed, file)

@@ -200,7 +200,7 @@ def test_failed_build_leaves_nothing(write_manifest, vocabulary_path, tmp_path, 
     ("lines", "sentence"),
     [
         ([{"id": "a", **GOOD, "duration": 9}], "yields nothing: 0 references; rejected: speech_too_long 1"),
-        ([{"id": "a", **GOOD}, {"id": "a", **GOOD}], "line 2: id 'a' is that of line 1 as well"),
+        ([{"id": "a", **GOOD}, {"id": "a", **GOOD}], "id 'a' stands for more than one example"),
         (["{"], "line 1: not JSON"),
     ],
 )
