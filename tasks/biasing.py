@@ -77,12 +77,12 @@ def register_biasing(
     steps = [*prepare]
     metrics = [*metric_fns]
     if common_words is not None:
-        common = biasing.PhraseFile(Path(common_words).absolute())
+        common = biasing.PhraseFile(common_words)
         steps.append(functools.partial(biasing.rare_words, common=common, separator=separator))
         metrics.append(functools.partial(rare_word_recall, common_words=common))
         phrases = "phrases"
     if distractor_file is not None:
-        pool = biasing.PhraseFile(Path(distractor_file).absolute())
+        pool = biasing.PhraseFile(distractor_file)
     elif common_words is not None:
         raise UserError(f"task {name!r}: common_words needs a distractor_file to draw other phrases from")
     else:

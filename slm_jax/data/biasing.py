@@ -8,12 +8,11 @@ the rare words of the transcript, which `rare_words` finds.
 
 from __future__ import annotations
 
+import abc
 import functools
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 
@@ -30,63 +29,80 @@ _KEYS = (1 << 63) - 1
 _DRAWS = 1 << 20
 
 
-class PhrasePool(Protocol):
+class PhrasePool(abc.ABC):
     """Where distractors, or common words, come from; its `repr` changes with what it holds."""
 
+    @functools.cached_property
     def phrases(self) -> np.ndarray:
-        """Returns the phrases without repetition, object [m]; raises UserError where there are none."""
-        ...
+        """The phrases without repetition, object [m]; raises UserError where there are none."""
+        found = list(dict.fromkeys(phrase.strip() for phrase in self._read() if phrase.strip()))
+        if not found:
+            raise UserError(f"{self._name()} holds no phrases")
+        return np.array(found, object)
+
+    @functools.cached_property
+    def places(self) -> dict[str, list[int]]:
+        """Where each phrase stands in `phrases`, whatever its case: by the phrase, case folded."""
+        found: dict[str, list[int]] = {}
+        for place, phrase in enumerate(self.phrases):
+            found.setdefault(phrase.casefold(), []).append(place)
+        return found
+
+    def __contains__(self, phrase: object) -> bool:
+        return isinstance(phrase, str) and phrase.casefold() in self.places
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.phrases)
+
+    def __len__(self) -> int:
+        return len(self.phrases)
+
+    @abc.abstractmethod
+    def _read(self) -> Iterable[str]: ...
+
+    @abc.abstractmethod
+    def _name(self) -> str: ...
 
 
-@dataclass(frozen=True)
-class PhraseFile:
-    """Phrases of a text file, one a line; blank lines are passed over. Case does not count for `in`.
+class PhraseFile(PhrasePool):
+    """Phrases of a text file, one a line; blank lines are passed over.
 
     Args:
       path: of the file.
     """
 
-    path: Path
+    def __init__(self, path: str | Path):
+        self._path = Path(path).absolute()
 
     @functools.cached_property
     def _bytes(self) -> bytes:
         try:
-            return self.path.read_bytes()
+            return self._path.read_bytes()
         except OSError as error:
-            raise UserError(f"phrase list {self.path} cannot be read: {error.strerror or error}") from None
+            raise UserError(f"{self._name()} cannot be read: {error.strerror or error}") from None
 
-    @functools.cached_property
-    def _phrases(self) -> np.ndarray:
+    def _read(self) -> Iterable[str]:
         try:
-            lines = self._bytes.decode("utf-8").split("\n")
+            return self._bytes.decode("utf-8").split("\n")
         except UnicodeDecodeError as error:
             raise UserError(
-                f"phrase list {self.path} is not UTF-8 text: byte {error.start} is {error.reason}"
+                f"{self._name()} is not UTF-8 text: byte {error.start} is {error.reason}"
             ) from None
-        return _unique(lines, f"phrase list {self.path}")
 
-    @functools.cached_property
-    def _folded(self) -> frozenset[str]:
-        return frozenset(phrase.casefold() for phrase in self._phrases)
+    def _name(self) -> str:
+        return f"phrase list {self._path}"
 
-    def phrases(self) -> np.ndarray:
-        """As of `PhrasePool`."""
-        return self._phrases
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, PhraseFile) and self._path == other._path
 
-    def __contains__(self, phrase: object) -> bool:
-        return isinstance(phrase, str) and phrase.casefold() in self._folded
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._phrases)
-
-    def __len__(self) -> int:
-        return len(self._phrases)
+    def __hash__(self) -> int:
+        return hash(self._path)
 
     def __repr__(self) -> str:
         return f"PhraseFile({hashlib.sha256(self._bytes).hexdigest()})"
 
 
-class SourcePhrases:
+class SourcePhrases(PhrasePool):
     """The phrases of all examples of a split.
 
     Args:
@@ -99,15 +115,12 @@ class SourcePhrases:
     def __init__(self, source: ReferenceSource, split: str, field: str, separator: str):
         self._source, self._split, self._field, self._separator = source, split, field, separator
 
-    @functools.cached_property
-    def _phrases(self) -> np.ndarray:
+    def _read(self) -> Iterable[str]:
         values = (value for chunk in self._source.chunks(self._split) for value in texts(chunk, self._field))
-        phrases = (phrase for value in values for phrase in value.split(self._separator))
-        return _unique(phrases, f"field {self._field!r} of split {self._split!r}")
+        return (phrase for value in values for phrase in value.split(self._separator))
 
-    def phrases(self) -> np.ndarray:
-        """As of `PhrasePool`."""
-        return self._phrases
+    def _name(self) -> str:
+        return f"field {self._field!r} of split {self._split!r}"
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, SourcePhrases) and self._key() == other._key()
@@ -153,7 +166,7 @@ def phrase_lists(
       UserError: there is no such field, or the pool cannot be read.
     """
     check_fields(dataset, [phrases], f"task {salt!r}: the phrase list")
-    pool.phrases()
+    _ = pool.phrases  # A mistake in it is told here, and not by TensorFlow.
     step = functools.partial(
         phrase_lists_on_columns,
         pool=pool,
@@ -187,17 +200,18 @@ def phrase_lists_on_columns(
     said = np.array([len(names) for names in own], np.int64)
     wanted = wanted + np.where(left_out, said, 0)
     # Of so many different ones, as many as are wanted are none of the example's own.
-    drawn = _draw(pool.phrases(), wanted + said, buckets(f"{salt}\ndistractors", ids, _KEYS))
+    drawn = _draw(len(pool), wanted + said, buckets(f"{salt}\ndistractors", ids, _KEYS))
     lists: list[list[str]] = []
-    for names, others, count, is_left_out in zip(own, drawn, wanted, left_out, strict=True):
-        mine = {name.casefold() for name in names}
-        chosen = [other for other in others if other.casefold() not in mine][:count]
+    for names, places, count, is_left_out in zip(own, drawn, wanted.tolist(), left_out, strict=True):
+        mine = {place for name in names for place in pool.places.get(name.casefold(), ())}
+        others = [place for place in places if place not in mine] if mine else places
+        chosen = pool.phrases[others[:count]].tolist()
         lists.append(chosen if is_left_out else names + chosen)
-    shuffled = _shuffle(lists, ids, f"{salt}\norder")
-    return columns | {"phrase_list": np.array([joiner.join(names) for names in shuffled], object)}
+    listed = [joiner.join(names) for names in _shuffle(lists, buckets(f"{salt}\norder", ids, _KEYS))]
+    return columns | {"phrase_list": np.array(listed, object)}
 
 
-def rare_words(dataset: Dataset, *, common: PhraseFile, text: str = "text", separator: str = ";") -> Dataset:
+def rare_words(dataset: Dataset, *, common: PhrasePool, text: str = "text", separator: str = ";") -> Dataset:
     """Adds the field `phrases`: the words of a text that are not common, each once.
 
     Args:
@@ -210,13 +224,13 @@ def rare_words(dataset: Dataset, *, common: PhraseFile, text: str = "text", sepa
       UserError: there is no such field, or the common words cannot be read.
     """
     check_fields(dataset, [text], "the search for rare words")
-    common.phrases()
+    _ = common.phrases
     step = functools.partial(rare_words_on_columns, common=common, text=text, separator=separator)
     return over_columns(dataset, step, strings=["phrases"])
 
 
 def rare_words_on_columns(
-    columns: Columns, *, common: PhraseFile, text: str = "text", separator: str = ";"
+    columns: Columns, *, common: PhrasePool, text: str = "text", separator: str = ";"
 ) -> Columns:
     """`rare_words` on columns."""
     found = [
@@ -230,31 +244,28 @@ def _split(value: str, separator: str) -> list[str]:
     return list(dict.fromkeys(phrase.strip() for phrase in value.split(separator) if phrase.strip()))
 
 
-def _unique(phrases: Iterable[str], where: str) -> np.ndarray:
-    found = list(dict.fromkeys(phrase.strip() for phrase in phrases if phrase.strip()))
-    if not found:
-        raise UserError(f"{where} holds no phrases")
-    return np.array(found, object)
-
-
-def _draw(pool: np.ndarray, counts: np.ndarray, keys: np.ndarray) -> list[list[str]]:
-    """Returns so many different phrases of the pool for each key: the start of a permutation of its own."""
-    counts = np.minimum(counts, len(pool))
-    drawn: list[list[str]] = []
+def _draw(size: int, counts: np.ndarray, keys: np.ndarray) -> list[list[int]]:
+    """Returns so many different numbers of `range(size)` for each key: the start of a permutation."""
+    counts = np.minimum(counts, size)
+    drawn: list[list[int]] = []
     rows = max(1, _DRAWS // max(1, int(counts.max(initial=0))))
     for start in range(0, len(keys), rows):
         of = slice(start, start + rows)
-        row = np.repeat(np.arange(len(counts[of])), counts[of])
-        ends = np.cumsum(counts[of])
-        place = np.arange(len(row)) - np.repeat(ends - counts[of], counts[of])
-        size = np.full(len(row), len(pool), np.int64)
-        chosen = pool[permute(place, size, keys[of].astype(np.uint64)[row])]
-        drawn += [part.tolist() for part in np.split(chosen, ends[:-1])]
+        drawn += _permuted(counts[of], np.full(len(counts[of]), size), keys[of])
     return drawn
 
 
-def _shuffle(lists: Sequence[list[str]], ids: np.ndarray, salt: str) -> list[list[str]]:
-    """Returns each list in the order of a hash of its example and phrase."""
-    flat = [f"{id_}\n{phrase}" for id_, names in zip(ids, lists, strict=True) for phrase in names]
-    keys = iter(buckets(salt, np.array(flat, object), _KEYS).tolist())
-    return [[name for _, name in sorted((next(keys), name) for name in names)] for names in lists]
+def _shuffle(lists: Sequence[list[str]], keys: np.ndarray) -> list[list[str]]:
+    """Returns each list in an order that is drawn from its key."""
+    counts = np.array([len(names) for names in lists], np.int64)
+    orders = _permuted(counts, counts, keys)
+    return [[names[place] for place in order] for names, order in zip(lists, orders, strict=True)]
+
+
+def _permuted(counts: np.ndarray, sizes: np.ndarray, keys: np.ndarray) -> list[list[int]]:
+    """Returns the first `counts` of a permutation of `range(sizes)` for each key, int64 [n] each."""
+    row = np.repeat(np.arange(len(counts)), counts)
+    ends = np.cumsum(counts)
+    place = np.arange(len(row)) - np.repeat(ends - counts, counts)
+    values = permute(place, sizes[row], keys.astype(np.uint64)[row]).tolist()
+    return [values[end - count : end] for end, count in zip(ends.tolist(), counts.tolist(), strict=True)]

@@ -171,7 +171,7 @@ def test_pools_tell_apart_what_they_hold(tmp_path, write_manifest):
         biasing.SourcePhrases(ManifestSource({"train": write_manifest(lines)}), "train", "phrases", separator)
         for separator in (";", ";", ",")
     ]
-    assert pools[0].phrases().tolist() == ["anna", "bo", "carl"]
+    assert pools[0].phrases.tolist() == ["anna", "bo", "carl"]
     assert pools[0] == pools[1] != pools[2] and repr(pools[0]) == repr(pools[1]) != repr(pools[2])
     before = repr(pools[0])
     write_manifest([*lines, {"text": "more"}])
@@ -188,10 +188,10 @@ def test_mistakes_in_a_pool(tmp_path, write_manifest):
         (latin, "latin.txt is not UTF-8 text: byte 2"),
     ):
         with pytest.raises(UserError, match=told):
-            biasing.PhraseFile(path).phrases()
+            _ = biasing.PhraseFile(path).phrases
     source = ManifestSource({"train": write_manifest([{"text": "x"}])})
     with pytest.raises(UserError, match="field 'phrases' of split 'train' holds no phrases"):
-        biasing.SourcePhrases(source, "train", "phrases", ";").phrases()
+        _ = biasing.SourcePhrases(source, "train", "phrases", ";").phrases
 
 
 def test_buckets_are_those_of_seqio_preprocessors(rng):

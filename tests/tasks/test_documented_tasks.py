@@ -69,7 +69,7 @@ def register(path: Path) -> list[str]:
         *([] if "MIXTURE_OR_TASK_NAME" in path.read_text() else ["MIXTURE_OR_TASK_NAME='m'"]),
     ]
     gin_config.parse(["runs/common.gin", str(path)], bindings)
-    return [function() for function in gin_config.build(DataConfig).register]
+    return [str(function()) for function in gin_config.build(DataConfig).register]
 
 
 def test_families(folder):
