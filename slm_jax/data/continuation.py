@@ -6,7 +6,7 @@ import functools
 
 import numpy as np
 
-from slm_jax.data import containers
+from slm_jax.data import parts
 from slm_jax.data.columnwise import Columns, check_fields, over_columns, texts, with_reason
 from slm_jax.data.host_tensorflow import Dataset
 from slm_jax.data.references import SAMPLE_RATE
@@ -44,11 +44,11 @@ def cut_speech_on_columns(columns: Columns, *, cut: str, words: str = "", text: 
     whole = np.rint(np.nan_to_num(seconds, posinf=0.0) * SAMPLE_RATE)
     is_within = np.isfinite(seconds) & (whole >= 1) & (whole < samples)
     kept = np.where(is_within, whole, samples).astype(np.int32)
-    parts = [
+    first = [
         _first(part, count / SAMPLE_RATE) if cuts else part
         for part, count, cuts in zip(texts(columns, "part"), kept.tolist(), is_within, strict=True)
     ]
-    made: Columns = {"part": np.array(parts, object), "samples": kept}
+    made: Columns = {"part": np.array(first, object), "samples": kept}
     holds = ~is_within
     if words:
         before, after = _halves(texts(columns, text), texts(columns, words))
@@ -60,11 +60,11 @@ def cut_speech_on_columns(columns: Columns, *, cut: str, words: str = "", text: 
 def _first(part: str, length: float) -> str:
     """Returns the part that is the first seconds of a part."""
     try:
-        start = containers.parse(part).start
+        start = parts.parse(part).start
     except BadExample:
         return part  # The loader counts it.
     others = [item for item in part.split("&") if item and not item.startswith("t=")]
-    return "&".join([*others, containers.seconds(start, start + length)])
+    return "&".join([*others, parts.seconds(start, start + length)])
 
 
 def _number(value: str) -> float:

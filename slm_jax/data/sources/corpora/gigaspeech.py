@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from slm_jax.data import containers
+from slm_jax.data import parts
 from slm_jax.data.references import SAMPLE_RATE
 from slm_jax.data.sources.corpora.base import CorpusSource, Record, check_case, in_case, opened
 from slm_jax.errors import UserError
@@ -78,7 +78,7 @@ class GigaSpeechSource(CorpusSource):
             yield {
                 "id": segment["sid"],
                 "audio": str(self.directory / audio["path"]),
-                "part": containers.seconds(start, end),
+                "part": parts.seconds(start, end),
                 "samples": round((end - start) * SAMPLE_RATE),
                 "language": "en",
                 "text": in_case(self._written(text), self._case),

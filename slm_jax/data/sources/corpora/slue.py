@@ -6,7 +6,7 @@ import ast
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from slm_jax.data import containers
+from slm_jax.data import parts
 from slm_jax.data.references import SAMPLE_RATE
 from slm_jax.data.sources.corpora.base import CorpusSource, Record, number, read_table
 from slm_jax.errors import UserError, nearest
@@ -136,7 +136,7 @@ class SlueVoxCelebSource(_SlueSource):
             yield {
                 "id": row["id"],
                 "audio": str(self.directory / f"{part}_raw" / f"{row['id']}.flac"),
-                "part": containers.seconds(start, end),
+                "part": parts.seconds(start, end),
                 "samples": max(0, round((end - start) * SAMPLE_RATE)),
                 "language": "en",
                 "text": row["normalized_text"],
