@@ -18,7 +18,7 @@ import numpy as np
 
 from slm_jax.data.columnwise import Columns, buckets, check_fields, over_columns, texts
 from slm_jax.data.host_tensorflow import Dataset
-from slm_jax.data.plan import permute
+from slm_jax.data.order import permute
 from slm_jax.data.sources import ReferenceSource
 from slm_jax.errors import UserError
 
