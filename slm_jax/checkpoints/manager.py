@@ -360,6 +360,6 @@ def _of_model(provenance: Provenance) -> Provenance:
     kept = {
         name: value
         for name, value in provenance.fingerprints.items()
-        if name not in ("plan", "augmentation") and not name.startswith("templates/")
+        if name not in ("plan", "augmentation", "frames") and not name.startswith("templates/")
     }
     return replace(provenance, fingerprints=kept)

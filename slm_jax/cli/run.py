@@ -46,9 +46,9 @@ class DataConfig:
       stages: step -> registered SeqIO name that is trained on from that step on, in place of
         `mixture_or_task`. Every stage begins its own epochs.
       augment: what happens to the samples of speech on the host, anew in every epoch; None leaves them alone.
-      encode_once: a frozen speech encoder encodes each utterance once, before the first step, and its
-        reduced frames stay in memory in bfloat16; the encoder is no part of a step. For corpora whose
-        frames fit, on one process.
+      frames: directory of `slm data encode`, local or remote: rows hold the frames that the frozen speech
+        encoder gave there, and the encoder is no part of training.
+      encode_once: the same with frames that the run itself makes before its first step, in its directory.
     """
 
     mixture_or_task: str
@@ -67,6 +67,7 @@ class DataConfig:
     shuffle_shards: int | None = None
     stages: Mapping[int, str] = dataclasses.field(default_factory=dict)
     augment: AugmentationConfig | None = None
+    frames: str | None = None
     encode_once: bool = False
 
     def __post_init__(self):
@@ -86,13 +87,18 @@ class DataConfig:
                 raise UserError(
                     f"DataConfig.{name} is {given!r}, and rows are not packed; expected pack = True"
                 )
-        if self.augment is not None and self.encode_once:
+        if self.frames and self.encode_once:
             raise UserError(
-                "DataConfig.augment changes the speech in every epoch, and DataConfig.encode_once encodes it "
-                "once; expected one of both"
+                f"DataConfig.frames is {self.frames!r} and DataConfig.encode_once is True; expected one of "
+                "both"
             )
         for step in self.stages:
             check_whole("DataConfig.stages: a step", step)
+
+    @property
+    def has_frames(self) -> bool:
+        """Whether rows hold frames that were computed before, in place of samples."""
+        return bool(self.frames) or self.encode_once
 
 
 @dataclasses.dataclass(frozen=True)

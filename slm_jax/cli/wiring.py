@@ -9,12 +9,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from slm_jax.checkpoints.foundation import architecture, load_foundation, read_foundation
 from slm_jax.checkpoints.manager import RunCheckpoints
 from slm_jax.checkpoints.provenance import Provenance, make_provenance
+from slm_jax.cli.frames import SpeechFrames
 from slm_jax.cli.main import default_cache_dir
 from slm_jax.cli.run import Run
 from slm_jax.cli.scoring import Evaluation
@@ -22,7 +22,7 @@ from slm_jax.errors import UserError, check_whole, nearest
 from slm_jax.evaluation.predictor import Prediction, Predictor
 from slm_jax.models.slm import SLM
 from slm_jax.partitioning.mesh import make_mesh
-from slm_jax.partitioning.sharding import batch_sharding, batch_shards, partitioned, plan_text
+from slm_jax.partitioning.sharding import batch_sharding, batch_shards, plan_text
 from slm_jax.training.initialisation import RunShapes, make_variables, optimizer_of, run_shapes
 from slm_jax.training.loop import Evaluate
 from slm_jax.training.objectives.base import Part
@@ -109,7 +109,7 @@ class Wiring:
                 f"DataConfig.pack is True, and {type(objective).__name__} takes one example a row; "
                 "expected pack = False"
             )
-        if not objective.packs and not data.encode_once:
+        if not objective.packs and not data.has_frames:
             return {"slots": data.utterances or 1}
         seconds = data.feature_lengths.get("speech", 0) // 16_000
         return {"segments": data.utterances or max(1, seconds)}
@@ -150,23 +150,28 @@ class Wiring:
         Raises:
           UserError: the mixture, a length, the batch size or an example source is not right.
         """
-        from slm_jax.data.frames import EncodedBatches
+        from slm_jax.data.encoding import EncodedBatches
         from slm_jax.data.iterator import TrainBatches
 
         data = self.run.data
         plan = self.plan()
         shape = self.shape(data.batch_size, packed=True)
-        shape = dataclasses.replace(shape, frame_dim=self._frame_dim(shape.has_speech))
+        with_frames = data.has_frames and shape.has_speech
+        if with_frames:
+            shape = dataclasses.replace(shape, frame_dim=self.frames.dim)
         tables: Any = plan.tables
         for table in tables:
             if table.report.rejected and jax.process_index() == 0:
-                _say(f"{table.task}, split {table.split}: {table.report}")
+                say(f"{table.task}, split {table.split}: {table.report}")
         sharding = batch_sharding(self.mesh, self.run.mesh.rules)
         options: dict[str, Any] = {"threads": data.reader_threads, "max_bad_share": data.max_bad_share}
         if self._augmenter is not None:
             options["load"] = self._augmenter
-        if shape.frame_dim:
-            return EncodedBatches(plan, shape, sharding, encoder=self._encode_speech, report=_say, **options)
+        if with_frames and data.encode_once:
+            frames = functools.partial(self.frames.encode_once, tables)
+            return EncodedBatches(plan, shape, sharding, frames=frames, **options)
+        if with_frames:
+            options["load"] = self.frames.read(tables)
         return TrainBatches(plan, shape, sharding, **options)
 
     @functools.cached_property
@@ -177,48 +182,10 @@ class Wiring:
         augment = self.run.data.augment
         return Augmenter(augment, self.run.path(".")) if augment else None
 
-    def _frame_dim(self, has_speech: bool) -> int:
-        """Returns the features of frames that are computed once; 0 where rows hold samples.
-
-        Raises:
-          UserError: the run asks for such frames, and its encoder trains or there is no speech.
-        """
-        if not self.run.data.encode_once or not has_speech:
-            return 0
-        model = self.run.objective.model
-        if getattr(self.run.objective, "augment", None) is not None:
-            raise UserError(
-                "SLMObjective.augment is set, and DataConfig.encode_once leaves no features to hide in a "
-                "step; expected AUGMENT = None, or encode_once = False"
-            )
-        trainable = model.config.trainable if isinstance(model, SLM) else None
-        if trainable is None or "speech_encoder" in trainable:
-            found = f"a run of {type(model).__name__}" if trainable is None else f"trainable={trainable!r}"
-            raise UserError(
-                f"DataConfig.encode_once is for an SLM whose speech encoder is frozen, and this is {found}; "
-                "expected encode_once = False"
-            )
-        return model.reduced_dim
-
-    def _encode_speech(self) -> Callable[[jax.Array, jax.Array], jax.Array]:
-        """Returns what turns a batch's speech and segments into reduced frames, bfloat16 [B, K, P, D]."""
-        model = self.run.objective.model
-        shapes = {"frozen": {"speech_encoder": self.shapes.frozen["speech_encoder"]}}
-        variables = self._variables(shapes)
-
-        def encode(variables: Any, speech: jax.Array, speech_segments: jax.Array) -> jax.Array:
-            frames_BKPD, _ = model.apply(variables, speech, speech_segments, method=SLM.reduced_speech)
-            return frames_BKPD.astype(jnp.bfloat16)
-
-        rows = batch_sharding(self.mesh, self.run.mesh.rules)
-        where = jax.tree.map(lambda leaf: leaf.sharding, variables)
-        compiled = jax.jit(encode, in_shardings=(where, rows, rows), out_shardings=rows)
-
-        def on_mesh(speech: jax.Array, speech_segments: jax.Array) -> jax.Array:
-            with partitioned(self.mesh, self.run.mesh.rules):
-                return compiled(variables, speech, speech_segments)
-
-        return on_mesh
+    @functools.cached_property
+    def frames(self) -> SpeechFrames:
+        """The frames of the frozen speech encoder, where they are computed before training."""
+        return SpeechFrames(self)
 
     # ---- evaluation
 
@@ -342,6 +309,9 @@ class Wiring:
         score = self.evaluation(num_examples=self.run.evaluated().num_examples)
 
         def evaluate(step: int, state: TrainState, frozen: Any) -> dict[str, float]:
+            if self.run.data.has_frames and "speech_encoder" not in frozen:
+                # Training has no use for it.
+                frozen = {**frozen, **self._speech_encoder}
             return {
                 f"{task}/{metric}": value
                 for task, result in score({"params": state.params, "frozen": frozen}).items()
@@ -391,6 +361,14 @@ class Wiring:
 
     def provenance(self, config: str) -> Provenance:
         """Returns the record of this run for its checkpoints."""
+        fingerprints = self._model_fingerprints() | _template_fingerprints(self.mixture)
+        if self.run.data.frames:
+            fingerprints["frames"] = self.frames.fingerprint
+        if self._augmenter is not None:
+            fingerprints["augmentation"] = self._augmenter.fingerprint
+        return make_provenance(config, fingerprints)
+
+    def _model_fingerprints(self) -> dict[str, str]:
         fingerprints = {
             f"foundation/{part}": read_foundation(self.run.path(name)).fingerprint
             for part, name in self.run.foundations.items()
@@ -399,10 +377,12 @@ class Wiring:
             model = getattr(self.vocabulary(feature), "sp_model", None)
             if model is not None:
                 fingerprints[f"tokenizer/{feature}"] = hashlib.sha256(model).hexdigest()
-        if self._augmenter is not None:
-            fingerprints["augmentation"] = self._augmenter.fingerprint
-        fingerprints |= _template_fingerprints(self.mixture)
-        return make_provenance(config, fingerprints)
+        return fingerprints
+
+    @functools.cached_property
+    def _speech_encoder(self) -> Any:
+        """The frozen speech encoder alone, for evaluation in a training that does without."""
+        return self.variables_of("speech_encoder")["frozen"]
 
     def trained_variables(self, step: int | None = None) -> dict[str, Any]:
         """Returns `params` from a checkpoint of the run and `frozen` from the foundations.
@@ -414,7 +394,9 @@ class Wiring:
           UserError: nothing is saved, or what is saved does not fit.
         """
         with contextlib.closing(self._checkpoints()) as checkpoints:
-            params = checkpoints.restore_params(self.shapes.state.params, self.provenance(""), step)
+            # What the run was trained on may be gone: noise, frames.
+            provenance = make_provenance("", self._model_fingerprints())
+            params = checkpoints.restore_params(self.shapes.state.params, provenance, step)
         return {"params": params, "frozen": self._frozen()}
 
     def _checkpoints(self) -> RunCheckpoints:
@@ -430,6 +412,10 @@ class Wiring:
 
     def _frozen(self) -> Any:
         return self._variables({"frozen": self.shapes.frozen})["frozen"]
+
+    def variables_of(self, part: str) -> dict[str, Any]:
+        """Returns the frozen variables of one part, as collections hold them."""
+        return self._variables({"frozen": {part: self.shapes.frozen[part]}})
 
     def _variables(self, wanted: dict[str, Any]) -> dict[str, Any]:
         """Loads or initialises the variables of these shapes, by collection."""
@@ -455,7 +441,7 @@ class Wiring:
         return parts[part]
 
 
-def _say(line: str) -> None:
+def say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 

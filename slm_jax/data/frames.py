@@ -1,32 +1,29 @@
-"""Batches of a frozen encoder's frames: each utterance is encoded once, before the first step, and kept.
+"""A frozen encoder's reduced frames on disk: a record for each utterance, read when its row is due.
 
-Where the encoder is frozen and nothing augments the audio, its frames are the same in every epoch. They lie
-in the memory of the one process that trains, in bfloat16: two bytes times D for each speech position.
+Where the encoder is frozen and nothing augments the audio, its frames are the same in every epoch. `encoding`
+writes them; here they are kept and read.
+
+A record has bfloat16 [p, D], or int8 [p, D] behind a float32 [p] of scales, symmetric: a frame is its int8
+values times its scale. Frames that the encoder does not have are zeros, which no frame is.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import time
-from collections.abc import Callable, Generator, Sequence
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import jax
+import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Sharding
 
-from slm_jax.data import audio_files
-from slm_jax.data.batch import BatchShape
-from slm_jax.data.iterator import HostBatch, LoadUtterance, PlacedBatch, TrainBatches, Utterance
-from slm_jax.data.placement import place
-from slm_jax.data.plan import Plan
+from slm_jax.data import shards
 from slm_jax.data.references import Reference
-from slm_jax.errors import BadExample, UserError
+from slm_jax.errors import BadExample, UserError, nearest
 
-_REPORT_SECONDS = 5.0
-
-# speech int16 [B, K, S], speech_segments int32 [B, K, E, 3] -> frames [B, K, P, D]
-Encode = Callable[[jax.Array, jax.Array], jax.Array]
+BFLOAT16 = np.dtype(jnp.bfloat16)
+# Bytes of a position of D features: 2 D, or D + 4.
+DTYPES = ("bfloat16", "int8")
 
 
 class Encoded(NamedTuple):
@@ -40,129 +37,212 @@ class Encoded(NamedTuple):
 
     speech: np.ndarray
     length: int
-    clipped: int
-    trimmed: int
+    clipped: int = 0
+    trimmed: int = 0
 
 
-class EncodedBatches(TrainBatches):
-    """A `TrainBatches` whose rows hold `speech_frames`; the audio is read and encoded when it starts.
+# ---- records
+
+
+def to_record(key: str, encoded: Encoded, dtype: str) -> shards.Record:
+    """Returns the record of an utterance.
 
     Args:
-      plan: the order of rows.
-      shape: static sizes of the global batch, with a `frame_dim`.
-      sharding: of the batch over the mesh.
-      encoder: returns the frozen encoder with its reducer, for batches of `shape`'s rows on the mesh; called
-        when there is something to encode, and what it returns is not kept.
-      load: returns the audio of a reference; raises BadExample. An example that cannot be loaded is one
-        that the batches reject, and `max_bad_share` counts from the encoding on.
-      report: takes a line of progress now and then.
-      options: of `TrainBatches`.
+      key: of `key_of`.
+      encoded: with frames of any float dtype.
+      dtype: one of `DTYPES`.
+    """
+    frames_PD = encoded.speech
+    data = frames_PD.astype(BFLOAT16).tobytes() if dtype == "bfloat16" else _to_int8(frames_PD)
+    counts = {"clipped": encoded.clipped, "trimmed": encoded.trimmed}
+    fields = {name: str(count) for name, count in counts.items() if count}
+    return shards.Record(key, "frames", encoded.length, fields, data, dtype, frames_PD.shape)
+
+
+def from_record(record: shards.Record) -> Encoded:
+    """Returns the utterance of a record; raises ValueError where it holds no frames."""
+    positions, dim = record.shape
+    if record.encoding == "bfloat16":
+        frames_PD = np.frombuffer(record.data, BFLOAT16).reshape(positions, dim)
+    elif record.encoding == "int8":
+        scales_P1 = np.frombuffer(record.data, np.float32, positions)[:, None]
+        whole_PD = np.frombuffer(record.data, np.int8, offset=4 * positions).reshape(positions, dim)
+        frames_PD = (whole_PD * scales_P1).astype(BFLOAT16)
+    else:
+        raise ValueError(f"frames are kept as {record.encoding!r}, expected one of {DTYPES}")
+    counts = [int(record.fields.get(name, 0)) for name in ("clipped", "trimmed")]
+    return Encoded(frames_PD, record.samples, *counts)
+
+
+def _to_int8(frames_PD: np.ndarray) -> bytes:
+    frames_PD = frames_PD.astype(np.float32)
+    scales_P1 = np.max(np.abs(frames_PD), axis=1, keepdims=True, initial=0.0) / np.float32(127)
+    whole_PD = np.rint(frames_PD / np.where(scales_P1 > 0, scales_P1, 1)).astype(np.int8)
+    return scales_P1.tobytes() + whole_PD.tobytes()
+
+
+# ---- utterances
+
+
+class Roots:
+    """What names an utterance: its file as it was called where the frames were made, its part and length.
+
+    Args:
+      here: task -> folder that its audio paths are relative to in this run.
+      there: the same, where the frames were made.
+    """
+
+    def __init__(self, here: Mapping[str, str], there: Mapping[str, str] | None = None):
+        self.here = dict(here)
+        self._there = self.here if there is None else dict(there)
+
+    def key_of(self, reference: Reference) -> str:
+        """Returns the name of a reference's speech."""
+        audio, here = str(reference.audio), self.here.get(reference.task, "").rstrip("/")
+        there = self._there.get(reference.task, here).rstrip("/")
+        if here and there != here and audio.startswith(f"{here}/"):
+            audio = there + audio[len(here) :]
+        return f"{audio}#{reference.part}@{reference.samples}"
+
+
+def digest_of(key: str) -> int:
+    """Returns 64 bits of a key, by which utterances are found."""
+    return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "little")
+
+
+def spoken(table: Any) -> Iterator[tuple[int, Reference]]:
+    """Yields the references of a `plan.Table` that have speech, with their numbers."""
+    step = 16_384
+    for start in range(0, len(table), step):
+        indices = np.arange(start, min(start + step, len(table)))
+        for index, reference in zip(indices.tolist(), table.take(indices), strict=True):
+            if reference.audio is not None:
+                yield index, reference
+
+
+# ---- reading
+
+
+class Frames:
+    """Frames of a split: a `LoadUtterance` for the iterator.
+
+    Args:
+      directory: of `slm data encode`; local or remote.
+      split: of it.
+      made_by: what makes such frames in this run, as JSON: checkpoint, encoder, reducer, ...
+      tables: index tables of the run.
+      roots: task -> folder that its audio paths are relative to.
+
+    Attributes:
+      fingerprint: SHA-256 that changes with any frame.
 
     Raises:
-      UserError: several processes train; or as of `TrainBatches`.
+      UserError: the directory lacks the split, is damaged, or something else made its frames; or an utterance
+        of the tables is not among them.
     """
 
     def __init__(
         self,
-        plan: Plan,
-        shape: BatchShape,
-        sharding: Sharding,
-        *,
-        encoder: Callable[[], Encode],
-        load: LoadUtterance = audio_files.load_utterance,
-        report: Callable[[str], None] = lambda line: None,
-        **options: Any,
+        directory: str,
+        split: str,
+        made_by: Mapping[str, Any],
+        tables: Sequence[Any],
+        roots: Mapping[str, str],
     ):
-        if jax.process_count() > 1:
+        entry = entry_of(directory, split)
+        check_made_by(directory, entry.about["made_by"], made_by)
+        self._directory = directory
+        self._roots = Roots(roots, entry.about["roots"])
+        self.fingerprint = entry.fingerprint
+        self._read_indices(entry)
+        self._check_all_there(entry, tables)
+
+    def __call__(self, reference: Reference) -> Encoded:
+        """Returns the frames of a reference.
+
+        Raises:
+          BadExample: its audio could not be read when it was to be encoded, or the shard is damaged.
+        """
+        key = self._roots.key_of(reference)
+        digest = digest_of(key)
+        if digest in self._bad:
+            raise BadExample(*self._bad[digest])
+        place = int(np.searchsorted(self._digests, np.uint64(digest)))
+        shard = shards.shard_path(self._directory, self._names[self._shard[place]])
+        record = shards.read_record(shard, int(self._record[place]), f"{self._check[place]:08x}")
+        if record.id != key:
+            raise ValueError(f"{shard} has {record.id} in the place of {key}")
+        return from_record(record)
+
+    def _read_indices(self, entry: shards.SplitEntry) -> None:
+        self._names = [shard.name for shard in entry.shards]
+        self._bad: dict[int, tuple[str, str]] = {}
+        digests, columns = [np.zeros(0, np.uint64)], [np.zeros((0, 3), np.int64)]
+        for number, shard in enumerate(entry.shards):
+            index = shards.read_index(self._directory, shard.name)
+            if index.fingerprint != shard.index:
+                path = shards.index_path(self._directory, shard.name)
+                raise UserError(f"index {path} is another one than {shards.SHARDS_FILE} names; encode anew")
+            digests.append(np.array([digest_of(key) for key in index.table["id"].to_pylist()], np.uint64))
+            record, check = (index.table[name].to_numpy() for name in ("@record", "@check"))
+            columns.append(np.stack([np.full(len(record), number), record, check], axis=1).astype(np.int64))
+            for key, reason in index.about["bad"].items():
+                self._bad[digest_of(key)] = reason, f"{key} could not be encoded"
+        found = np.concatenate(digests)
+        order = np.argsort(found)
+        self._digests = found[order]
+        self._shard, self._record, self._check = np.concatenate(columns)[order].T
+
+    def _check_all_there(self, entry: shards.SplitEntry, tables: Sequence[Any]) -> None:
+        for table in tables:
+            if entry.about["tables"].get(table.task) == table.fingerprint:
+                continue
+            missing = [reference for _, reference in spoken(table) if not self._has(reference)]
+            if missing:
+                first = missing[0]
+                raise UserError(
+                    f"DataConfig.frames: {self._directory} lacks {len(missing)} utterances of task "
+                    f"{table.task!r}, first example {first.id!r} ({first.audio}); encode this run's mixture "
+                    "with slm data encode"
+                )
+
+    def _has(self, reference: Reference) -> bool:
+        digest = digest_of(self._roots.key_of(reference))
+        place = int(np.searchsorted(self._digests, np.uint64(digest)))
+        return digest in self._bad or (place < len(self._digests) and int(self._digests[place]) == digest)
+
+
+def entry_of(directory: str, split: str) -> shards.SplitEntry:
+    """Returns what `shards.json` says of a split of frames.
+
+    Raises:
+      UserError: there are no frames, or none of that split.
+    """
+    entries = shards.read_description(directory)
+    if split not in entries:
+        raise UserError(f"the frames in {directory} have no split {split!r}{nearest(split, entries)}")
+    if entries[split].kind != "frames":
+        raise UserError(
+            f"{directory} holds {entries[split].kind} of split {split!r}, expected frames, as slm data "
+            "encode writes them"
+        )
+    return entries[split]
+
+
+def check_made_by(directory: str, found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
+    """Raises UserError where frames were made by something else than this run has, and says what differs."""
+    theirs, ours = (dict(_leaves(json.loads(json.dumps(made_by)))) for made_by in (found, expected))
+    for name in sorted(theirs.keys() | ours.keys()):
+        if theirs.get(name) != ours.get(name):
             raise UserError(
-                "DataConfig.encode_once keeps frames in the memory of one process, "
-                f"and {jax.process_count()} train; expected encode_once = False"
+                f"the frames in {directory} were made with {name} {theirs.get(name)!r}, and this run has "
+                f"{ours.get(name)!r}; encode its mixture to another directory with slm data encode"
             )
-        super().__init__(plan, shape, sharding, load=self._encoded, **options)
-        self._encoder, self._load_audio, self._report, self._options = encoder, load, report, options
-        self._utterances: dict[tuple[str, str, int], Encoded | BadExample] = {}
-
-    def batches(
-        self, rows_consumed: int, anchor: tuple[int, int] | None = None
-    ) -> Generator[PlacedBatch, None, None]:
-        """As of `TrainBatches`; the first call encodes every utterance of the plan, before it returns."""
-        self._encode_all()
-        return super().batches(rows_consumed, anchor)
-
-    def host_batches(self, rows_consumed: int) -> Generator[HostBatch, None, None]:
-        """As of `TrainBatches`; encodes as `batches` does."""
-        self._encode_all()
-        return super().host_batches(rows_consumed)
-
-    def _encoded(self, reference: Reference) -> Encoded:
-        found = self._utterances[_key(reference)]
-        if isinstance(found, BadExample):
-            # A new one each time: an exception keeps alive what every place that raised it held.
-            raise BadExample(found.reason, found.detail)
-        return found
-
-    def _encode_all(self) -> None:
-        if self._utterances:
-            return
-        table = _Utterances([table.take(np.arange(len(table))) for table in self.plan.tables])
-        if not len(table):
-            return
-        audio: dict[tuple[str, str, int], Utterance] = {}
-
-        def load(reference: Reference) -> Utterance:
-            audio[_key(reference)] = found = self._load_audio(reference)
-            return found
-
-        began = told = time.monotonic()
-        shape = dataclasses.replace(self.shape, frame_dim=0)
-        plan = Plan([table], None, 0, shape.rows, shape, epochs=1, shuffle=False)
-        batches = TrainBatches(plan, shape, self.sharding, load=load, **self._options)
-        encode = self._encoder()
-        utterances: dict[tuple[str, str, int], Encoded | BadExample] = {}
-        for step, batch in enumerate(batches.host_batches(0)):
-            arrays = place(batch.arrays, batch.rows, self.sharding, shape.rows)
-            frames_BKPD = np.asarray(encode(arrays["speech"], arrays["speech_segments"]))
-            bad = {_key(reject.reference): reject for reject in batch.rejects}
-            for row, reference in enumerate(table.references[step * shape.rows :][: shape.rows]):
-                key = _key(reference)
-                if key in bad:
-                    utterances[key] = BadExample(bad[key].reason, bad[key].detail)
-                    continue
-                heard = audio.pop(key)
-                frames_PD = frames_BKPD[row, 0, : shape.speech_positions(heard.length)].copy()
-                utterances[key] = Encoded(frames_PD, heard.length, heard.clipped, heard.trimmed)
-            if time.monotonic() - told > _REPORT_SECONDS:
-                told = time.monotonic()
-                self._report(f"encoded {len(utterances)} of {len(table)} utterances")
-        held = sum(found.speech.nbytes for found in utterances.values() if isinstance(found, Encoded))
-        seconds = time.monotonic() - began
-        self._report(f"encoded {len(table)} utterances in {seconds:.0f} s; their frames take {held:,} bytes")
-        self._utterances = utterances
 
 
-class _Utterances:
-    """A `plan.Table` of the utterances that tables speak of, each once."""
-
-    task = "speech"
-    fingerprint = ""
-    shards = np.zeros(0, np.int64)
-
-    def __init__(self, tables: Sequence[Sequence[Reference]]):
-        with_audio = (reference for table in tables for reference in table if reference.audio is not None)
-        self.references = list({_key(reference): reference for reference in with_audio}.values())
-
-    def __len__(self) -> int:
-        return len(self.references)
-
-    @property
-    def lengths(self) -> np.ndarray:
-        lengths = [(r.samples, r.input_tokens, len(r.targets)) for r in self.references]
-        return np.array(lengths, np.int32).reshape(-1, 3)
-
-    def take(self, indices: np.ndarray) -> list[Reference]:
-        return [self.references[index] for index in indices.tolist()]
-
-
-def _key(reference: Reference) -> tuple[str, str, int]:
-    """What decides the samples of a reference: the file, which part of it, and where it is cut."""
-    return str(reference.audio), reference.part, reference.samples
+def _leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(tree, dict):
+        for name, branch in tree.items():
+            yield from _leaves(branch, f"{path}.{name}" if path else name)
+    else:
+        yield path, tree

@@ -73,6 +73,7 @@ class IndexTable:
       split: its split.
       fingerprint: SHA-256 of the table's contents.
       report: what was kept and what was rejected.
+      audio_root: folder that its audio paths are relative to.
       lengths: int32 [n, 3]: samples at 16 kHz, text-input tokens and target tokens of each reference.
       shards: int64 [k + 1], where each audio file with more than one reference starts, and the end; empty
         where references have files of their own.
@@ -88,7 +89,7 @@ class IndexTable:
         self.fingerprint: str = report["fingerprint"]
         self.report = IndexReport(report["kept"], report["rejected"], report["examples"])
         self.shards = np.array(report["shards"], np.int64)
-        self._audio_root = audio_root
+        self.audio_root = audio_root
         self._file = pa.ipc.open_file(pa.memory_map(str(path / "references.arrow")))
         count = self.report.kept
         lengths = np.memmap(path / "lengths.i32", np.int32, "r") if count else np.zeros(0, np.int32)
@@ -152,7 +153,7 @@ class IndexTable:
             audio = text["audio"][i]
             yield Reference(
                 id=text["id"][i],
-                audio=None if audio is None else audio_path(self._audio_root, audio),
+                audio=None if audio is None else audio_path(self.audio_root, audio),
                 samples=number["samples"][i],
                 inputs=inputs,
                 targets=targets,

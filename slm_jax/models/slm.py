@@ -88,7 +88,7 @@ class SLM(nn.Module):
 
     `init` returns the collections `params` (the trainable parts) and `frozen` (the others). The batch is
     described in docs/architecture.md. One with `speech_frames` was encoded before, so the encoder does not
-    run; one without speech is text alone, and no speech part runs.
+    run, and `init` leaves it out; one without speech is text alone, and no speech part runs.
     """
 
     config: SLMConfig
@@ -163,7 +163,7 @@ class SLM(nn.Module):
         Arguments are those of the call.
         """
         sources_BPD = self.llm.embed(batch["inputs"])
-        if self.is_initializing() and "speech" not in batch:
+        if self.is_initializing() and not {"speech", "speech_frames"} & batch.keys():
             self._adapt(*self.reduced_speech(*self._silence()), deterministic)
         segment_ids_BL = batch["layout_segment_ids"]
         if "speech_segments" in batch:
