@@ -42,6 +42,8 @@ _LASTING = (
     ValueError,
     TypeError,
 )
+# Of ours, which another attempt would only hide.
+_BUGS = (AssertionError, AttributeError, LookupError, NameError, RecursionError)
 _LASTING_TENSORFLOW = (
     "PermissionDeniedError",
     "UnauthenticatedError",
@@ -321,6 +323,8 @@ def retrying(what: str, operation: Callable[[], T]) -> T:
     for attempt in range(1, ATTEMPTS + 1):
         try:
             return operation()
+        except _BUGS:
+            raise
         except Exception as error:
             if (lasting := _lasting(error)) is not None:
                 raise lasting from None
