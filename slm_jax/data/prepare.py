@@ -13,6 +13,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -40,6 +41,10 @@ _HELD = 1 << 20
 _ROWS = 1024
 _NOTHING = np.zeros(0, np.int32)
 _REPORT_SECONDS = 30.0
+_FILE = rf".+-\d{{5}}-of-\d{{5}}\.(array_record|parquet)|{shards.SHARDS_FILE}|{REJECTS_FILE}"
+_OURS = re.compile(rf"\.prepare-.+|{_FILE}")
+# Of a command that was killed.
+_UNFINISHED = re.compile(rf"\.({_FILE})\.[0-9a-f]{{32}}{shards.PARTIAL}")
 
 
 class ShardJob(NamedTuple):
@@ -121,18 +126,17 @@ def prepare(
         finished = _finished(directory, names)
         pending = [number for number, name in enumerate(names) if name not in finished]
         report(f"{directory}: {len(pending)} of {count} shards of split {split} are to be written")
-        if pending:
-            with _lists(directory, split) as folder:
-                shard_of = _by_id(count) if shuffle else _by_position(survey.references, count)
-                lists = _share_out(source.chunks(split), shard_of, pending, folder)
-                root = source.audio_root(split)
-                jobs = [
-                    ShardJob(directory, names[number], tuple(lists[number]), root, codec, made_from)
-                    for number in pending
-                ]
+        with _lists_folder(directory, split) as folder:
+            lists = _share_out(source, split, made_from, pending, folder)
+            root = source.audio_root(split)
+            jobs = [
+                ShardJob(directory, names[number], tuple(lists[number]), root, codec, made_from)
+                for number in pending
+            ]
+            if jobs:
                 with _progress(jobs, report):
                     run_jobs(write_shard, jobs)
-            finished |= _finished(directory, [names[number] for number in pending])
+        finished |= _finished(directory, [job.name for job in jobs])
         if missing := [name for name in names if name not in finished]:
             raise UserError(f"{directory}: shard {missing[0]} was not written; run the command again")
         return _complete(directory, split, [finished[name] for name in names], made_from, max_bad_share)
@@ -207,22 +211,22 @@ def _by_position(references: int, count: int) -> Callable[[int, Columns], np.nda
 
 
 def _share_out(
-    chunks: Iterator[Columns],
-    shard_of: Callable[[int, Columns], np.ndarray],
-    pending: Sequence[int],
-    folder: str,
+    source: ReferenceSource, split: str, made_from: Mapping[str, Any], pending: Sequence[int], folder: str
 ) -> dict[int, list[str]]:
     """Writes the references of each pending shard to files of their own.
 
     Args:
-      chunks: of the source.
-      shard_of: (position of the first reference, columns) -> number of each reference's shard, int64 [n].
+      source: of the references.
+      split: of it.
+      made_from: as of `ShardJob`.
       pending: numbers of the shards to be written.
       folder: of the files.
 
     Returns:
       Number of a shard -> its files, in the order of the source.
     """
+    count = made_from["shards"]
+    shard_of = _by_id(count) if made_from["shuffle"] else _by_position(made_from["references"], count)
     lists: dict[int, list[str]] = {number: [] for number in pending}
     held: dict[int, list[pa.Table]] = {}
 
@@ -235,8 +239,8 @@ def _share_out(
             lists[number].append(path)
         held.clear()
 
-    start = count = 0
-    for columns in chunks:
+    start = holding = 0
+    for columns in source.chunks(split) if pending else ():
         numbers = shard_of(start, columns)
         start += len(numbers)
         (wanted,) = np.nonzero(np.isin(numbers, pending))
@@ -245,10 +249,10 @@ def _share_out(
         found, firsts = np.unique(numbers[wanted], return_index=True)
         for number, first, stop in zip(found.tolist(), firsts, [*firsts[1:], len(wanted)], strict=True):
             held.setdefault(number, []).append(table.slice(first, stop - first))
-        count += len(wanted)
-        if count >= _HELD:
+        holding += len(wanted)
+        if holding >= _HELD:
             put_down()
-            count = 0
+            holding = 0
     put_down()
     return lists
 
@@ -327,17 +331,12 @@ def _described(directory: str) -> dict[str, SplitEntry]:
     there = storage.list_folder(directory)
     if shards.SHARDS_FILE in there:
         return shards.read_description(directory)
-    strangers = [name for name in there if not _is_ours(name)]
+    strangers = [name for name in there if not _OURS.fullmatch(name)]
     if strangers:
         raise UserError(
             f"--to {directory} holds {strangers[0]!r}, expected an empty directory or one of speech shards"
         )
     return {}
-
-
-def _is_ours(name: str) -> bool:
-    endings = (".array_record", ".parquet", shards.PARTIAL)
-    return name.startswith(".prepare-") or (name.endswith(endings) and "-of-" in name) or name == REJECTS_FILE
 
 
 def _check_same(
@@ -429,7 +428,7 @@ def _claimed(directory: str) -> Iterator[None]:
         except BlockingIOError:
             raise UserError(f"--to {directory}: another command is writing there") from None
         for name in storage.list_folder(directory):
-            if name.endswith(shards.PARTIAL):
+            if _UNFINISHED.fullmatch(name):
                 storage.remove(f"{directory}/{name}")
         yield
     finally:
@@ -437,8 +436,8 @@ def _claimed(directory: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _lists(directory: str, split: str) -> Iterator[str]:
-    """Gives a new folder for files that are needed until the split is written."""
+def _lists_folder(directory: str, split: str) -> Iterator[str]:
+    """Gives an empty folder for the references of shards that are not written yet."""
     folder = f"{directory}/.prepare-{split}"
     storage.remove_folder(folder)
     storage.make_folder(folder)

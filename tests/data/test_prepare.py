@@ -197,7 +197,7 @@ module.prepare(ManifestSource({"train": sys.argv[1]}), "train", sys.argv[2], in_
 
 def test_killed_and_gone_on_it_ends_the_same(write_corpus, tmp_path: Path, rng: np.random.Generator):
     manifest = write_corpus(300)
-    seconds = rng.uniform(0.02, 0.4)
+    seconds = rng.uniform(0.01, 0.3)
     words = [sys.executable, "-c", KILLED, str(manifest), str(tmp_path / "to"), str(seconds)]
     done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == -signal.SIGKILL, done.stderr
@@ -385,9 +385,10 @@ def test_a_job_that_fails_is_told_in_one_sentence(workers: int, tmp_path: Path):
 
 def test_a_directory_of_something_else(tmp_path: Path):
     (tmp_path / "to").mkdir()
-    (tmp_path / "to/thesis.tex").write_text("x")
-    with pytest.raises(UserError, match=r"--to .*/to holds 'thesis.tex', expected an empty directory"):
+    (tmp_path / "to/thesis.tex.partial").write_text("x")
+    with pytest.raises(UserError, match=r"--to .*/to holds 'thesis.tex.partial', expected an empty"):
         prepare(Listed(["a"]), "train", tmp_path / "to", in_order)
+    assert (tmp_path / "to/thesis.tex.partial").exists()
     (tmp_path / "file").write_text("x")
     with pytest.raises(UserError, match=r"--to .*/file cannot be made: File exists"):
         prepare(Listed(["a"]), "train", tmp_path / "file", in_order)
@@ -427,6 +428,12 @@ def test_a_shard_that_is_lost_is_written_again(source: ManifestSource, tmp_path:
     (tmp_path / "to/train-00002-of-00004.parquet").unlink()
     cut = tmp_path / "to/train-00003-of-00004.array_record"
     cut.write_bytes(cut.read_bytes()[:1000])
+    run()
+    assert files_of(tmp_path / "to") == whole
+    # As of a command that was killed after the last shard.
+    (tmp_path / "to/.prepare-train").mkdir()
+    (tmp_path / "to/.prepare-train/00000-00000.arrow").write_bytes(b"")
+    (tmp_path / f"to/.train-00001-of-00004.parquet.{'0' * 32}.partial").write_bytes(b"")
     run()
     assert files_of(tmp_path / "to") == whole
 
