@@ -1,5 +1,6 @@
 """Real audio, and the way from a source through the index to samples."""
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -67,7 +68,10 @@ def load_all(tmp_path: Path, vocabulary: seqio.Vocabulary) -> Callable[..., Load
             source=source,
             preprocessors=[
                 preprocessors.add_language_names,
-                *_steps(),
+                functools.partial(
+                    preprocessors.render_prompts, templates=("{speech}",), target="{text}", salt="t"
+                ),
+                preprocessors.tokenize_prompts,
             ],
             output_features={"inputs": feature, "targets": feature},
             metric_fns=[],
@@ -83,19 +87,17 @@ def load_all(tmp_path: Path, vocabulary: seqio.Vocabulary) -> Callable[..., Load
     return load
 
 
-def _steps() -> list[Callable]:
-    import functools
+@pytest.fixture
+def check_audio(load_all: Callable[..., Loaded]) -> Callable[..., None]:
+    """Says whether a source's split has these samples by id, up to what durations round off."""
 
-    return [
-        functools.partial(preprocessors.render_prompts, templates=("{speech}",), target="{text}", salt="t"),
-        preprocessors.tokenize_prompts,
-    ]
+    def check(source: ReferenceSource, expected: dict[str, np.ndarray], split: str = "train") -> None:
+        loaded = load_all(source, split)
+        assert loaded.keys() == expected.keys()
+        for id_, (reference, samples) in loaded.items():
+            wanted = expected[id_]
+            assert abs(len(samples) - len(wanted)) <= 160, id_
+            assert len(samples) == min(reference.samples, len(wanted))
+            np.testing.assert_array_equal(samples, wanted[: len(samples)], err_msg=id_)
 
-
-def check_audio(loaded: Loaded, expected: dict[str, np.ndarray]) -> None:
-    """The samples of each id are those, up to what a duration rounds off."""
-    assert loaded.keys() == expected.keys()
-    for id_, (reference, samples) in loaded.items():
-        assert abs(len(samples) - len(expected[id_])) <= 200, id_
-        np.testing.assert_array_equal(samples, expected[id_][: len(samples)], err_msg=id_)
-        assert len(samples) == min(reference.samples, len(expected[id_]))
+    return check
