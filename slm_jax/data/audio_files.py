@@ -38,6 +38,9 @@ LOWEST_RATE, HIGHEST_RATE = 1_000, 768_000
 # Codecs whose samples depend on those before, and for how long they do: MP3 takes bits from earlier frames,
 # Opus predicts (RFC 7845 asks for 80 ms, which leaves an error of 1 %).
 LEAD_SECONDS = {"MPEG_LAYER_III": 0.5, "OPUS": 0.5}
+# libsndfile 1.2 seeks up to a block too far in the last page of Ogg Vorbis, whose end is cut. A page has 255
+# packets at most, which is less than this.
+LAST_PAGE_SECONDS = 20.0
 
 REASONS = (
     "missing_file",
@@ -182,7 +185,7 @@ def _read(path: str, part: str, max_samples: int | None) -> tuple[np.ndarray, in
             frames = most if frames < 0 else min(frames, most)
         # A decoder that predicts needs what came before; it is decoded in the same read, as soundfile seeks
         # after each, and dropped.
-        before = min(first, round(LEAD_SECONDS.get(file.subtype, 0.0) * rate))
+        before = min(first, _lead(file, first))
         try:
             if first:
                 file.seek(first - before)
@@ -193,6 +196,13 @@ def _read(path: str, part: str, max_samples: int | None) -> tuple[np.ndarray, in
             return wave[before:], rate
         except (soundfile.SoundFileError, RuntimeError, MemoryError, ValueError) as error:
             raise BadExample("unreadable_audio", f"{_name(path, part)}: {error}") from None
+
+
+def _lead(file: soundfile.SoundFile, first: int) -> int:
+    """Returns how many frames to decode before the first that is wanted."""
+    if file.subtype == "VORBIS":
+        return max(0, first - (file.frames - round(LAST_PAGE_SECONDS * file.samplerate)))
+    return round(LEAD_SECONDS.get(file.subtype, 0.0) * file.samplerate)
 
 
 def _frames(part: Part, file: soundfile.SoundFile) -> tuple[int, int]:

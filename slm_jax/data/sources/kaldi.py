@@ -106,6 +106,7 @@ class KaldiSource(ReferenceSource):
         beside = _Beside(files, ("utt2dur", "reco2dur"))
         for number, id_, path in _lines(files["wav.scp"]):
             yield beside.of(id_) | {"id": id_, "audio": _audio(path, files["wav.scp"], number)}
+        beside.finish()
 
     def _segments(self, files: Mapping[str, str]) -> Iterator[dict[str, str | int]]:
         beside = _Beside(files, ())
@@ -121,6 +122,7 @@ class KaldiSource(ReferenceSource):
             part = seconds(start) if end < 0 else seconds(start, end)
             record = {"id": id_, "audio": audio[recording], "part": part, "recording": recording}
             yield beside.of(id_) | record | {"samples": samples}
+        beside.finish()
 
 
 class _Beside:
@@ -135,6 +137,11 @@ class _Beside:
         record: dict[str, str | int] = {field: values.of(id_) for field, values in self._texts.items()}
         written = next(filter(None, [values.of(id_) for values in self._durations]), "")
         return record | {"samples": _samples(written, id_, self._durations) if written else -1}
+
+    def finish(self) -> None:
+        """Reads the files to their ends, where a line may stand that should have come before."""
+        for values in (*self._texts.values(), *self._durations):
+            values.finish()
 
 
 class _Values:
@@ -151,6 +158,11 @@ class _Values:
         while self._next is not None and self._next[1].encode() < wanted:
             self._next = next(self._lines, None)
         return self._next[2] if self._next is not None and self._next[1] == id_ else ""
+
+    def finish(self) -> None:
+        """Reads the rest."""
+        for _ in self._lines:
+            pass
 
 
 def _lines(path: str) -> Iterator[tuple[int, str, str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -9,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from slm_jax.data import storage
 from slm_jax.data.containers import bytes_column
@@ -181,25 +183,15 @@ def _beside(folder: str, path: str) -> str:
     return path if storage.is_remote(path) or path.startswith("/") else f"{folder}/{path}"
 
 
-class _opened:
+@contextlib.contextmanager
+def _opened(path: str) -> Iterator[Any]:
     """Opens a parquet file; a mistake in it is named."""
-
-    def __init__(self, path: str):
-        self._path = path
-
-    def __enter__(self) -> Any:
-        import pyarrow.parquet as pq
-
-        with naming_mistakes(self._path, _WHAT):
-            try:
-                source = storage.open_binary(self._path)
-                self._file = pq.ParquetFile(source)
-                return self._file
-            except pa.ArrowInvalid as error:
-                raise UserError(f"{_WHAT} {self._path} cannot be read: {error}") from None
-
-    def __exit__(self, *unused: object) -> None:
-        self._file.close(force=True)
+    with naming_mistakes(path, _WHAT), storage.open_binary(path) as source:
+        try:
+            file = pq.ParquetFile(source)
+        except pa.ArrowInvalid as error:
+            raise UserError(f"{_WHAT} {path} cannot be read: {error}") from None
+        yield file
 
 
 def _flat(schema: pa.Schema) -> Iterator[tuple[str, pa.DataType]]:
@@ -219,7 +211,7 @@ def _flat(schema: pa.Schema) -> Iterator[tuple[str, pa.DataType]]:
 def _is_field(kind: pa.DataType) -> bool:
     tests: list[Callable[[pa.DataType], bool]] = [
         pa.types.is_string, pa.types.is_large_string, pa.types.is_integer, pa.types.is_floating,
-        pa.types.is_boolean, pa.types.is_temporal, pa.types.is_decimal,
+        pa.types.is_boolean, pa.types.is_null, pa.types.is_temporal, pa.types.is_decimal,
     ]  # fmt: skip
     if pa.types.is_dictionary(kind):
         return _is_field(kind.value_type)

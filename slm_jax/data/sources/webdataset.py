@@ -105,9 +105,11 @@ class WebDatasetSource(ReferenceSource):
             if column not in found:
                 raise UserError(f"tar shard {path} has no suffix or field {column!r}{nearest(column, found)}")
         columns = fields.columns_of_records(records)
-        written = fields.take_samples(
-            columns, self._rate, lambda name, i: f"{path}, {records[i]['id']}: {name}"
-        )
+
+        def name_of(field: str, i: int) -> str:
+            return f"{path}, example {records[i]['id']}: field {field!r}"
+
+        written = fields.take_samples(columns, self._rate, name_of)
         samples = np.zeros(len(records), np.int32) if written is None else written
         for i in np.flatnonzero((samples == 0) & (columns["part"] != "")):
             if not any(records[i].get(name) for name in fields.DURATION_FIELDS):
