@@ -21,6 +21,7 @@ from slm_jax.tasks import asr
 asr.register_asr:
   name = '{name}'
   vocabulary = '{folder}/corpus/vocabularies/text.model'
+  templates = ('Transcribe: {{speech}}',)
   {source}
 run.DataConfig.register = (@asr.register_asr,)
 """

@@ -413,7 +413,7 @@ def test_a_directory_made_from_something_else(source: ManifestSource, write_mani
         ):
             with pytest.raises(UserError, match=f"split 'train' was made {said}; name another directory"):
                 run(in_order, **options)
-    lines = source.manifest("train").read_text().splitlines()
+    lines = Path(source.manifest("train")).read_text().splitlines()
     write_manifest([*lines[:-1], lines[-1].replace('"en"', '"de"')])
     changed = ManifestSource({"train": source.manifest("train")})
     with pytest.raises(UserError, match="was made from another source, or before this one was changed"):
