@@ -81,7 +81,7 @@ setup(
     # seqio's editdistance has no wheel for 3.13.
     python_requires=">=3.11,<3.13",
     packages=find_packages(include=["slm_jax", "slm_jax.*"]),
-    package_data={"slm_jax": ["gin/**/*.gin", "demo/models/**"]},
+    package_data={"slm_jax": ["gin/**/*.gin", "tasks/prompts/*.json", "demo/models/**"]},
     install_requires=RUN_TIME,
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["slm = slm_jax.cli.main:main"]},

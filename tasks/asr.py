@@ -7,13 +7,7 @@ from typing import Any
 
 from slm_jax.data.sources import ReferenceSource
 from slm_jax.tasks.registration import Manifests, MetricFn, register_speech_task
-
-ASR_TEMPLATES = (
-    "Transcribe the speech: {speech}",
-    "Write down what is said: {speech}",
-    "Transcribe the {language_name} speech: {speech}",
-    "What does the speaker say? {speech}",
-)
+from slm_jax.tasks.templates import Templates
 
 
 def register_asr(
@@ -23,7 +17,7 @@ def register_asr(
     source: ReferenceSource | None = None,
     vocabulary: Any,
     languages: Sequence[str] | None = None,
-    templates: Sequence[str] = ASR_TEMPLATES,
+    templates: Templates = "asr",
     metric_fns: Sequence[MetricFn | str] = ("wer", "cer"),
     **options: Any,
 ) -> str:
@@ -35,7 +29,7 @@ def register_asr(
       source: where the references come from, one of `slm_jax.data.sources`.
       vocabulary: path of a sentencepiece model, or a SeqIO vocabulary.
       languages: languages that the task accepts; None accepts all.
-      templates: prompts; one is chosen per example.
+      templates: prompts, as of `templates.load_templates`; one is chosen per example.
       metric_fns: SeqIO metric functions, or names in `slm_jax.evaluation.metrics`.
       **options: further arguments of `registration.register_speech_task`.
 

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
-from slm_jax.data.preprocessors import LANGUAGE_NAMES
+from slm_jax.data import same_language as same
 from slm_jax.data.sources import ReferenceSource
+from slm_jax.errors import UserError, nearest
 from slm_jax.tasks.registration import Manifests, MetricFn, register_speech_task
-
-# `{target_language}` is filled in at registration.
-AST_TEMPLATES = (
-    "Translate the speech into {target_language}: {speech}",
-    "Say this in {target_language}: {speech}",
-    "Translate from {language_name} into {target_language}: {speech}",
-    "What is this in {target_language}? {speech}",
-)
+from slm_jax.tasks.templates import Templates, load_templates, with_target_language
 
 
 def register_ast(
@@ -26,7 +21,9 @@ def register_ast(
     vocabulary: Any,
     target_language: str,
     languages: Sequence[str] | None = None,
-    templates: Sequence[str] = AST_TEMPLATES,
+    templates: Templates = "ast",
+    prompt_language: str = "en",
+    same_language: str = "reject",
     metric_fns: Sequence[MetricFn | str] = ("bleu", "chrf"),
     **options: Any,
 ) -> str:
@@ -39,14 +36,24 @@ def register_ast(
       vocabulary: path of a sentencepiece model, or a SeqIO vocabulary.
       target_language: code of the language to translate into, a key of `translations`.
       languages: languages of the speech that the task accepts; None accepts all.
-      templates: prompts; `{target_language}` is the name of that language.
+      templates: prompts, as of `templates.load_templates`; `{target_language}` is the name of that language
+        in the language of the prompt.
+      prompt_language: as of `registration.register_speech_task`.
+      same_language: what is done with speech in the target language itself that has no translation: `reject`
+        leaves it out as `empty_target`, `transcribe` asks for its transcript.
       metric_fns: SeqIO metric functions, or names in `slm_jax.evaluation.metrics`.
       **options: further arguments of `registration.register_speech_task`.
 
     Raises:
-      UserError: as `registration.register_speech_task`.
+      UserError: `same_language` is neither, or as `registration.register_speech_task`.
     """
-    target_name = LANGUAGE_NAMES.get(target_language, target_language)
+    if same_language not in _SAME_LANGUAGE:
+        raise UserError(
+            f"task {name!r}: same_language is {same_language!r}{nearest(same_language, _SAME_LANGUAGE)}"
+        )
+    prepare = list(options.pop("prepare", ()))
+    if same_language == "transcribe":
+        prepare.insert(0, functools.partial(same.transcribe_same_language, language=target_language))
     settings: dict[str, Any] = {
         "target": f"{{translations.{target_language}}}",
         "metric_language": target_language,
@@ -57,7 +64,12 @@ def register_ast(
         source=source,
         vocabulary=vocabulary,
         languages=languages,
-        templates=tuple(template.replace("{target_language}", target_name) for template in templates),
+        templates=with_target_language(load_templates(templates), target_language, prompt_language),
+        prompt_language=prompt_language,
+        prepare=prepare,
         metric_fns=metric_fns,
         **settings,
     )
+
+
+_SAME_LANGUAGE = ("reject", "transcribe")

@@ -1,4 +1,4 @@
-"""Instructions about speech, each example with its own, and span corruption for language models."""
+"""Instructions about speech, written or spoken, and span corruption for language models."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ import seqio
 from slm_jax.data import preprocessors
 from slm_jax.data.sources import ReferenceSource
 from slm_jax.tasks.registration import Manifests, MetricFn, add_task, register_speech_task
-
-INSTRUCTION_TEMPLATES = ("{instruction} {speech}",)
+from slm_jax.tasks.templates import Templates
 
 
 def register_instruction(
@@ -23,12 +22,12 @@ def register_instruction(
     source: ReferenceSource | None = None,
     vocabulary: Any,
     languages: Sequence[str] | None = None,
-    templates: Sequence[str] = INSTRUCTION_TEMPLATES,
+    templates: Templates = "instruction",
     target: str = "{response}",
     metric_fns: Sequence[MetricFn | str] = ("exact_match",),
     **options: Any,
 ) -> str:
-    """Registers spoken instructions on manifests with `instruction` and `response`; returns `name`.
+    """Registers written instructions about speech, in the field `instruction`; returns `name`.
 
     Args:
       name: of the task.
@@ -36,7 +35,7 @@ def register_instruction(
       source: where the references come from, one of `slm_jax.data.sources`.
       vocabulary: path of a sentencepiece model, or a SeqIO vocabulary.
       languages: languages that the task accepts; None accepts all.
-      templates: prompts over the fields of the manifest.
+      templates: prompts, as of `templates.load_templates`.
       target: template of the answer.
       metric_fns: SeqIO metric functions, or names in `slm_jax.evaluation.metrics`.
       **options: further arguments of `registration.register_speech_task`.
@@ -52,6 +51,47 @@ def register_instruction(
         languages=languages,
         templates=templates,
         target=target,
+        metric_fns=metric_fns,
+        **options,
+    )
+
+
+def register_spoken_instruction(
+    name: str,
+    *,
+    manifests: Manifests | None = None,
+    source: ReferenceSource | None = None,
+    vocabulary: Any,
+    templates: Templates = "spoken_instruction",
+    target: str = "{response}",
+    transcript: str = "{text}",
+    metric_fns: Sequence[MetricFn | str] = ("exact_match",),
+    **options: Any,
+) -> str:
+    """Registers instructions that are spoken, with the answer in the field `response`; returns `name`.
+
+    Args:
+      name: of the task.
+      manifests: split -> path of a JSONL manifest; this, or `source`.
+      source: where the references come from, one of `slm_jax.data.sources`.
+      vocabulary: path of a sentencepiece model, or a SeqIO vocabulary.
+      templates: prompts, as of `templates.load_templates`.
+      target: template of the answer.
+      transcript: template of what is said, for `text_only`.
+      metric_fns: SeqIO metric functions, or names in `slm_jax.evaluation.metrics`.
+      **options: further arguments of `registration.register_speech_task`.
+
+    Raises:
+      UserError: as `registration.register_speech_task`.
+    """
+    return register_speech_task(
+        name,
+        manifests=manifests,
+        source=source,
+        vocabulary=vocabulary,
+        templates=templates,
+        target=target,
+        transcript=transcript,
         metric_fns=metric_fns,
         **options,
     )

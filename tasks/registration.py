@@ -1,6 +1,6 @@
 """How a family of tasks becomes SeqIO tasks and mixtures.
 
-Every function here and in `asr`, `ast` and `instruction` is plain, takes keyword arguments and returns
+Every function here and in the files of the families is plain, takes keyword arguments and returns
 the name that it registered, so that a Python module and a gin file can call it alike. Registering the
 same definition again changes nothing; another definition under the same name is a user's mistake.
 """
@@ -12,17 +12,21 @@ import importlib
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import seqio
 
-from slm_jax.data import preprocessors
+from slm_jax.data import preprocessors, prompt_languages
 from slm_jax.data.sources import ManifestSource, ReferenceSource
 from slm_jax.data.vocabularies import vocabulary_of
 from slm_jax.errors import UserError, nearest
+from slm_jax.tasks import templates as prompts
+from slm_jax.tasks.rates import PartRate, check_rate, find_part
+from slm_jax.tasks.templates import Templates
 
 MetricFn = Callable[..., Mapping[str, float]]
 Manifests = Mapping[str, str | Path]
+Rate = float | PartRate | Callable[[seqio.Task], float]
 
 # What each name of a task or mixture stands for, to tell a repetition from a clash.
 _definitions: dict[str, object] = {}
@@ -34,8 +38,11 @@ def register_speech_task(
     manifests: Manifests | None = None,
     source: ReferenceSource | None = None,
     vocabulary: str | Path | seqio.Vocabulary,
-    templates: Sequence[str],
+    templates: Templates,
     target: str,
+    prompt_language: str = "en",
+    order: str = "template",
+    prepare: Sequence[Callable[..., Any]] = (),
     extra_ids: int | None = None,
     languages: Sequence[str] | None = None,
     text_only: bool = False,
@@ -54,8 +61,13 @@ def register_speech_task(
       source: where the references come from, one of `slm_jax.data.sources`.
       vocabulary: path of a sentencepiece model or of a T5's folder, published or converted; or a SeqIO
         vocabulary.
-      templates: prompts; `{field}` is a field of the manifest, `{speech}` the place of the speech.
+      templates: prompts, as of `templates.load_templates`; `{field}` is a field of the reference, `{speech}`
+        the place of the speech.
       target: template of the target text.
+      prompt_language: code of the language of the prompts, or `speech` for that of each example's speech;
+        speech in a language without templates is asked about in English, or in the first that there is.
+      order: of speech and text: `template` leaves it to the templates; `speech_first`, `speech_last`.
+      prepare: SeqIO preprocessors that make fields which the templates read.
       extra_ids: sentinels that SeqIO adds behind the pieces of a vocabulary given as a path; None leaves them
         to the folder, and adds none to a file.
       languages: languages of the speech that the task accepts; None accepts all.
@@ -77,16 +89,19 @@ def register_speech_task(
     if noise and not text_only:
         raise UserError(f"task {name!r}: noise is for text_only tasks, whose prompts hold the transcript")
     speech = transcript if text_only else preprocessors.SPEECH_MARKER
-    for template in (*templates, target, speech):
+    for template in (target, speech):
         preprocessors.template_fields(template)
-    steps: list[Callable[..., Any]] = [preprocessors.add_language_names]
+    before, chosen = _prompt_steps(name, templates, prompt_language, order)
+    steps: list[Callable[..., Any]] = [before]
     if languages is not None:
         steps.append(functools.partial(preprocessors.reject_languages, languages=tuple(languages)))
     if repeats > 1:
         steps.append(functools.partial(preprocessors.repeat, times=repeats))
+    steps += prepare
     steps += [
+        *chosen.steps,
         functools.partial(
-            preprocessors.render_prompts, templates=tuple(templates), target=target, salt=name, speech=speech
+            preprocessors.render_prompts, templates=chosen.templates, target=target, salt=name, speech=speech
         ),
         functools.partial(preprocessors.tokenize_prompts, targets_eos=targets_eos),
     ]
@@ -102,6 +117,41 @@ def register_speech_task(
         metric_fns=metric_fns,
         metric_language=metric_language,
     )
+
+
+class _Prompts(NamedTuple):
+    """What `render_prompts` is given: templates, and the steps that make their fields."""
+
+    templates: tuple[str, ...]
+    steps: tuple[Callable[..., Any], ...] = ()
+
+
+def _prompt_steps(
+    name: str, templates: Templates, prompt_language: str, order: str
+) -> tuple[Callable[..., Any], _Prompts]:
+    """Returns the step that names languages, and the prompts."""
+    try:
+        loaded = prompts.load_templates(templates)
+        if prompt_language != prompts.OF_SPEECH:
+            some = prompts.in_order(prompts.in_language(loaded, prompt_language), order)
+            return _naming([prompt_language]), _Prompts(some)
+        spoken = {
+            language: prompts.in_order(some, order) for language, some in prompts.by_language(loaded).items()
+        }
+        every = [template for some in spoken.values() for template in some]
+        has_speech = prompt_languages.has_speech(every, f"task {name!r}")
+    except UserError as error:
+        raise UserError(f"task {name!r}: {str(error).removeprefix(f'task {name!r}: ')}") from None
+    choose = functools.partial(prompt_languages.choose_prompts, templates=spoken, salt=name)
+    joined = prompt_languages.PROMPT_TEMPLATE if has_speech else prompt_languages.TEXT_PROMPT_TEMPLATE
+    return _naming(list(spoken)), _Prompts((joined,), (choose,))
+
+
+def _naming(languages: Sequence[str]) -> Callable[..., Any]:
+    if list(languages) == ["en"]:
+        return preprocessors.add_language_names
+    names = {language: dict(prompts.names_in(language)) for language in languages}
+    return functools.partial(prompt_languages.name_languages, names=names)
 
 
 def add_task(
@@ -132,7 +182,7 @@ def add_task(
         vocabulary if isinstance(vocabulary, seqio.Vocabulary) else str(vocabulary),
         extra_ids,
         [_definition_of(step) for step in steps],
-        list(metric_fns),
+        [_definition_of(metric) for metric in metric_fns],
         metric_language,
     )
     if _is_registered(name, definition):
@@ -157,46 +207,96 @@ def add_task(
 
 
 def register_proportional_mixture(name: str, tasks: Sequence[str], split: str = "train") -> str:
-    """Registers a mixture whose rates are the numbers of references of its tasks, as in the SLM paper.
+    """Registers a mixture whose rates are the numbers of references of its parts, as in the SLM paper.
 
     Args:
       name: of the mixture.
-      tasks: names of registered tasks.
+      tasks: names of registered tasks and mixtures.
       split: whose references are counted, once a rate is asked for; audio is not read.
 
     Returns:
       `name`.
 
     Raises:
-      UserError: there are no tasks, one is unknown, or the name is taken by another definition.
+      UserError: there are no parts, one is unknown or named twice, or the name is taken by another
+        definition.
     """
-    rate = functools.partial(number_of_references, split=split)
-    return register_mixture(name, dict.fromkeys(tasks, rate), ("proportional", split))
+    return _register_counted(name, tasks, "examples", split)
 
 
-def register_mixture(
-    name: str, rates: Mapping[str, float | Callable[[Any], float]], definition: object = None
+def register_hours_mixture(name: str, tasks: Sequence[str], split: str = "train") -> str:
+    """Registers a mixture whose rates are the hours of speech of its parts.
+
+    A rate is a relative number of examples, so that a part with twice the hours gives twice the examples.
+    Arguments and errors are those of `register_proportional_mixture`.
+    """
+    return _register_counted(name, tasks, "hours", split)
+
+
+def register_temperature_mixture(
+    name: str,
+    tasks: Sequence[str],
+    temperature: float,
+    maximum: float | None = None,
+    measure: str = "examples",
+    split: str = "train",
 ) -> str:
-    """Registers a mixture with explicit rates: task -> relative number of its examples.
+    """Registers a mixture with rates `min(n, maximum) ** (1 / temperature)`, as T5's and mT5's are.
+
+    Raffel et al. 2020 (arXiv 1910.10683), section 3.5.2: `maximum` is their limit on the size of a data set.
 
     Args:
       name: of the mixture.
-      rates: task -> rate, or a function from the task to its rate.
-      definition: tells mixtures apart whose rates are functions.
+      tasks: names of registered tasks and mixtures.
+      temperature: 1 is proportional; the higher, the more alike are the rates.
+      maximum: what a part counts for at most; None for no limit.
+      measure: what n counts: `examples` or `hours`.
+      split: whose references are counted, once a rate is asked for.
 
     Returns:
       `name`.
 
     Raises:
-      UserError: as `register_proportional_mixture`.
+      UserError: the temperature or the maximum is not positive, the measure is unknown, or as
+        `register_proportional_mixture`.
+    """
+    return _register_counted(name, tasks, measure, split, temperature, maximum)
+
+
+def _register_counted(name: str, tasks: Sequence[str], measure: str, split: str, *power: Any) -> str:
+    if isinstance(tasks, str) or not isinstance(tasks, Sequence):
+        raise UserError(f"mixture {name!r}: tasks is {tasks!r}, expected a list of names")
+    for task in tasks:
+        if list(tasks).count(task) > 1:
+            raise UserError(f"mixture {name!r} names {task!r} twice")
+    return register_mixture(name, {task: PartRate(name, task, measure, split, *power) for task in tasks})
+
+
+def register_mixture(name: str, rates: Mapping[str, Rate]) -> str:
+    """Registers a mixture with explicit rates: part -> relative number of its examples.
+
+    A part is a task or a mixture. Of a mixture, the rate is divided among its own parts by their rates; a
+    task that comes in by several ways has the sum of its rates, as SeqIO has it.
+
+    Args:
+      name: of the mixture.
+      rates: name of a registered task or mixture -> its rate; of a task, a function from the task to it too.
+
+    Returns:
+      `name`.
+
+    Raises:
+      UserError: there are no parts, one is unknown, a rate is not a positive number, or the name is taken by
+        another definition.
     """
     if not rates:
         raise UserError(f"mixture {name!r} is empty, expected at least one task")
-    known = {*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()}
-    for task in rates:
-        if task not in known:
-            raise UserError(f"mixture {name!r} names unknown task {task!r}{nearest(task, known)}")
-    signature = ("mixture", sorted(rates), definition or dict(rates))
+    for part, rate in rates.items():
+        found = find_part(part, f"mixture {name!r}")
+        is_counted = isinstance(rate, PartRate) or (callable(rate) and isinstance(found, seqio.Task))
+        if not is_counted:
+            check_rate(rate, f"mixture {name!r}: {part!r}")
+    signature = ("mixture", sorted(rates.items(), key=lambda item: item[0]))
     if _is_registered(name, signature):
         return name
     try:
@@ -207,20 +307,6 @@ def register_mixture(
     return name
 
 
-def number_of_references(task: seqio.Task, split: str = "train") -> float:
-    """Returns how many references a split of a task has, from its source alone.
-
-    Raises:
-      UserError: the task has no such split, or its source cannot say.
-    """
-    if split not in task.splits:
-        raise UserError(f"task {task.name!r} has no split {split!r}{nearest(split, task.splits)}")
-    count = task.num_input_examples(split)
-    if count is None:
-        raise UserError(f"task {task.name!r}: its source does not say how many examples split {split!r} has")
-    return float(count)
-
-
 def _is_registered(name: str, definition: object) -> bool:
     if name not in seqio.TaskRegistry.names() and name not in seqio.MixtureRegistry.names():
         return False
@@ -229,7 +315,7 @@ def _is_registered(name: str, definition: object) -> bool:
     return True
 
 
-def _definition_of(step: Callable[..., Any]) -> object:
+def _definition_of(step: Callable[..., Any] | str) -> object:
     return (step.func, step.keywords) if isinstance(step, functools.partial) else step
 
 

@@ -79,20 +79,24 @@ def parse(gin_files: Sequence[str], bindings: Sequence[str] = (), search_paths: 
                 gin.parse_config(f"{_imports()}\n{name} = {value}")
 
 
-def build(configurable: Callable[..., T]) -> T:
+def build(configurable: Callable[..., T], **given: Any) -> T:
     """Calls `configurable` with everything that gin binds to it.
+
+    Args:
+      configurable: what is called.
+      **given: arguments in place of what is bound; then no other macro need have a value than those it reads.
 
     Raises:
       UserError: a required macro is missing, or a parameter has no value.
     """
     missing = missing_required()
-    if missing:
+    if missing and not given:
         flags = ", ".join(f"--gin.{name}=..." for name in missing)
         raise UserError(
             f"missing required macro{'s' * (len(missing) > 1)} {', '.join(missing)}: give {flags}"
         )
     with _user_errors():
-        return gin.get_configurable(configurable)()
+        return gin.get_configurable(configurable)(**given)
 
 
 def bound(name: str) -> Any:

@@ -460,16 +460,19 @@ def _register(run: Run) -> None:
 def _template_fingerprints(mixture_or_task: Any) -> dict[str, str]:
     """Fingerprints of the prompt templates of those tasks that have any, named `templates/<task>`."""
     from slm_jax.data.preprocessors import render_prompts, templates_fingerprint
+    from slm_jax.data.prompt_languages import choose_prompts
 
-    tasks = getattr(mixture_or_task, "tasks", [mixture_or_task])
-    return {
-        f"templates/{task.name}": templates_fingerprint(
-            [*step.keywords["templates"], step.keywords["target"]]
-        )
-        for task in tasks
-        for step in task.preprocessors
-        if isinstance(step, functools.partial) and step.func is render_prompts
-    }
+    found: dict[str, list[str]] = {}
+    for task in getattr(mixture_or_task, "tasks", [mixture_or_task]):
+        for step in task.preprocessors:
+            if isinstance(step, functools.partial) and step.func is render_prompts:
+                found.setdefault(task.name, []).extend([*step.keywords["templates"], step.keywords["target"]])
+            elif isinstance(step, functools.partial) and step.func is choose_prompts:
+                by_language = step.keywords["templates"].items()
+                found.setdefault(task.name, []).extend(
+                    f"{language}: {template}" for language, some in by_language for template in some
+                )
+    return {f"templates/{task}": templates_fingerprint(templates) for task, templates in found.items()}
 
 
 def subtree(tree: Any, path: tuple[str, ...]) -> Any:

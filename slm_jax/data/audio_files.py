@@ -9,7 +9,7 @@ Rules, each counted by the iterator:
   as written durations are rounded; anything longer is a bad example;
 - audio more than 250 ms shorter than its reference is a bad example too: WAV, Ogg and MP3 files that break
   off decode without an error. Durations that count an MP3's frames are longer by up to 200 ms (at 8 kHz);
-- where a reference is a part of a file (`containers`), all this holds for the part; of a stretch in seconds
+- where a reference is a part of a file (`parts`), all this holds for the part; of a stretch in seconds
   nothing else is decoded.
 """
 
@@ -26,14 +26,21 @@ import numpy as np
 import soundfile
 import soxr
 
-from slm_jax.data import containers
-from slm_jax.data.containers import Part
+from slm_jax.data import containers, parts
+from slm_jax.data.parts import Part
 from slm_jax.data.references import SAMPLE_RATE, Reference
 from slm_jax.errors import BadExample
 
 HOP = SAMPLE_RATE // 100
 MOST_MISSING = SAMPLE_RATE // 4
 LOWEST_RATE, HIGHEST_RATE = 1_000, 768_000
+
+# Codecs whose samples depend on those before, and for how long they do: MP3 takes bits from earlier frames,
+# Opus predicts (RFC 7845 asks for 80 ms, which leaves an error of 1 %).
+LEAD_SECONDS = {"MPEG_LAYER_III": 0.5, "OPUS": 0.5}
+# libsndfile 1.2 seeks up to a block too far in the last page of Ogg Vorbis, whose end is cut. A page has 255
+# packets at most, which is less than this.
+LAST_PAGE_SECONDS = 20.0
 
 REASONS = (
     "missing_file",
@@ -87,7 +94,7 @@ def load_audio(path: AudioPath, max_samples: int | None = None, part: str = "") 
     Args:
       path: the file, local or remote.
       max_samples: most samples at 16 kHz that are accepted; no more than that is decoded.
-      part: which part of the file, as of `containers`.
+      part: which part of the file, as of `parts`.
 
     Raises:
       BadExample: with one of `REASONS`.
@@ -155,7 +162,7 @@ def count_samples(path: AudioPath, part: str = "") -> int:
     Raises:
       BadExample: a reason of `REASONS` that is found without decoding.
     """
-    parsed = containers.parse(part)
+    parsed = parts.parse(part)
     with _open(os.fspath(path), parsed, seek=True) as file:
         first, stop = _frames(parsed, file)
         return math.ceil((stop - first) * SAMPLE_RATE / file.samplerate)
@@ -167,7 +174,7 @@ def _name(path: AudioPath, part: str) -> str:
 
 def _read(path: str, part: str, max_samples: int | None) -> tuple[np.ndarray, int]:
     """Returns float32 [n, channels] and the rate, or int16 of a file whose samples are just that."""
-    parsed = containers.parse(part)
+    parsed = parts.parse(part)
     with _open(path, parsed, seek=parsed.is_stretch) as file:
         rate = file.samplerate
         first, stop = _frames(parsed, file)
@@ -176,13 +183,26 @@ def _read(path: str, part: str, max_samples: int | None) -> tuple[np.ndarray, in
         if max_samples is not None:
             most = math.ceil((max_samples + 2) * rate / SAMPLE_RATE)
             frames = most if frames < 0 else min(frames, most)
+        # A decoder that predicts needs what came before; it is decoded in the same read, as soundfile seeks
+        # after each, and dropped.
+        before = min(first, _lead(file, first))
         try:
             if first:
-                file.seek(first)
+                file.seek(first - before)
+            # Samples that need no conversion are a tenth of the time.
             ready = file.subtype == "PCM_16" and file.channels == 1 and rate == SAMPLE_RATE
-            return file.read(frames, dtype="int16" if ready else "float32", always_2d=True), rate
+            dtype = "int16" if ready else "float32"
+            wave = file.read(before + frames if frames >= 0 else -1, dtype=dtype, always_2d=True)
+            return wave[before:], rate
         except (soundfile.SoundFileError, RuntimeError, MemoryError, ValueError) as error:
             raise BadExample("unreadable_audio", f"{_name(path, part)}: {error}") from None
+
+
+def _lead(file: soundfile.SoundFile, first: int) -> int:
+    """Returns how many frames to decode before the first that is wanted."""
+    if file.subtype == "VORBIS":
+        return max(0, first - (file.frames - round(LAST_PAGE_SECONDS * file.samplerate)))
+    return round(LEAD_SECONDS.get(file.subtype, 0.0) * file.samplerate)
 
 
 def _frames(part: Part, file: soundfile.SoundFile) -> tuple[int, int]:

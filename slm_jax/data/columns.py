@@ -7,6 +7,7 @@ preprocessor has none goes through SeqIO.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import itertools
@@ -17,13 +18,14 @@ from typing import Any, NamedTuple
 import numpy as np
 import seqio
 
-from slm_jax.data import preprocessors
+from slm_jax.data import biasing, continuation, labels, preprocessors, prompt_languages, same_language
+from slm_jax.data.columnwise import buckets, texts, with_reason
 from slm_jax.data.host_tensorflow import tf
-from slm_jax.data.preprocessors import LANGUAGE_NAMES, SPEECH_MARKER, template_fields
+from slm_jax.data.preprocessors import LANGUAGE_NAMES, SPEECH_MARKER
 from slm_jax.data.references import SPEECH
 from slm_jax.data.sources import ReferenceSource
 from slm_jax.data.sources.base import count_of
-from slm_jax.errors import UserError, nearest
+from slm_jax.errors import UserError
 
 # Sentencepiece's own threads; it holds Python back while they work.
 _TOKENIZER_THREADS = -1
@@ -55,9 +57,10 @@ class Pipeline:
     """
 
     def __init__(self, task: seqio.Task):
+        self._task = task
         self._steps = [_on_columns(step, task) for step in task.preprocessors]
-        self._templates = [template for step in task.preprocessors for template in _templates_of(step)]
-        self._seen = {"speech"}
+        self._fields: set[str] = set()
+        self._is_checked = False
 
     @staticmethod
     def fits(task: seqio.Task) -> bool:
@@ -72,25 +75,24 @@ class Pipeline:
 
     def __call__(self, chunk: Chunk) -> Chunk:
         """Returns a chunk as the preprocessors leave it."""
+        if not self._fields:
+            self._fields.update(chunk)
+            # A field may come first in a later chunk: what is wrong here is told in the end.
+            with contextlib.suppress(UserError):
+                self.check()
+        self._fields.update(chunk)
         for step in self._steps:
-            self._seen.update(chunk)
             chunk = step(chunk)
         return chunk
 
-    def check_fields(self) -> None:
-        """Raises UserError where a template reads a field that no chunk had."""
-        for template in self._templates:
-            for field in template_fields(template):
-                if field not in self._seen:
-                    raise UserError(
-                        f"prompt template {template!r} reads field {field!r}, which no reference has"
-                        f"{nearest(field, self._seen)}"
-                    )
-
-
-def texts(chunk: Chunk, field: str) -> Sequence[str]:
-    """Returns a field of a chunk, empty texts where no reference has it."""
-    return chunk[field] if field in chunk else [""] * count_of(chunk)
+    def check(self) -> None:
+        """Raises UserError where the preprocessors ask for what no chunk had, as they do in SeqIO."""
+        if self._is_checked:
+            return
+        empty = {name: tf.constant([""]) for name in self._fields} | {"samples": tf.constant([0])}
+        dataset = tf.data.Dataset.from_tensor_slices(empty)
+        self._task.preprocess_postcache(dataset, sequence_length=None, seed=0)
+        self._is_checked = True
 
 
 def render(template: str, chunk: Chunk) -> list[str]:
@@ -102,11 +104,6 @@ def render(template: str, chunk: Chunk) -> list[str]:
         if field is not None:
             parts.append(texts(chunk, field))
     return list(map("".join, zip(*parts, strict=True))) if parts else [""] * count_of(chunk)
-
-
-def pick(ids: Sequence[str], count: int, salt: str) -> np.ndarray:
-    """Returns the number that `preprocessors` picks for each id: int64 [n] within `range(count)`."""
-    return tf.strings.to_hash_bucket_fast([f"{salt}\n{id_}" for id_ in ids], count).numpy()
 
 
 def ragged(lists: Sequence[Sequence[int]], dtype: Any = np.int32) -> Ragged:
@@ -138,8 +135,8 @@ def _add_language_names(chunk: Chunk) -> Chunk:
 
 def _reject_languages(chunk: Chunk, *, languages: Sequence[str]) -> Chunk:
     known = set(languages)
-    reasons = ["" if code in known else "unknown_language" for code in texts(chunk, "language")]
-    return chunk | {"reject": _objects(reasons)}
+    is_other = np.array([code not in known for code in texts(chunk, "language")], bool)
+    return chunk | {"reject": with_reason(chunk, is_other, "unknown_language")}
 
 
 def _repeat(chunk: Chunk, *, times: int) -> Chunk:
@@ -155,7 +152,7 @@ def _render_prompts(
 ) -> Chunk:
     preprocessors.check_prompts(templates, target, salt, speech)
     text_only = speech != SPEECH_MARKER
-    choice = pick(chunk["id"], len(templates), salt)
+    choice = buckets(salt, chunk["id"], len(templates))
     before, said, after = (np.full(len(choice), "", object) for _ in range(3))
     marked = np.zeros(len(choice), bool)
     for number, template in enumerate(templates):
@@ -215,6 +212,13 @@ ON_COLUMNS: dict[Any, Callable[..., Chunk]] = {
     preprocessors.repeat: _repeat,
     preprocessors.render_prompts: _render_prompts,
     preprocessors.tokenize_prompts: _tokenize_prompts,
+    biasing.phrase_lists: biasing.phrase_lists_on_columns,
+    biasing.rare_words: biasing.rare_words_on_columns,
+    continuation.cut_speech: continuation.cut_speech_on_columns,
+    labels.reject_labels: labels.reject_labels_on_columns,
+    prompt_languages.choose_prompts: prompt_languages.choose_prompts_on_columns,
+    prompt_languages.name_languages: prompt_languages.name_languages_on_columns,
+    same_language.transcribe_same_language: same_language.transcribe_same_language_on_columns,
 }
 
 
@@ -228,11 +232,3 @@ def _on_columns(step: Callable[..., Any], task: seqio.Task) -> Step:
     if "output_features" in inspect.signature(form).parameters:
         keywords["output_features"] = task.output_features
     return functools.partial(form, **keywords)
-
-
-def _templates_of(step: Callable[..., Any]) -> list[str]:
-    """Returns the templates that a preprocessor fills in."""
-    if _function_of(step) is not preprocessors.render_prompts or not isinstance(step, functools.partial):
-        return []
-    settings = step.keywords
-    return [*settings["templates"], settings["target"], settings.get("speech", SPEECH_MARKER)]

@@ -1,16 +1,11 @@
-"""Audio inside other files: what `Reference.part` says, and the bytes that it names.
+"""Audio inside other files: the bytes that a part (`parts`) names.
 
-A part is `&`-joined `key=value`, empty for a whole file:
-
-- `t=START,END` seconds of the audio, as in W3C's media fragments; without END (`t=START`) to its end. It goes
-  with any of the others;
 - `bytes=OFFSET,LENGTH` a stretch of the file, such as a member of a tar archive;
 - `row=N&column=NAME` a row of a parquet file, from 0, whose column holds the bytes of an audio file, or a
   struct with a field `bytes` as Hugging Face's datasets write it;
 - `record=N&check=CRC` a record of a speech shard (`shards`), from 0, with the CRC-32 of its bytes;
+- `example=...` a record of TensorFlow Datasets, as `tfds_examples` says;
 - every other key of `READERS`.
-
-Values are percent-encoded where they hold `&`, `=` or `%`.
 """
 
 from __future__ import annotations
@@ -19,39 +14,19 @@ import bisect
 import contextlib
 import io
 import itertools
-import math
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, BinaryIO, NamedTuple, cast
-from urllib.parse import quote, unquote
 
-from slm_jax.data import storage
+from slm_jax.data import ranges, storage, tfds_examples
 from slm_jax.data.handles import Handles
+from slm_jax.data.parts import Part, whole_number, whole_numbers
 from slm_jax.data.storage import SharedFile, Window
 from slm_jax.errors import BadExample, nearest
 
-# Files and row groups that stay open.
+# What stays open.
 OPEN_FILES = 64
 ROW_GROUP_BYTES = 256 << 20
-
-
-class Part(NamedTuple):
-    """A parsed part.
-
-    Attributes:
-      values: its keys and values but `t`; empty for a whole file.
-      start: of the stretch, in seconds.
-      end: of the stretch, in seconds; None for the end of the audio.
-    """
-
-    values: Mapping[str, str]
-    start: float = 0.0
-    end: float | None = None
-
-    @property
-    def is_stretch(self) -> bool:
-        """Whether `t` is given."""
-        return self.start > 0 or self.end is not None
 
 
 class Reader(NamedTuple):
@@ -66,54 +41,7 @@ class Reader(NamedTuple):
     further: tuple[str, ...] = ()
 
 
-# --- writing parts ---------------------------------------------------------------------------------
-
-
-def seconds(start: float, end: float | None = None) -> str:
-    """Returns the part of a stretch of audio."""
-    return f"t={start!r}" if end is None else f"t={start!r},{end!r}"
-
-
-def byte_range(offset: int, length: int) -> str:
-    """Returns the part of a stretch of a file."""
-    return f"bytes={offset},{length}"
-
-
-def parquet_row(row: int, column: str) -> str:
-    """Returns the part of a row of a parquet file, from 0."""
-    return f"row={row}&column={quoted(column)}"
-
-
-def quoted(value: str) -> str:
-    """Returns a value as it may stand in a part."""
-    return quote(value, safe="/:,+ @")
-
-
 # --- reading parts ---------------------------------------------------------------------------------
-
-
-def parse(part: str) -> Part:
-    """Returns what a part says.
-
-    Raises:
-      BadExample: `bad_part`, it is none.
-    """
-    values: dict[str, str] = {}
-    for item in part.split("&") if part else ():
-        key, _, value = item.partition("=")
-        if key in values:
-            raise BadExample("bad_part", f"part {part!r} says {key!r} twice")
-        values[key] = unquote(value)
-    start, end = _stretch(values.pop("t", None), part)
-    if values:
-        kinds = [key for key in READERS if key in values]
-        if len(kinds) != 1:
-            raise BadExample("bad_part", f"part {part!r} names no kind{nearest(next(iter(values)), READERS)}")
-        known = {kinds[0], *READERS[kinds[0]].further}
-        for key in values:
-            if key not in known:
-                raise BadExample("bad_part", f"part {part!r} says {key!r}{nearest(key, known)}")
-    return Part(values, start, end)
 
 
 def open_part(path: str, part: Part, seek: bool = False) -> str | BinaryIO:
@@ -131,16 +59,17 @@ def open_part(path: str, part: Part, seek: bool = False) -> str | BinaryIO:
       BadExample: as of `naming_trouble`, or `missing_part`, `truncated_part`, `damaged_container`,
         `bad_part`.
     """
+    kind = _kind(part)
     with naming_trouble(path):
-        if not part.values:
+        if kind is None:
             if not storage.is_remote(path):
                 return path
             if not seek:
                 return io.BytesIO(storage.read(path))
             return _decoder_file(path, SharedFile(path), 0, None)
-        if "bytes" in part.values and seek:
-            return _decoder_file(path, *_byte_range(path, part.values))
-        kind = next(key for key in READERS if key in part.values)
+        if kind == "bytes" and seek:
+            offset, length = whole_numbers(part.values, "bytes", 2)
+            return _decoder_file(path, ranges.checked_file(path, offset, length), offset, length)
         return io.BytesIO(READERS[kind].read(path, part.values))
 
 
@@ -164,45 +93,18 @@ def naming_trouble(path: str) -> Iterator[None]:
         raise BadExample("unreadable_audio", f"{path}: {error.strerror or error}") from None
 
 
-def whole_number(values: Mapping[str, str], key: str) -> int:
-    """Returns the value of a key as a number from 0; raises BadExample `bad_part`."""
-    (number,) = whole_numbers(values, key, 1)
-    return number
-
-
-def whole_numbers(values: Mapping[str, str], key: str, count: int) -> list[int]:
-    """Returns the value of a key as `count` numbers from 0; raises BadExample `bad_part`."""
-    words = values.get(key, "").split(",")
-    if len(words) != count or not all(word.isascii() and word.isdigit() for word in words):
-        raise BadExample("bad_part", f"{key}={values.get(key, '')} is not {count} whole numbers")
-    return [int(word) for word in words]
-
-
-def shared_file(path: str) -> SharedFile:
-    """Returns a file that stays open for the next reads, the one that lies there now; raises OSError."""
-    return _FILES.get(path, None if storage.is_remote(path) else storage.stat(path))
-
-
-def _stretch(value: str | None, part: str) -> tuple[float, float | None]:
-    if value is None:
-        return 0.0, None
-    start, _, end = value.partition(",")
-    try:
-        first, last = float(start or 0), float(end) if end else None
-    except ValueError:
-        raise BadExample("bad_part", f"part {part!r}: t is {value!r}, expected seconds") from None
-    if not (0 <= first < math.inf) or (last is not None and not first < last < math.inf):
-        raise BadExample("bad_part", f"part {part!r}: t is {value!r}, expected START before END")
-    return first, last
-
-
-def _byte_range(path: str, values: Mapping[str, str]) -> tuple[SharedFile, int, int]:
-    offset, length = whole_numbers(values, "bytes", 2)
-    file = shared_file(path)
-    if offset + length > file.size:
-        found = f"{path} has {file.size} bytes, the part lies at {offset} to {offset + length}"
-        raise BadExample("missing_part" if offset >= file.size else "truncated_part", found)
-    return file, offset, length
+def _kind(part: Part) -> str | None:
+    """Returns the key of `READERS` that a part is of; None for a whole file."""
+    kinds = [key for key in READERS if key in part.values]
+    if len(kinds) != 1:
+        if not part.values:
+            return None
+        raise BadExample("bad_part", f"{dict(part.values)} is no kind{nearest(min(part.values), READERS)}")
+    known = {kinds[0], *READERS[kinds[0]].further}
+    for key in part.values:
+        if key not in known:
+            raise BadExample("bad_part", f"a part with {kinds[0]!r} has no {key!r}{nearest(key, known)}")
+    return kinds[0]
 
 
 def _decoder_file(path: str, file: SharedFile, offset: int, length: int | None) -> BinaryIO:
@@ -212,8 +114,7 @@ def _decoder_file(path: str, file: SharedFile, offset: int, length: int | None) 
 
 
 def _read_bytes(path: str, values: Mapping[str, str]) -> bytes:
-    file, offset, length = _byte_range(path, values)
-    return file.read_at(offset, length)
+    return ranges.read_range(path, *whole_numbers(values, "bytes", 2))
 
 
 # --- parquet ---------------------------------------------------------------------------------------
@@ -281,7 +182,9 @@ def _read_row(path: str, values: Mapping[str, str]) -> bytes:
         value = _ROW_GROUPS.get(path, changed, place[0], column)[place[1]].as_py()
     except KeyError:
         raise BadExample("missing_part", f"{path} has no column {column!r} of bytes") from None
-    except pa.ArrowException as error:
+    except (FileNotFoundError, storage.RemoteError):
+        raise
+    except (pa.ArrowException, OSError) as error:
         raise BadExample("damaged_container", f"{path}: {error}") from None
     if value is None:
         raise BadExample("missing_part", f"{path}, row {row}: no bytes in column {column!r}")
@@ -298,7 +201,6 @@ def _read_record(path: str, values: Mapping[str, str]) -> bytes:
     return record.data
 
 
-_FILES = Handles(lambda path, changed: SharedFile(path), OPEN_FILES)
 _PARQUET = Handles(ParquetRows, OPEN_FILES)
 _ROW_GROUPS = Handles(
     lambda path, changed, group, column: _PARQUET.get(path, changed).group(group, column),
@@ -311,4 +213,5 @@ READERS: dict[str, Reader] = {
     "bytes": Reader(_read_bytes),
     "row": Reader(_read_row, ("column",)),
     "record": Reader(_read_record, ("check",)),
+    "example": Reader(tfds_examples.read_example, tfds_examples.FURTHER_KEYS),
 }

@@ -25,7 +25,6 @@ import numpy as np
 import pyarrow as pa
 import seqio
 
-from slm_jax.data import columns, index_table, preprocessors, sources
 from slm_jax.data.batch import check_feature_lengths
 from slm_jax.data.columns import Chunk, Pipeline, Ragged
 from slm_jax.data.host_tensorflow import Tensor, tf
@@ -128,9 +127,17 @@ def _content_key(task: seqio.Task, split: str, limits: Mapping[str, int], seed: 
 
 @functools.cache
 def _code_fingerprint() -> str:
-    sources_of = sorted(Path(str(sources.__file__)).parent.glob("*.py"))
-    files = [preprocessors.__file__, columns.__file__, index_table.__file__, __file__, *sources_of]
-    return hashlib.sha256(b"".join(Path(str(file)).read_bytes() for file in files)).hexdigest()
+    folder = Path(__file__).parent
+    files = [folder / f"{name}.py" for name in _MODULES]
+    files += sorted((folder / "sources").rglob("*.py"))
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+
+
+# What a table's contents depend on, besides sources.
+_MODULES = (
+    "biasing", "columns", "columnwise", "continuation", "index", "index_table", "labels", "preprocessors",
+    "prompt_languages", "same_language",
+)  # fmt: skip
 
 
 def _describe(value: object) -> Any:
@@ -243,7 +250,7 @@ def _chunks(task: seqio.Task, split: str, seed: int) -> Iterator[Chunk]:
     pipeline = Pipeline(task)
     for chunk in task.source.chunks(split):  # pyright: ignore[reportAttributeAccessIssue]
         yield _complete(pipeline(chunk))
-    pipeline.check_fields()
+    pipeline.check()
 
 
 def _by_seqio(task: seqio.Task, split: str, seed: int) -> Iterator[Chunk]:

@@ -83,7 +83,7 @@ def report(plan: Plan, steps: int) -> PlanReport:
     of_task = np.zeros(len(plan.tables), np.int64)
     buckets: set[int] = set()
     for block, first, stop in _blocks(plan, steps * plan.rows_per_step):
-        members = slice(block.starts[first], block.starts[stop])
+        members = slice(int(block.starts[first]), int(block.starts[stop]))
         rows += stop - first
         examples += members.stop - members.start
         samples += int(block.samples[members].sum())
@@ -95,7 +95,9 @@ def report(plan: Plan, steps: int) -> PlanReport:
             room += count * np.array([shape.slots * shape.samples, shape.layout, shape.targets])
             buckets.add(int(bucket))
     used = dict(zip(("speech", "encoder", "decoder"), (samples, positions, tokens), strict=True))
-    shares = {name: value / size for (name, value), size in zip(used.items(), room, strict=True) if size}
+    shares = {
+        name: float(value / size) for (name, value), size in zip(used.items(), room, strict=True) if size
+    }
     planned = examples / max(rows, 1) * steps * plan.rows_per_step
     total = sum(plan.rates)
     tables = cast(Sequence[IndexTable], plan.tables)

@@ -53,6 +53,7 @@ _OWN_COLUMNS = ("@record", "@check", "id", "samples", "audio", "part")
 _WRITER_OPTIONS = "group_size:1,uncompressed"
 _READER_OPTIONS = "readahead_buffer_size:0,max_parallelism:0"
 _OPEN_SHARDS = 128
+_OPEN_COPIES = 16
 _BLOCK = 1 << 20
 _METADATA = b"slm_jax"
 
@@ -303,9 +304,8 @@ def read_record(path: str, number: int, check: str = "") -> Record:
         `damaged_container`.
       OSError: the file cannot be opened.
     """
-    changed = None if storage.is_remote(path) else storage.stat(path)
     try:
-        reader = _SHARDS.get(path, changed)
+        reader = _reader(path)
         count = reader.num_records()
         if number >= count:
             raise BadExample("out_of_step", f"{path} has {count} records, and its index speaks of {number}")
@@ -320,19 +320,17 @@ def read_record(path: str, number: int, check: str = "") -> Record:
         raise BadExample("damaged_container", f"{path}, record {number}: {error}") from None
 
 
+def _reader(path: str) -> Any:
+    # ArrayRecord itself knows local files and `gs://`; a shard elsewhere is copied.
+    if not storage.is_remote(path):
+        return _SHARDS.get(path, storage.stat(path))
+    return _SHARDS.get(path, None) if path.startswith("gs://") else _COPIES.get(path)
+
+
 def _open_shard(path: str, changed: object) -> Any:
     from array_record.python.array_record_module import ArrayRecordReader
 
-    # The reader knows local files and `gs://`; a shard elsewhere is copied, and goes when it is let go.
-    if storage.is_remote(path) and not path.startswith("gs://"):
-        with tempfile.NamedTemporaryFile() as copy, storage.open_binary(path) as file:
-            shutil.copyfileobj(file, copy, _BLOCK)
-            copy.flush()
-            return _checked(ArrayRecordReader(copy.name, _READER_OPTIONS))
-    return _checked(ArrayRecordReader(path, _READER_OPTIONS))
-
-
-def _checked(reader: Any) -> Any:
+    reader = ArrayRecordReader(path, _READER_OPTIONS)
     if not reader.ok():
         # Where it knows why, it tells when it is asked for a record.
         reader.read([0])
@@ -340,7 +338,16 @@ def _checked(reader: Any) -> Any:
     return reader
 
 
+def _open_copy(path: str) -> Any:
+    # The open reader holds the file, which goes with it.
+    with tempfile.NamedTemporaryFile() as copy, storage.open_binary(path) as file:
+        shutil.copyfileobj(file, copy, _BLOCK)
+        copy.flush()
+        return _open_shard(copy.name, None)
+
+
 _SHARDS = Handles(_open_shard, _OPEN_SHARDS)
+_COPIES = Handles(_open_copy, _OPEN_COPIES)
 
 
 # ---- a directory of shards

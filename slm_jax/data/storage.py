@@ -13,6 +13,7 @@ import io
 import logging
 import os
 import random
+import shutil
 import threading
 import time
 from collections import Counter
@@ -41,6 +42,8 @@ _LASTING = (
     ValueError,
     TypeError,
 )
+# Of ours, which another attempt would only hide.
+_BUGS = (AssertionError, AttributeError, LookupError, NameError, RecursionError)
 _LASTING_TENSORFLOW = (
     "PermissionDeniedError",
     "UnauthenticatedError",
@@ -170,6 +173,14 @@ def remove(path: str) -> None:
         retrying(f"remove {path}", lambda: _remote_system(path).remove(path))
     else:
         Path(path).unlink()
+
+
+def remove_folder(path: str) -> None:
+    """Removes a folder with all that is in it, where it is there; raises OSError."""
+    if not is_remote(path):
+        shutil.rmtree(path, ignore_errors=True)
+    elif is_folder(path):
+        retrying(f"remove {path}", lambda: _remote_system(path).rmtree(path))
 
 
 def open_binary(path: str | os.PathLike[str]) -> BinaryIO:
@@ -312,6 +323,8 @@ def retrying(what: str, operation: Callable[[], T]) -> T:
     for attempt in range(1, ATTEMPTS + 1):
         try:
             return operation()
+        except _BUGS:
+            raise
         except Exception as error:
             if (lasting := _lasting(error)) is not None:
                 raise lasting from None
@@ -381,6 +394,12 @@ class _Epath:
         from etils import epath
 
         epath.Path(path).unlink()
+
+    @staticmethod
+    def rmtree(path: str) -> None:
+        from etils import epath
+
+        epath.Path(path).rmtree()
 
 
 def _remote_open(path: str) -> Any:

@@ -5,6 +5,7 @@ import pytest
 
 from slm_jax.cli import gin_config
 from slm_jax.cli.run import Run, load_run, save_config
+from slm_jax.demo import foundation
 from slm_jax.errors import UserError
 from slm_jax.models import slm
 
@@ -15,8 +16,12 @@ _REQUIRED = {
     "MIXTURE_OR_TASK_NAME": "'asr'",
     "TASK_FEATURE_LENGTHS": "{'speech': 16000, 'inputs': 8, 'targets': 8}",
     "TRAIN_STEPS": "1",
-    "SPEECH_ENCODER_CHECKPOINT": "'encoder'",
-    "LLM_CHECKPOINT": "'llm'",
+    "SPEECH_ENCODER_CHECKPOINT": repr(foundation.speech_encoder()),
+    "LLM_CHECKPOINT": repr(foundation.llm()),
+    "LIBRISPEECH_DIR": "'LibriSpeech'",
+    "MLS_DIR": "'mls_german'",
+    "COVOST2_DIR": "'covost'",
+    "CLIPS_DIR": "'clips'",
     "SPEECH_ENCODER_OUTPUT": "'encoder'",
     "LLM_OUTPUT": "'llm'",
     "CTC_VOCAB_SIZE": "8",
@@ -29,6 +34,7 @@ _RUNS = {
     "recipes/demo_best_rq.gin": [],
     "recipes/demo_encoder.gin": [],
     "recipes/demo_t5.gin": [],
+    "recipes/public_corpora.gin": [],
     "recipes/quickstart.gin": [],
 }
 

@@ -3,6 +3,7 @@
 import io
 import json
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -62,6 +63,16 @@ def test_speech_comes_back_bit_for_bit(tmp_path: Path, rng: np.random.Generator,
     for i in rng.permutation(9):
         np.testing.assert_array_equal(load_utterance(found[i]).samples, waves[i])
         assert count_samples(str(found[i].audio), found[i].part) == len(waves[i]) == found[i].samples
+
+
+def test_threads_read_one_shard_at_the_same_time(tmp_path: Path, rng: np.random.Generator):
+    waves = [speech(rng) for _ in range(40)]
+    write(str(tmp_path), [audio_record(f"u{i}", wave) for i, wave in enumerate(waves)])
+    found = references(ShardSource(tmp_path))
+    asked = rng.integers(0, 40, 2_000).tolist()
+    with ThreadPoolExecutor(8) as threads:
+        for i, audio in zip(asked, threads.map(lambda i: load_utterance(found[i]), asked), strict=True):
+            np.testing.assert_array_equal(audio.samples, waves[i])
 
 
 @settings(max_examples=50, deadline=None)

@@ -1,12 +1,18 @@
 """Manifests: what they yield, and one sentence for each mistake in them."""
 
+import gzip
+import json
 import re
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from slm_jax.data.host_tensorflow import tf
-from slm_jax.data.sources import ManifestSource
+from slm_jax.data.sources import ManifestSource, text_files
 from slm_jax.errors import UserError
 
 
@@ -36,6 +42,79 @@ def test_durations_that_are_no_length_have_no_samples(write_manifest, duration: 
     assert ManifestSource({"train": path}).columns("train")["samples"].tolist() == [0]
 
 
+names = st.sampled_from(["text", "id", "audio", "duration", "language", "topic", "translations", "part"])
+texts = st.text(max_size=8) | st.sampled_from(["null", "2024-01-31", "1.5", "true", "a\\u2028b", "}\\n{"])
+values = {
+    "duration": st.floats(allow_nan=True) | st.integers(-5, 10**400),
+    "translations": st.dictionaries(st.sampled_from(["de", "fr"]), texts, max_size=2),
+    "id": texts | st.integers(),
+}
+any_value = texts | st.none() | st.booleans() | st.integers() | st.lists(st.integers(), max_size=1)
+
+
+@st.composite
+def record(draw: st.DrawFn) -> dict[str, Any]:
+    fields = draw(st.lists(names, unique=True, max_size=6))
+    odd = draw(st.integers(0, 60)) == 0
+    return {name: draw(any_value if odd else values.get(name, texts)) for name in fields}
+
+
+def outcome(path: Path) -> Any:
+    """What a manifest yields, or the sentence that says why nothing."""
+    try:
+        columns = ManifestSource({"train": path}).columns("train")
+    except UserError as error:
+        return str(error)
+    columns = {name: values.tolist() for name, values in columns.items()}
+    # A field that no reference has may be absent.
+    return {name: values for name, values in columns.items() if name == "samples" or any(values)}
+
+
+@settings(max_examples=200, deadline=None)
+@given(records=st.lists(record(), min_size=1, max_size=5))
+def test_blocks_that_arrow_reads_come_out_as_python_reads_them(tmp_path_factory, records):
+    path = tmp_path_factory.mktemp("manifest") / "train.jsonl"
+    lines = [json.dumps(fields, ensure_ascii=len(records) % 2 == 0) for fields in records]
+    path.write_text("\n".join(lines), "utf-8")
+    plain = outcome(path)
+    # A space at the end of a line is enough for Python's parser.
+    path.write_text(" \n".join(lines) + " ", "utf-8")
+    assert plain == outcome(path)
+
+
+def test_a_manifest_longer_than_a_block(tmp_path: Path, rng: np.random.Generator, monkeypatch):
+    monkeypatch.setattr(text_files, "_BLOCK", 1000)
+    lengths = rng.integers(1, 100, 300)
+    lines = [json.dumps({"text": "ü" * int(length)}, ensure_ascii=False) for length in lengths]
+    for blank in rng.integers(0, 300, 3):
+        lines[blank] = ""
+    expected = {str(i): json.loads(line)["text"] for i, line in enumerate(lines, 1) if line}
+    data = "\n".join(lines).encode()
+    (tmp_path / "a.jsonl").write_bytes(data)
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(data))
+    tf.io.gfile.makedirs("ram://manifests")
+    tf.io.gfile.copy(str(tmp_path / "a.jsonl"), "ram://manifests/a.jsonl", overwrite=True)
+    for path in (tmp_path / "a.jsonl", tmp_path / "a.jsonl.gz", "ram://manifests/a.jsonl"):
+        source = ManifestSource({"train": path})
+        chunks = list(source.chunks("train"))
+        assert len(chunks) > 1
+        columns = source.columns("train")
+        assert dict(zip(columns["id"], columns["text"], strict=True)) == expected
+        assert source.num_input_examples("train") == len(expected)
+    assert source.audio_root("train") == "ram://manifests"
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(data)[:-20])
+    with pytest.raises(UserError, match="is not a whole gzip file"):
+        ManifestSource({"train": tmp_path / "a.jsonl.gz"}).columns("train")
+
+
+def test_half_a_character_is_named_by_its_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(text_files, "_BLOCK", 64)
+    good = b'{"text": "abc"}\n' * 20
+    (tmp_path / "a.jsonl").write_bytes(good + b'{"text": "\xff"}\n' + good)
+    with pytest.raises(UserError, match=f"byte {len(good) + 10} is"):
+        ManifestSource({"train": tmp_path / "a.jsonl"}).columns("train")
+
+
 def test_shuffled_order_holds_the_same_references(write_manifest, rng: np.random.Generator):
     source = ManifestSource({"train": write_manifest([{"text": str(i)} for i in range(50)])})
     seed = int(rng.integers(1000))
@@ -58,6 +137,8 @@ def test_shuffled_order_holds_the_same_references(write_manifest, rng: np.random
         ([{"audio": "a"}], "line 1: field 'duration' is missing"),
         ([{"translations": {"de": 1}}], "field 'translations.de' is 1, expected a string"),
         ([{"translations": "de"}], "field 'translations' is \"de\", expected an object"),
+        ([{"samples": "1"}], "line 1: field 'samples' is not for manifests; write 'duration'"),
+        (['{"text": "\\ud800"}'], "line 1: half a surrogate pair"),
         ([{"id": ""}], "line 1: field 'id' is empty"),
         ([""], "holds no references"),
     ],

@@ -38,12 +38,12 @@ def distributions(tmp_path_factory) -> tuple[Path, Path]:
 
 
 def wanted() -> set[str]:
-    """Every module, gin file, task and shipped model of the checkout, as paths in the package."""
+    """Every module, gin file, task, set of prompts and shipped model, as paths in the package."""
     package = ROOT / "slm_jax"
     files = [path.relative_to(package) for path in package.rglob("*.py")]
     linked = [
         folder / path.relative_to(package / folder)
-        for folder, pattern in ((Path("gin"), "*.gin"), (Path("tasks"), "*.py"))
+        for folder, pattern in ((Path("gin"), "*.gin"), (Path("tasks"), "*.py"), (Path("tasks"), "*.json"))
         for path in (package / folder).resolve().rglob(pattern)
         for path in [package / folder / path.relative_to((package / folder).resolve())]
     ]
@@ -56,6 +56,7 @@ def test_both_distributions_hold_every_module_gin_file_and_task(distributions):
     names = wanted()
     assert any(name.startswith("slm_jax/tasks/") for name in names)
     assert any(name.endswith(".gin") for name in names)
+    assert "slm_jax/tasks/prompts/asr.json" in names
     assert sum(name.endswith("/params.safetensors") for name in names) == 2
     with zipfile.ZipFile(wheel) as archive:
         packed = set(archive.namelist())
@@ -98,6 +99,8 @@ def test_the_command_works_outside_the_checkout(installed, tmp_path):
 def test_packaged_gin_files_and_tasks_are_found_outside_the_checkout(installed, tmp_path):
     script = (
         "import slm_jax, slm_jax.tasks\n"
+        "from slm_jax.tasks.templates import load_templates\n"
+        "assert load_templates('asr')['de']\n"
         "from slm_jax.cli.gin_config import find_gin_file, packaged_gin_files\n"
         "print(slm_jax.__file__, slm_jax.tasks.__file__)\n"
         "for name in packaged_gin_files(): print(find_gin_file(name, []))\n"

@@ -224,6 +224,22 @@ EXERCISES = [
         wrote("runs/deeper/checkpoints/2"),
     ),
     Exercise(
+        ".venv/bin/slm data prepare --manifest runs/demo/corpus/train.jsonl --to runs/shards --shards 8"
+        " --shuffle --workers 2",
+        "",
+        says("24 utterances, .* in 8 shards of split train"),
+    ),
+    Exercise(
+        ".venv/bin/slm data prepare --gin_file mine.gin --task my_asr --split validation --to runs/shards",
+        "",
+        wrote("runs/shards/shards.json", "runs/shards/validation-00000-of-00001.array_record"),
+    ),
+    Exercise(
+        ".venv/bin/slm data describe --from_shards runs/shards --png runs/shards.png",
+        "",
+        wrote("runs/shards.png"),
+    ),
+    Exercise(
         ".venv/bin/slm demo --to runs/foundation/corpus",
         "--preset tiny",
         wrote("runs/foundation/corpus/train.jsonl"),

@@ -14,7 +14,7 @@ def given_in_code() -> set[str]:
     """The literal reasons of `BadExample(...)`."""
     calls = [
         node
-        for path in DATA.glob("*.py")
+        for path in DATA.rglob("*.py")
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "BadExample"
     ]
@@ -27,7 +27,7 @@ def test_reasons_are_those_of_the_code():
     tables = {
         name for name in listed if name not in {"audio", "duration", "language", "text", "translations", "id"}
     }
-    source = "".join(path.read_text(encoding="utf-8") for path in DATA.glob("*.py"))
+    source = "".join(path.read_text(encoding="utf-8") for path in DATA.rglob("*.py"))
     assert given_in_code() | set(audio_files.REASONS) <= tables
     for name in tables:
         assert f'"{name}"' in source, f"docs/data.md lists {name}, which nothing gives"

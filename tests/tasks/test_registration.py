@@ -15,8 +15,8 @@ from slm_jax.evaluation.metrics import declaration
 from slm_jax.tasks.asr import register_asr
 from slm_jax.tasks.ast import register_ast
 from slm_jax.tasks.instruction import register_instruction, register_span_corruption
+from slm_jax.tasks.rates import number_of_references
 from slm_jax.tasks.registration import (
-    number_of_references,
     register_mixture,
     register_proportional_mixture,
 )

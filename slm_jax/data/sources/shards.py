@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -35,6 +35,10 @@ class ShardSource(ReferenceSource):
     def definition(self) -> Any:
         """Returns the directory."""
         return self._directory
+
+    def list_shards(self, split: str) -> Sequence[str]:
+        """Returns one name, the directory: the plan splits rows over hosts."""
+        return [self._directory]
 
     def audio_root(self, split: str) -> str:
         """Returns the directory."""

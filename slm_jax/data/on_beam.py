@@ -1,0 +1,108 @@
+"""Independent jobs on Apache Beam: here, or where Flink, Spark or Dataflow runs them."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import io
+import logging
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from slm_jax.errors import UserError, check_whole, nearest
+
+logger = logging.getLogger(__name__)
+
+RUNNERS = ("DirectRunner", "FlinkRunner", "SparkRunner", "DataflowRunner", "PortableRunner")
+# Beam's DirectRunner fetches the binary of another one, Prism, unless a pipeline may do what Prism cannot.
+_WITHOUT_PRISM = {"allow_unsafe_triggers": True}
+
+
+def check_runner(runner: str, workers: int | None, options: Mapping[str, Any]) -> None:
+    """Raises UserError where Beam is missing, or a runner or an option of it is unknown.
+
+    Args:
+      runner: one of `RUNNERS`.
+      workers: processes of DirectRunner; None where it was not asked for.
+      options: of Beam's pipelines, by name.
+    """
+    if runner not in RUNNERS:
+        raise UserError(f"--runner is {runner!r}{nearest(runner, RUNNERS)}")
+    if workers is not None:
+        check_whole("--workers", workers)
+        if runner != "DirectRunner":
+            raise UserError(f"--workers is of DirectRunner; give {runner} its options by --beam NAME=VALUE")
+    _, PipelineOptions = _beam()
+    known = PipelineOptions(flags=[]).get_all_options()
+    for name in options:
+        if name not in known:
+            # There are too many to list.
+            near = nearest(name, difflib.get_close_matches(name, known, n=1))
+            raise UserError(f"--beam {name}: Beam has no such option{near}")
+    said = io.StringIO()
+    try:
+        # Its values are parsed as flags of a command, which ends where one is wrong.
+        with contextlib.redirect_stderr(said):
+            PipelineOptions.from_dictionary(dict(options)).get_all_options()
+    except SystemExit:
+        raise UserError(f"--beam: {said.getvalue().strip().rpartition('error: ')[2]}") from None
+
+
+def run_on_beam(
+    function: Callable[[Any], object],
+    jobs: Sequence[Any],
+    *,
+    runner: str = "DirectRunner",
+    workers: int | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> None:
+    """Applies a function to each of many independent jobs.
+
+    Args:
+      function: of a module, so that it can be found by its name.
+      jobs: what it is applied to; each can be pickled.
+      runner: one of `RUNNERS`.
+      workers: processes of DirectRunner; with one, the jobs run in this process.
+      options: of Beam's pipelines, by name.
+
+    Raises:
+      UserError: as `check_runner`, or a job failed.
+    """
+    check_runner(runner, workers, options or {})
+    beam, PipelineOptions = _beam()
+    chosen = {"runner": runner, **(options or {})}
+    if runner == "DirectRunner":
+        count = min(workers or 1, len(jobs))
+        direct = {
+            "direct_num_workers": count,
+            "direct_running_mode": "multi_processing" if count > 1 else "in_memory",
+            "default_sdk_harness_log_level": "ERROR",
+            **_WITHOUT_PRISM,
+        }
+        chosen = {**direct, **chosen}
+    try:
+        with beam.Pipeline(options=PipelineOptions.from_dictionary(chosen)) as pipeline:
+            _ = pipeline | beam.Create(jobs) | beam.Reshuffle() | beam.Map(function)
+    except Exception as error:
+        logger.info("the pipeline failed", exc_info=True)
+        said = str(error).strip() or type(error).__name__
+        if "Traceback" in said:
+            said = said.splitlines()[-1]
+        raise UserError(f"--runner {runner}: the pipeline failed: {said}") from error
+
+
+def _beam() -> tuple[Any, Any]:
+    """Returns the module and its class of options; raises UserError where Beam is not installed."""
+    # Beam logs what it found of Google's client libraries when it is imported.
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            import apache_beam
+            from apache_beam.options.pipeline_options import PipelineOptions
+    except ImportError:
+        raise UserError("Apache Beam is not installed: pip install 'slm_jax[beam]'") from None
+    finally:
+        logging.disable(logging.NOTSET)
+    return apache_beam, PipelineOptions

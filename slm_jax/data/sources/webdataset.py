@@ -1,0 +1,169 @@
+"""Tar shards in the convention of WebDataset."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from slm_jax.data import ranges
+from slm_jax.data.audio_files import count_samples
+from slm_jax.data.parts import byte_range
+from slm_jax.data.references import SAMPLE_RATE
+from slm_jax.data.sources import fields
+from slm_jax.data.sources.base import Columns, ReferenceSource, count_of
+from slm_jax.data.sources.patterns import Paths, files_of
+from slm_jax.data.sources.shard_tables import shard_columns, stats_of
+from slm_jax.data.sources.tar_index import Member, tar_members
+from slm_jax.data.sources.text_files import naming_mistakes
+from slm_jax.data.storage import SharedFile
+from slm_jax.errors import BadExample, UserError, nearest
+
+AUDIO = ("wav", "flac", "mp3", "ogg", "opus")
+
+# Suffix -> field, of members that are read as text without being asked for.
+_TEXTS = {"txt": "text", "cls": "cls"}
+_NAME = re.compile(r"^((?:.*/|)[^./]+)\.([^/]+)$")
+_VERSION = 1
+
+
+class WebDatasetSource(ReferenceSource):
+    """References from tar shards (https://github.com/webdataset/webdataset).
+
+    Members that stand together and have one name up to the first dot are one example: its audio
+    (`.wav`, `.flac`, `.mp3`, `.ogg`, `.opus`), its text (`.txt`), its label (`.cls`), and a `.json` whose
+    fields are fields of the reference. Example ids are `<shard>/<name>`. One pass over the headers and texts
+    of a shard is kept in the cache folder; lengths are the fields `duration` (seconds), `duration_ms` or
+    `duration_samples`, or else those of the audio's headers.
+
+    Args:
+      shards: split -> shards: paths, `shard-{000..123}.tar`, `*`, a folder, or several of them.
+      columns: suffix, or field of the `.json`, -> field; suffixes other than `.txt`, `.cls` and `.json` are
+        read as text where they stand here.
+      audio: suffixes of audio; the first that an example has.
+      language: of examples that have none.
+      sample_rate: that `duration_samples` counts at.
+    """
+
+    def __init__(
+        self,
+        shards: Mapping[str, Paths],
+        *,
+        columns: Mapping[str, str] | None = None,
+        audio: Sequence[str] = AUDIO,
+        language: str = "",
+        sample_rate: int = SAMPLE_RATE,
+    ):
+        self._shards = {split: files_of(paths, ".tar", "tar shard") for split, paths in shards.items()}
+        self._columns = dict(columns or {})
+        self._audio = [suffix.removeprefix(".").lower() for suffix in audio]
+        self._language, self._rate = language, sample_rate
+        super().__init__(tuple(self._shards))
+
+    def definition(self) -> Any:
+        """Returns paths and settings."""
+        return [self._shards, self._columns, self._audio, self._language, self._rate]
+
+    def content_fingerprint(self, split: str) -> str:
+        """Returns a SHA-256 of sizes and times of the shards, and of the settings."""
+        shards = self._shards[self.check_split(split)]
+        return fields.joined_fingerprint([*stats_of(shards, "tar shard"), repr(self.definition()[1:])])
+
+    def num_input_examples(self, split: str) -> int:
+        """Returns how many examples a split has; the first time a pass over its shards."""
+        return sum(count_of(chunk) for chunk in self.chunks(split))
+
+    def chunks(self, split: str) -> Iterator[Columns]:
+        """As of `ReferenceSource`.
+
+        Raises:
+          UserError: a shard is missing, unreadable, compressed or empty, or lacks what `columns` names.
+        """
+        shards = self._shards[self.check_split(split)]
+        settings = [_VERSION, self._columns, self._audio, self._rate]
+        for shard, _, columns in shard_columns(shards, "tar shard", settings, self._scan):
+            path = shards[shard]
+            name = path.rpartition("/")[2].removesuffix(".tar")
+            chunk = columns | {"audio": np.where(columns["part"] == "", "", path).astype(object)}
+            chunk["id"] = np.array([f"{name}/{key}" for key in columns["id"]], object)
+            yield fields.completed(chunk, self._language)
+
+    def _scan(self, path: str) -> Columns:
+        found: set[str] = set()
+        groups = itertools.groupby(_named(tar_members(path)), key=lambda named: named[0])
+        members = [{suffix: member for _, suffix, member in group} | {"": key} for key, group in groups]
+        with naming_mistakes(path, "tar shard"):
+            file = ranges.shared_file(path)
+            records = [self._record(file, group, path, found) for group in members]
+        if not records:
+            raise UserError(f"tar shard {path} holds no examples")
+        for column in self._columns:
+            if column not in found:
+                raise UserError(f"tar shard {path} has no suffix or field {column!r}{nearest(column, found)}")
+        columns = fields.columns_of_records(records)
+
+        def name_of(field: str, i: int) -> str:
+            return f"{path}, example {records[i]['id']}: field {field!r}"
+
+        written = fields.take_samples(columns, self._rate, name_of)
+        samples = np.zeros(len(records), np.int32) if written is None else written
+        for i in np.flatnonzero((samples == 0) & (columns["part"] != "")):
+            if not any(records[i].get(name) for name in fields.DURATION_FIELDS):
+                samples[i] = _header_samples(path, columns["part"][i])
+        return columns | {"samples": samples}
+
+    def _record(
+        self, file: SharedFile, group: dict[str, Any], path: str, found: set[str]
+    ) -> dict[str, str | int]:
+        key = group.pop("")
+        record: dict[str, str | int] = {}
+        if "json" in group:
+            for name, value in _object(file, group.pop("json"), path).items():
+                found.add(name)
+                record[self._columns.get(name, name)] = value
+        for suffix, member in group.items():
+            found.add(suffix)
+            if suffix in self._columns or suffix in _TEXTS:
+                record[self._columns.get(suffix, _TEXTS.get(suffix, suffix))] = _text(file, member, path)
+        audio = next((group[suffix] for suffix in self._audio if suffix in group), None)
+        part = byte_range(audio.offset, audio.length) if audio is not None else ""
+        return record | {"id": key, "part": part}
+
+
+def _named(members: Sequence[Member]) -> Iterator[tuple[str, str, Member]]:
+    """Yields name up to the first dot, suffix and member; members without a suffix belong to no example."""
+    for member in members:
+        if found := _NAME.match(member.name.removeprefix("./")):
+            yield found[1], found[2].lower(), member
+
+
+def _text(file: SharedFile, member: Member, path: str) -> str:
+    try:
+        return file.read_at(member.offset, member.length).decode("utf-8").strip()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}, member {member.name} is not UTF-8 text: {error.reason}") from None
+
+
+def _object(file: SharedFile, member: Member, path: str) -> dict[str, str]:
+    text = _text(file, member, path)
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}, member {member.name} is not JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path}, member {member.name}: found {type(value).__name__}, expected an object")
+    own = {"id", "part", "audio", "samples"}
+    return {name: fields.text_of(item) for name, item in value.items() if name not in own}
+
+
+def _header_samples(path: str, part: str) -> int:
+    try:
+        return min(count_samples(path, part), np.iinfo(np.int32).max)
+    except BadExample as bad:
+        if bad.reason == "unreachable_file":
+            raise UserError(f"tar shard {path} cannot be read: {bad.detail}") from None
+        return 0
