@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import soxr
-import tensorflow_datasets as tfds
+import tensorflow_datasets
 
 from slm_jax.data.audio_files import decode, load_utterance
 from slm_jax.data.references import SPEECH, Reference
@@ -15,6 +15,9 @@ from slm_jax.data.sources import TfdsSource, shard_tables
 from slm_jax.data.sources import tfds as tfds_source
 from slm_jax.data.tfds_examples import AudioFeature, audio_file
 from slm_jax.errors import BadExample, UserError
+
+# Its modules are lazy, which type checkers do not see through.
+tfds: Any = tensorflow_datasets
 
 pytestmark = [
     # TFDS's own way of writing.
@@ -82,7 +85,7 @@ def prepare(folder: Path, name: str, waves: list[Any], file_format: str) -> str:
             name = "mini"
             pkg_dir_path = folder
 
-            def _info(self) -> tfds.core.DatasetInfo:
+            def _info(self) -> Any:
                 return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
 
             def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
