@@ -31,7 +31,7 @@ from slm_jax.errors import UserError, nearest
 # Changes with the arithmetic: a run must not resume on another order.
 _VERSION = 2
 # New blocks that are counted before their row counts are written to disk.
-_COUNTS_TO_KEEP = 256
+_COUNTS_TO_KEEP = 32
 
 
 class Table(Protocol):

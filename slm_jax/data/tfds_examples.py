@@ -157,6 +157,9 @@ def _value(record: bytes, feature: AudioFeature, path: str) -> np.ndarray | byte
             if "Data types don't match" in error.message:
                 continue
             raise BadExample("damaged_container", f"{path}: {error.message}") from None
+        except UnicodeDecodeError:
+            # Of the message: TensorFlow puts the bytes into it.
+            raise BadExample("damaged_container", f"{path}: the record is no tf.train.Example") from None
         if dtype != tf.string:
             return values
         if len(values) == 1:
@@ -175,6 +178,9 @@ class _Reader:
             raise OSError("ArrayRecord files are read from local paths alone")
         storage.stat(path)
         self._reader = ArrayRecordReader(path, "readahead_buffer_size:0,max_parallelism:0")
+        # A file that is none opens without an error, and has no records.
+        if not self._reader.ok():
+            raise RuntimeError("it is no whole ArrayRecord file")
         self.count: int = self._reader.num_records()
         self._lock = threading.Lock()
 

@@ -239,6 +239,14 @@ EXERCISES = [
         "",
         wrote("runs/shards.png"),
     ),
+    Exercise(".venv/bin/slm data mixture --run runs/quickstart", "--steps 2", says("no padding: speech")),
+    Exercise(
+        ".venv/bin/slm data rows --run runs/quickstart --mesh data=4,fsdp=2,tensor=1 --hosts 4 --host 1"
+        " --start 100 --count 2 --json",
+        "",
+        says(r'^\{"100": \{"1604": \["demo_'),
+    ),
+    Exercise(".venv/bin/python benchmarks/packing.py", "--references 9000", says(r"mls +packed +9\d\.\d %")),
     Exercise(
         ".venv/bin/slm demo --to runs/foundation/corpus",
         "--preset tiny",

@@ -60,18 +60,18 @@ class TfdsSource(ReferenceSource):
         if bits not in (16, 24, 32):
             raise UserError(f"bits is {bits!r}, expected 16, 24 or 32")
         known = list(self._builder.info.splits)
-        self._splits = {split: split for split in known} if splits is None else dict(splits)
-        super().__init__(tuple(self._splits))
+        self._tfds_splits = {split: split for split in known} if splits is None else dict(splits)
+        super().__init__(tuple(self._tfds_splits))
 
     def definition(self) -> Any:
         """Returns paths and settings."""
         settings = [self._audio, self._columns, self._language, self._rate, self._bits]
-        return [self._directory, self._splits, *settings]
+        return [self._directory, self._tfds_splits, *settings]
 
     def content_fingerprint(self, split: str) -> str:
         """Returns a SHA-256 of sizes and times of the shards, and of the settings."""
         files = [instruction.filename for instruction in self._instructions(split)]
-        settings = [repr(self.definition()[2:]), self._splits[split]]
+        settings = [repr(self.definition()[2:]), self._tfds_splits[split]]
         return fields.joined_fingerprint([*stats_of(files, _WHAT), *settings])
 
     def num_input_examples(self, split: str) -> int:
@@ -113,7 +113,7 @@ class TfdsSource(ReferenceSource):
         return self._builder.info.file_format.value
 
     def _instructions(self, split: str) -> list[Any]:
-        wanted = self._splits[self.check_split(split)]
+        wanted = self._tfds_splits[self.check_split(split)]
         try:
             return list(self._builder.info.splits[wanted].file_instructions)
         except (KeyError, ValueError) as error:
@@ -144,9 +144,7 @@ class TfdsSource(ReferenceSource):
         feature: Any = audio[self._audio]
         rate = feature.sample_rate or self._rate
         if not rate:
-            raise UserError(
-                f"{where}: feature {self._audio!r} does not say its sample rate; give sample_rate"
-            )
+            raise UserError(f"{where}: feature {self._audio!r} says no sample rate; give sample_rate")
         channels = feature.shape[1] if len(feature.shape) > 1 else 1
         content = feature.to_json_content()
         encoding = "none" if content.lazy_decode else str(content.encoding).lower()
