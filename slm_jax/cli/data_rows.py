@@ -76,7 +76,7 @@ def main(args: argparse.Namespace) -> int:
 def mesh_sizes(text: str) -> dict[str, int]:
     """Returns the sizes that `data=4,fsdp=2` means; raises UserError where it means nothing."""
     axes = ("data", "fsdp", "tensor")
-    sizes = dict.fromkeys(axes, 1)
+    sizes: dict[str, int] = dict.fromkeys(axes, 1)
     for part in text.split(","):
         name, _, size = part.strip().partition("=")
         if name not in axes:

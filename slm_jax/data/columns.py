@@ -129,7 +129,7 @@ def encode(vocabulary: seqio.Vocabulary, of: Sequence[str]) -> list[list[int]]:
 
 
 def _add_language_names(chunk: Chunk) -> Chunk:
-    names = [LANGUAGE_NAMES.get(code, code) for code in texts(chunk, "language")]
+    names: list[str] = [LANGUAGE_NAMES.get(code) or code for code in texts(chunk, "language")]
     return chunk | {"language_name": _objects(names)}
 
 

@@ -256,7 +256,7 @@ class _Digest:
             if pa.types.is_large_string(column.type):
                 column = column.cast(pa.large_binary())
                 # Text-only references have no audio, which is not the same as an empty path.
-                lengths.update(pc.binary_length(column).fill_null(-1).to_numpy().tobytes())
+                lengths.update(pc.call_function("binary_length", [column]).fill_null(-1).to_numpy().tobytes())
                 values.update(b"".join(column.fill_null(b"").to_pylist()))
             elif pa.types.is_large_list(column.type):
                 lengths.update(np.diff(column.offsets.to_numpy()).tobytes())

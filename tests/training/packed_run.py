@@ -92,9 +92,11 @@ def main() -> None:
         time.sleep(args.delay)
         return load_utterance(reference)
 
+    # Training and data describe a placed batch each for itself.
+    source: Any = TrainBatches(plan, shape, batch_sharding(mesh), load=load)
     train(
         LetterCounts(),
-        TrainBatches(plan, shape, batch_sharding(mesh), load=load),
+        source,
         model_dir=args.model_dir,
         config=LoopConfig(train_steps=args.steps, log_period=1, checkpoint_period=1, log_ids=True),
         optimizer=AdamWConfig(schedule=ScheduleConfig(peak=0.01, warmup_steps=4)),

@@ -49,6 +49,7 @@ class ToyObjective:
     """Cross-entropy of ToyModel; a batch may poison its gradient or its loss."""
 
     samples_per_position = 1
+    takes_packed_rows = packs = True
 
     def __init__(self, dropout: float = 0.1):
         self.model = ToyModel(dropout)
