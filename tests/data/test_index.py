@@ -167,6 +167,20 @@ def test_damaged_file_is_built_again(write_manifest, vocabulary_path, tmp_path, 
     assert list((tmp_path / "cache").iterdir()) == [folder]
 
 
+def test_what_another_process_built_stays_where_it_is(write_manifest, vocabulary_path, tmp_path, monkeypatch):
+    path = write_manifest([{"id": str(i), **GOOD} for i in range(5)])
+    register_asr("t", manifests={"train": path}, vocabulary=vocabulary_path)
+    build_index("t", "train", LENGTHS, tmp_path / "cache")
+    (folder,) = (tmp_path / "cache").iterdir()
+    before = folder.stat().st_ino
+    # A process that began before the index was there: to move it away would take it from those that open it.
+    open_cached = index._open_cached
+    answers = iter([lambda *args: None, open_cached])
+    monkeypatch.setattr(index, "_open_cached", lambda *args: next(answers)(*args))
+    build_index("t", "train", LENGTHS, tmp_path / "cache")
+    assert folder.stat().st_ino == before and list((tmp_path / "cache").iterdir()) == [folder]
+
+
 def test_two_that_build_at_once_do_not_disturb_each_other(
     write_manifest, vocabulary_path, tmp_path, monkeypatch
 ):
