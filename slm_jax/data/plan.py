@@ -506,6 +506,9 @@ class _Starts:
             return
         with contextlib.suppress(OSError, ValueError):
             counts = np.fromfile(self._file, "<u4")
+            if not counts.all():
+                # Every block has rows: a machine that lost power left the file without its contents.
+                return
             self._starts = [0, *np.cumsum(counts, dtype=np.int64).tolist()]
             self._kept = len(self._starts)
 
