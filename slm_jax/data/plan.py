@@ -210,7 +210,7 @@ class Plan:
             "epochs": self.epochs,
             "shuffle": self.shuffle,
             "packing": dataclasses.asdict(self.packing) | {"block": self.block},
-            "shuffle_window": self._window,
+            "shuffle_window": self._window and [self._window, *map(_digest_of_shards, self.tables)],
             # Whether there are draws changes no row; what becomes of them is the configuration's.
             "perturbation": repr(self._perturbation),
         }
@@ -444,6 +444,10 @@ class Plan:
 
 
 _AUGMENTATION = 0x6175676D656E74
+
+
+def _digest_of_shards(table: Table) -> str:
+    return hashlib.sha256(np.asarray(table.shards, "<i8").tobytes()).hexdigest()
 
 
 class _Starts:

@@ -5,12 +5,14 @@ import re
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import seqio
 
 from slm_jax.data import index
 from slm_jax.data.batch import BatchShape
 from slm_jax.data.index import build_index
+from slm_jax.data.index_table import _Shards
 from slm_jax.data.plan import plan_mixture
 from slm_jax.data.references import SPEECH, reference_of
 from slm_jax.errors import BadExample, UserError
@@ -277,3 +279,22 @@ def test_mixture_is_planned_from_its_tasks(write_corpus, vocabulary_path, tmp_pa
     )
     with pytest.raises(UserError, match="unknown mixture or task 'mox'; did you mean 'mix'"):
         plan_mixture("mox", "train", lengths, shape, cache_dir=tmp_path, seed=1)
+
+
+@pytest.mark.parametrize(
+    ("paths", "starts"),
+    [
+        ("aaaabbbb", [0, 4, 8]),
+        # Text alone between utterances of a file is no end of it.
+        ("..aa.aa.b.bbb", [0, 8, 13]),
+        ("abababab", []),
+        ("........", []),
+    ],
+)
+@pytest.mark.parametrize("step", [1, 3, 20])
+def test_stretches_of_one_file_are_found(paths, starts, step):
+    found = _Shards()
+    for start in range(0, len(paths), step):
+        some = [None if path == "." else path for path in paths[start : start + step]]
+        found.add(pa.array(some, pa.large_string()))
+    assert found.starts(len(paths)) == starts

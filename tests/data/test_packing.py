@@ -353,6 +353,15 @@ def test_a_row_is_closed_where_nothing_fits_any_more(rng: np.random.Generator, m
     assert full > packed.rows // 3 and len(looked) <= 400 - full
 
 
+def test_where_files_start_counts_only_where_they_are_shuffled_by_file():
+    shape = shape_of()
+    table, other = (draw_table(0, 40, shape) for _ in range(2))
+    table.shards, other.shards = np.array([0, 10, 40]), np.array([0, 20, 40])
+    for window, is_equal in ((None, True), (2, False)):
+        one, two = (Plan([found], None, 0, 2, shape, shuffle_window=window) for found in (table, other))
+        assert (one.fingerprint == two.fingerprint) == is_equal
+
+
 def test_the_order_is_what_it_was():
     """A plan of these lengths has had these rows since `plan._VERSION` 2: runs resume on them."""
     number = np.arange(700)
