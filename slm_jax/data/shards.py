@@ -442,5 +442,6 @@ def _without_description(directory: str) -> str:
         near = nearest(directory.rpartition("/")[2], [name for name in siblings if not name.startswith(".")])
         return f"the directory of shards {directory} does not exist{near}"
     if any(name.endswith(".array_record") for name in storage.list_folder(directory)):
-        return f"{directory} has shards and no {SHARDS_FILE}: they are unfinished; run slm data prepare again"
+        unfinished = "they are unfinished; run slm data prepare or encode again"
+        return f"{directory} has shards and no {SHARDS_FILE}: {unfinished}"
     return f"{directory} has no {SHARDS_FILE}, expected a directory of speech shards"

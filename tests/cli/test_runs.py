@@ -87,6 +87,7 @@ def test_frames_encoded_once_train_as_the_speech_and_resume_bit_for_bit(workshop
     (tmp_path / "run" / "steps.jsonl").rename(tmp_path / "steps.jsonl")
     again = workshop.slm(workshop.train_words(tmp_path / "run", STEPS, more))
     assert again.status == 0, again.err
+    assert "encoded" not in again.err
     resumed = curve(tmp_path / "run")
     assert sorted(resumed) == [10, 11, 12]
     assert resumed == {step: found[step] for step in resumed}
@@ -195,11 +196,11 @@ def test_infer_names_audio_that_it_cannot_use(workshop, whole, tmp_path, name, t
         (["optimizers.ScheduleConfig.decay='cosin'"], "did you mean 'cosine'"),
         (
             ["run.DataConfig.encode_once=True", "slm.SLMConfig.trainable=('adapter', 'speech_encoder')"],
-            "speech encoder is frozen",
+            "an SLM whose speech encoder is frozen",
         ),
         (
             ["run.DataConfig.encode_once=True", "AUGMENT=@spec_augment.SpecAugmentConfig()"],
-            "SLMObjective.augment is set",
+            "SLMObjective.augment changes what the encoder hears",
         ),
     ],
 )

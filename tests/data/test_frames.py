@@ -318,8 +318,7 @@ def test_frames_that_do_not_belong_are_refused(
         register_asr(name, manifests={"train": manifest}, vocabulary=vocabulary_path)
     assert len(audio) == 30
     for name in ("same", "more"):
-        planned = plan_mixture(name, "train", LENGTHS, SHAPE, cache_dir=tmp_path / "cache", seed=3)
-        tables: Any = planned.tables
+        tables: Any = plan_mixture(name, "train", LENGTHS, SHAPE, cache_dir=tmp_path / "cache", seed=3).tables
         if name == "same":
             assert len(frames_of(plan, directory, tables=tables)(tables[0].reference(4)).speech)
         else:

@@ -206,7 +206,9 @@ def refused(folder: Path, sentence: str) -> None:
 
 def test_a_directory_that_was_not_finished(folder: Path):
     (folder / "shards.json").unlink()
-    refused(folder, r"has shards and no shards.json: they are unfinished; run slm data prepare again")
+    refused(
+        folder, r"has shards and no shards.json: they are unfinished; run slm data prepare or encode again"
+    )
 
 
 def test_a_directory_of_something_else(tmp_path: Path):
