@@ -33,7 +33,8 @@ def main(args: argparse.Namespace) -> int:
             for reference in (placed.reference for placed in row)
             for prompt, target in [readable(reference, *vocabularies)]
         ]
-        for row in plan.rows(0, args.rows)
+        for number in range(args.rows)
+        for row in plan.rows(number, 1)
     ]
     stages = {}
     for step, stage in getattr(plan, "stages", {0: plan}).items():

@@ -317,32 +317,42 @@ class EncodedBatches(TrainBatches):
         return super().batches(rows_consumed, anchor)
 
 
+# An utterance by its key, and where it stands: there may be a hundred million.
+_PLACE = np.dtype([("digest", np.uint64), ("table", np.int32), ("index", np.int64), ("samples", np.int32)])
+
+
 class _Utterances:
     """The utterances that tables speak of, each once, in the order of the tables."""
 
     def __init__(self, job: Job):
         self._job, self._roots = job, Roots(job.roots)
-        digests, places = [np.zeros(0, np.uint64)], [np.zeros((0, 3), np.int64)]
-        for number, table in enumerate(job.tables):
-            found = [
-                (digest_of(self._roots.key_of(reference)), index, reference.samples)
-                for index, reference in spoken(table)
+        every = np.concatenate(
+            [
+                np.fromiter(
+                    (
+                        (digest_of(self._roots.key_of(reference)), number, index, reference.samples)
+                        for index, reference in spoken(table)
+                    ),
+                    _PLACE,
+                )
+                for number, table in enumerate(job.tables)
             ]
-            digests.append(np.array([digest for digest, _, _ in found], np.uint64))
-            columns = [(number, index, samples) for _, index, samples in found]
-            places.append(np.array(columns, np.int64).reshape(-1, 3))
-        every = np.concatenate(digests)
-        _, first = np.unique(every, return_index=True)
+        )
+        _, first = np.unique(every["digest"], return_index=True)
         first.sort()
-        self._places = np.concatenate(places)[first]
-        self.fingerprint = hashlib.sha256(every[first].tobytes()).hexdigest()
+        self._places = every[first]
+        self.fingerprint = hashlib.sha256(self._places["digest"].tobytes()).hexdigest()
 
     def __len__(self) -> int:
         return len(self._places)
 
     def hours(self, parts: Sequence[int]) -> float:
         """Returns how long the utterances of shards are."""
-        return sum(int(self._part(number)[:, 2].sum()) for number in parts) / SAMPLE_RATE / 3600
+        return (
+            sum(int(self._part(number)["samples"].sum(dtype=np.int64)) for number in parts)
+            / SAMPLE_RATE
+            / 3600
+        )
 
     def part(self, number: int) -> _Shard:
         """Returns the utterances of a shard."""
@@ -350,8 +360,8 @@ class _Utterances:
         # Places are in the order of the tables.
         references = [
             reference
-            for table in np.unique(places[:, 0]).tolist()
-            for reference in self._job.tables[table].take(places[places[:, 0] == table, 1])
+            for table in np.unique(places["table"]).tolist()
+            for reference in self._job.tables[table].take(places["index"][places["table"] == table])
         ]
         return _Shard(references, [self._roots.key_of(reference) for reference in references])
 

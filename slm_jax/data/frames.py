@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from slm_jax.data import shards
+from slm_jax.data.containers import naming_trouble
 from slm_jax.data.references import Reference
 from slm_jax.errors import BadExample, UserError, nearest
 
@@ -161,7 +162,7 @@ class Frames:
         """Returns the frames of a reference.
 
         Raises:
-          BadExample: its audio could not be read when it was to be encoded, or the shard is damaged.
+          BadExample: its audio could not be read when it was to be encoded, or the shard cannot be read.
         """
         key = self._roots.key_of(reference)
         digest = digest_of(key)
@@ -169,7 +170,8 @@ class Frames:
             raise BadExample(*self._bad[digest])
         place = int(np.searchsorted(self._digests, np.uint64(digest)))
         shard = shards.shard_path(self._directory, self._names[self._shard[place]])
-        record = shards.read_record(shard, int(self._record[place]), f"{self._check[place]:08x}")
+        with naming_trouble(shard):
+            record = shards.read_record(shard, int(self._record[place]), f"{self._check[place]:08x}")
         if record.id != key:
             raise ValueError(f"{shard} has {record.id} in the place of {key}")
         return from_record(record)

@@ -135,8 +135,8 @@ def _code_fingerprint() -> str:
 
 # What a table's contents depend on, besides sources.
 _MODULES = (
-    "biasing", "columns", "columnwise", "continuation", "index", "index_table", "labels", "preprocessors",
-    "prompt_languages", "same_language",
+    "biasing", "columns", "columnwise", "continuation", "index", "index_table", "labels", "order", "parts",
+    "preprocessors", "prompt_languages", "references", "same_language", "shards", "tfds_examples",
 )  # fmt: skip
 
 
@@ -192,7 +192,7 @@ def _build(task: seqio.Task, split: str, limits: Mapping[str, int], path: Path, 
 
 @contextlib.contextmanager
 def _replacing(path: Path) -> Iterator[Path]:
-    """Yields a folder beside `path` that takes its place at the end, or is removed where something fails."""
+    """Yields a folder beside `path` that comes to lie there, or is removed where something fails."""
     folder = path.with_name(f".{path.name}.{os.getpid()}.{uuid.uuid4().hex}")
     folder.mkdir()
     try:
@@ -206,21 +206,24 @@ def _replacing(path: Path) -> Iterator[Path]:
 
 
 def _rename(folder: Path, path: Path) -> None:
-    """Moves a folder to a path, aside from which an older one goes; of two at once either stays whole."""
+    """Moves the folder of a table to a path, unless a whole one is there; a damaged one goes.
+
+    A path says what is in its table, so that of several processes that build it the first one's serves all.
+    It is never moved away again: another process may be about to open it.
+    """
     while True:
+        try:
+            folder.rename(path)
+            return
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+        if _open_cached(path, "") is not None:
+            return
         aside = folder.with_name(f"{folder.name}.old")
         with contextlib.suppress(FileNotFoundError):
             path.rename(aside)
-        try:
-            folder.rename(path)
-        except OSError as error:
-            # Another process put its own there in between.
-            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
-                raise
-        else:
-            return
-        finally:
-            shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def _fill(writer: TableWriter, task: seqio.Task, split: str, limits: Mapping[str, int], seed: int) -> None:

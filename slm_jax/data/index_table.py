@@ -270,7 +270,7 @@ class _Digest:
 
 
 class _Shards:
-    """Finds the stretches of references that lie in one file."""
+    """Finds the stretches of references that lie in one file; text alone belongs to the file before it."""
 
     def __init__(self) -> None:
         self._last: str | None = None
@@ -278,17 +278,18 @@ class _Shards:
         self._count = 0
 
     def add(self, audio: pa.LargeStringArray) -> None:
-        paths = np.array(audio.to_pylist(), object)
+        (spoken,) = np.nonzero(audio.is_valid().to_numpy(zero_copy_only=False))
+        paths = np.array(audio.to_pylist(), object)[spoken]
         if len(paths):
-            changed = np.append([self._count == 0 or paths[0] != self._last], paths[1:] != paths[:-1])
-            self._starts.append(np.flatnonzero(changed) + self._count)
+            changed = np.append([paths[0] != self._last], paths[1:] != paths[:-1])
+            self._starts.append(spoken[changed] + self._count)
             self._last = paths[-1]
-        self._count += len(paths)
+        self._count += len(audio)
 
     def starts(self, count: int) -> list[int]:
         """Returns where the stretches start, and the end; none where their mean length is below 4."""
-        starts = np.concatenate(self._starts) if self._starts else np.zeros(0, np.int64)
-        return [*starts.tolist(), count] if 4 * len(starts) <= count else []
+        starts = np.concatenate(self._starts).tolist() if self._starts else []
+        return [0, *starts[1:], count] if 0 < 4 * len(starts) <= count else []
 
 
 def _record_batch(chunk: Chunk) -> tuple[np.ndarray, pa.RecordBatch]:

@@ -175,8 +175,9 @@ def permute(index: np.ndarray, size: np.ndarray, key: np.ndarray) -> np.ndarray:
     Returns:
       int64 [n].
     """
-    # Half the bits of the smallest even-width domain that holds `size`: less than 4 walks on average.
-    bits = np.ceil(np.log2(np.maximum(size, 2).astype(np.float64))).astype(np.int64)
+    # Half the bits of the smallest even-width domain that holds `size`: less than 4 walks on average. The
+    # exponent is exact; a logarithm is not on every processor, and the order hangs on it.
+    _, bits = np.frexp(np.maximum(size, 2).astype(np.float64) - 1)
     half = ((bits + 1) // 2).astype(np.uint64)
     out = index.astype(np.uint64)
     limit = size.astype(np.uint64)

@@ -74,9 +74,8 @@ def pack(sizes: Sizes, shape: BatchShape) -> Packed:
         spoken / max(utterances, 1),
     ]
     order = np.argsort(-np.max(shares, axis=0), kind="stable")
-    least = _Left(
-        int(layout.min(initial=0)), int(sizes.inputs.min(initial=0)), int(sizes.targets.min(initial=0)), 0
-    )
+    # A row that has not even this left is full.
+    least = [int(np.min(values)) if len(order) else 0 for values in (layout, sizes.inputs, sizes.targets)]
     row = np.zeros(len(order), np.int64)
     used = np.zeros(len(order), np.int64)
     # Rows that may still take something, by what speech they have room for: (room, number of the row).

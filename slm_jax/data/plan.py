@@ -210,7 +210,7 @@ class Plan:
             "epochs": self.epochs,
             "shuffle": self.shuffle,
             "packing": dataclasses.asdict(self.packing) | {"block": self.block},
-            "shuffle_window": self._window,
+            "shuffle_window": self._window and [self._window, *map(_digest_of_shards, self.tables)],
             # Whether there are draws changes no row; what becomes of them is the configuration's.
             "perturbation": repr(self._perturbation),
         }
@@ -446,6 +446,10 @@ class Plan:
 _AUGMENTATION = 0x6175676D656E74
 
 
+def _digest_of_shards(table: Table) -> str:
+    return hashlib.sha256(np.asarray(table.shards, "<i8").tobytes()).hexdigest()
+
+
 class _Starts:
     """Where packed blocks begin, in rows: counted from the first block on, or from an anchor.
 
@@ -506,6 +510,9 @@ class _Starts:
             return
         with contextlib.suppress(OSError, ValueError):
             counts = np.fromfile(self._file, "<u4")
+            if not counts.all():
+                # Every block has rows: a machine that lost power left the file without its contents.
+                return
             self._starts = [0, *np.cumsum(counts, dtype=np.int64).tolist()]
             self._kept = len(self._starts)
 

@@ -1,5 +1,6 @@
 """The training loop: from the mesh to the last checkpoint, in the order in which things happen."""
 
+import hashlib
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
 from slm_jax.checkpoints.manager import BestMode, RunCheckpoints, claim_run_directory
@@ -137,11 +139,13 @@ def train(
 
     Raises:
       UserError: what is asked for does not fit together, does not fit the run in `model_dir`, cannot be
-        saved, or `max_nonfinite_in_a_row` steps in a row were not finite.
+        saved, processes plan other rows than each other, or `max_nonfinite_in_a_row` steps in a row were not
+        finite.
     """
     model_dir = claim_run_directory(model_dir)
     reporter = Reporter(config.train_steps)
     check_batch_rows(source.rows_per_step, mesh, rules)
+    _check_same_plan(source.fingerprint)
     transformation = optimizer_of(optimizer, objective, source.shapes)
     shapes = run_shapes(objective, transformation, source.shapes, mesh, rules)
     _say_start(reporter, shapes, mesh)
@@ -212,6 +216,22 @@ def train(
             )
     finally:
         run.close()
+
+
+def _check_same_plan(fingerprint: str) -> None:
+    """Raises UserError on every process where one plans other rows: examples would be lost."""
+    if jax.process_count() == 1:
+        return
+    from jax.experimental import multihost_utils
+
+    digest = np.frombuffer(hashlib.sha256(fingerprint.encode()).digest(), np.uint32)
+    digests = np.asarray(multihost_utils.process_allgather(digest)).reshape(jax.process_count(), -1)
+    others = np.flatnonzero((digests != digests[0]).any(axis=1))
+    if len(others):
+        raise UserError(
+            f"process {others[0]} plans other rows than process 0, expected the same of all "
+            f"{len(digests)}: their corpora, configurations or versions of slm_jax differ"
+        )
 
 
 class _Run:

@@ -351,6 +351,10 @@ def test_damage_is_found(make_plan, sharding, tmp_path):
     shutil.copy(second, first)
     with pytest.raises(BadExample, match=r"out_of_step|damaged_container"):
         frames(reference)
+    first.unlink()
+    with pytest.raises(BadExample, match="missing_file"):
+        frames(reference)
+    shutil.copy(second, first)
     index = sorted(directory.glob("*.parquet"))[0]
     shutil.copy(sorted(directory.glob("*.parquet"))[1], index)
     with pytest.raises(

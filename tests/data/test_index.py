@@ -5,12 +5,14 @@ import re
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import seqio
 
 from slm_jax.data import index
 from slm_jax.data.batch import BatchShape
 from slm_jax.data.index import build_index
+from slm_jax.data.index_table import _Shards
 from slm_jax.data.plan import plan_mixture
 from slm_jax.data.references import SPEECH, reference_of
 from slm_jax.errors import BadExample, UserError
@@ -167,6 +169,20 @@ def test_damaged_file_is_built_again(write_manifest, vocabulary_path, tmp_path, 
     assert list((tmp_path / "cache").iterdir()) == [folder]
 
 
+def test_what_another_process_built_stays_where_it_is(write_manifest, vocabulary_path, tmp_path, monkeypatch):
+    path = write_manifest([{"id": str(i), **GOOD} for i in range(5)])
+    register_asr("t", manifests={"train": path}, vocabulary=vocabulary_path)
+    build_index("t", "train", LENGTHS, tmp_path / "cache")
+    (folder,) = (tmp_path / "cache").iterdir()
+    before = folder.stat().st_ino
+    # A process that began before the index was there: to move it away would take it from those that open it.
+    open_cached = index._open_cached
+    answers = iter([lambda *args: None, open_cached])
+    monkeypatch.setattr(index, "_open_cached", lambda *args: next(answers)(*args))
+    build_index("t", "train", LENGTHS, tmp_path / "cache")
+    assert folder.stat().st_ino == before and list((tmp_path / "cache").iterdir()) == [folder]
+
+
 def test_two_that_build_at_once_do_not_disturb_each_other(
     write_manifest, vocabulary_path, tmp_path, monkeypatch
 ):
@@ -263,3 +279,22 @@ def test_mixture_is_planned_from_its_tasks(write_corpus, vocabulary_path, tmp_pa
     )
     with pytest.raises(UserError, match="unknown mixture or task 'mox'; did you mean 'mix'"):
         plan_mixture("mox", "train", lengths, shape, cache_dir=tmp_path, seed=1)
+
+
+@pytest.mark.parametrize(
+    ("paths", "starts"),
+    [
+        ("aaaabbbb", [0, 4, 8]),
+        # Text alone between utterances of a file is no end of it.
+        ("..aa.aa.b.bbb", [0, 8, 13]),
+        ("abababab", []),
+        ("........", []),
+    ],
+)
+@pytest.mark.parametrize("step", [1, 3, 20])
+def test_stretches_of_one_file_are_found(paths, starts, step):
+    found = _Shards()
+    for start in range(0, len(paths), step):
+        some = [None if path == "." else path for path in paths[start : start + step]]
+        found.add(pa.array(some, pa.large_string()))
+    assert found.starts(len(paths)) == starts

@@ -1,13 +1,17 @@
 """Packed rows: nothing overflows, nothing is lost, and a seek gives what walking gives."""
 
+import hashlib
+from bisect import insort
+
 import jax
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from tables import SPP, draw_table, shape_of
+from tables import SPP, DrawnTable, draw_table, shape_of
 
+from slm_jax.data import packing
 from slm_jax.data.audio_files import Audio
 from slm_jax.data.augmentation import SpeedConfig, samples_at
 from slm_jax.data.batch import BatchShape, collate
@@ -152,8 +156,9 @@ def test_row_counts_are_kept(tmp_path, monkeypatch):
     assert min(made) >= len(kept)
     # Of another order they are none.
     assert plan(shuffle=False).fingerprint[:24] not in file.name
-    file.write_bytes(b"")
-    assert ids_of(plan().rows(2_000, 1)[0]) == expected
+    for damaged in (b"", bytes(len(kept) * 4), kept[:-1].tobytes() + bytes(4)):
+        file.write_bytes(damaged)
+        assert ids_of(plan().rows(2_000, 1)[0]) == expected
 
 
 def test_rows_are_full(rng: np.random.Generator):
@@ -332,3 +337,70 @@ def test_hosts_of_any_mesh_read_the_rows_of_the_plan(seed, sizes, mesh, hosts, s
 def test_settings_that_do_not_fit(packing: Packing, shape: BatchShape, sentence: str):
     with pytest.raises(UserError, match=sentence):
         Plan([draw_table(0, 5, shape)], None, 0, 2, shape, packing=packing)
+
+
+def test_a_row_is_closed_where_nothing_fits_any_more(rng: np.random.Generator, monkeypatch):
+    """Rows that are full are not looked at again, which changes no row."""
+    looked = []
+    monkeypatch.setattr(packing, "insort", lambda rows, row: looked.append(row) or insort(rows, row))
+    shape = shape_of(positions=100, segments=50, inputs=20, layout=120, targets=20)
+    sizes = Sizes(rng.integers(1, 9, 400), np.full(400, 5), rng.integers(1, 9, 400))
+    packed = pack(sizes, shape)
+    for number in range(packed.rows):
+        assert sizes.inputs[packed.row == number].sum() <= 20
+    # Four references fill a row with text, whatever room its speech has.
+    full = int((np.bincount(packed.row) == 4).sum())
+    assert full > packed.rows // 3 and len(looked) <= 400 - full
+
+
+def test_where_files_start_counts_only_where_they_are_shuffled_by_file():
+    shape = shape_of()
+    table, other = (draw_table(0, 40, shape) for _ in range(2))
+    table.shards, other.shards = np.array([0, 10, 40]), np.array([0, 20, 40])
+    for window, is_equal in ((None, True), (2, False)):
+        one, two = (Plan([found], None, 0, 2, shape, shuffle_window=window) for found in (table, other))
+        assert (one.fingerprint == two.fingerprint) == is_equal
+
+
+def test_the_order_is_what_it_was():
+    """A plan of these lengths has had these rows since `plan._VERSION` 2: runs resume on them."""
+    number = np.arange(700)
+    shape = shape_of(rows=4, positions=30, segments=6, inputs=40, layout=60, targets=40)
+    slots = shape_of(rows=4, slots=3, positions=30, segments=1, inputs=40, targets=40)
+    lengths = np.stack([number * 7919 % (30 * SPP), 1 + number * 31 % 9, 1 + number * 17 % 11], 1)
+    tables = [DrawnTable("a", lengths.astype(np.int32)), DrawnTable("b", lengths[:256].astype(np.int32))]
+    tables[0].shards = np.append(np.arange(0, 700, 41), 700)
+    plans = {
+        "one each": Plan(tables, [3, 1], 5, 4, shape),
+        "packed": Plan(tables, None, 5, 4, shape, packing=Packing(True, block=100)),
+        "buckets": Plan(tables, None, 5, 4, slots, packing=Packing(True, 150, (10 * SPP, 20 * SPP))),
+        "windows": Plan(tables, None, 5, 4, shape, shuffle_window=4, perturbation=SpeedConfig()),
+        "passes": Plan(tables, None, 5, 4, shape, epochs=3, packing=Packing(True, block=100)),
+    }
+    plans["stages"] = StagedPlan({0: plans["one each"], 20: plans["packed"]})
+    found = {}
+    for name, plan in plans.items():
+        rows = [
+            [
+                (
+                    p.reference.task,
+                    p.reference.id,
+                    p.slot,
+                    p.first_sample,
+                    p.reference.draw,
+                    p.reference.speed,
+                )
+                for p in row
+            ]
+            for step in range(60)
+            for row in plan.rows(step * 4, 4)
+        ]
+        found[name] = hashlib.sha256(repr(rows).encode()).hexdigest()[:16]
+    assert found == {
+        "one each": "21ee927c2ad81c45",
+        "packed": "c445cfaf2a30abf2",
+        "buckets": "4745e9034cc1bbf0",
+        "windows": "dc3b5ae5a549e6eb",
+        "passes": "3dad30311614f40b",
+        "stages": "e198386b9751d104",
+    }

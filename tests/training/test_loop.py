@@ -1,5 +1,6 @@
 """The loop: any mesh, kill -9, SIGTERM, non-finite steps, what is saved and said."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -13,11 +14,13 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from jax.experimental import multihost_utils
 from toy import EMBED, MLP, VOCAB, ToyObjective, ToySource, toy_train
 
 from slm_jax.checkpoints.manager import RunCheckpoints
 from slm_jax.errors import UserError
 from slm_jax.partitioning.mesh import make_mesh
+from slm_jax.training import loop
 from slm_jax.training.loop import LoopConfig, train
 from slm_jax.training.optimizers import AdafactorConfig, AdamWConfig, MuonConfig, ScheduleConfig
 
@@ -315,3 +318,15 @@ def test_a_batch_that_does_not_spread_over_the_mesh_is_refused(tmp_path):
 def test_periods_below_one_are_refused(field):
     with pytest.raises(UserError, match=f"{field} is 0"):
         dataclasses.replace(LoopConfig(train_steps=1, eval_period=1), **{field: 0})
+
+
+@pytest.mark.parametrize("others", [[], [2]])
+def test_processes_that_plan_other_rows_are_refused(monkeypatch, others):
+    def allgather(digest):
+        return np.stack([digest + np.uint32(process in others) for process in range(4)])
+
+    monkeypatch.setattr(jax, "process_count", lambda: 4)
+    monkeypatch.setattr(multihost_utils, "process_allgather", allgather)
+    told = pytest.raises(UserError, match="process 2 plans other rows than process 0")
+    with told if others else contextlib.nullcontext():
+        loop._check_same_plan("a plan")
