@@ -71,7 +71,9 @@ def build_index(
     if split not in task.splits:
         raise UserError(f"task {task.name!r} has no split {split!r}{nearest(split, task.splits)}")
     root = getattr(task.source, "audio_root", lambda split: "")(split)
-    limits = dict(sorted(feature_lengths.items())) | {"samples_per_position": samples_per_position}
+    limits = dict(sorted(feature_lengths.items()))
+    if "layout" in limits:
+        limits["samples_per_position"] = samples_per_position
     key = _content_key(task, split, limits, seed)
     path = Path(cache_dir) / f"{task.name.replace(':', '_')}-{split}-{key[:24]}.index"
     table = _open_cached(path, root)
@@ -327,7 +329,7 @@ def _reject_reasons(chunk: Chunk, limits: Mapping[str, int]) -> np.ndarray:
     spoken = markers > 0
     samples = np.where(spoken, chunk["samples"], 0)
     has_path = np.array([bool(path) for path in chunk["audio"]], bool)
-    positions = -(-samples // limits["samples_per_position"])
+    positions = -(-samples // limits.get("samples_per_position", 1))
     reasons = np.array(chunk["reject"], object)
     for reason, holds in (
         ("several_speech_markers", markers > 1),
