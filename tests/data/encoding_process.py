@@ -35,7 +35,8 @@ def main() -> None:
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
         jax.distributed.initialize(f"localhost:{args.port}", args.processes, args.process)
     register_asr("t", manifests={"train": args.manifest}, vocabulary=ByteVocabulary())
-    mesh = make_mesh(*map(int, args.mesh.split(",")))
+    data, fsdp, tensor = map(int, args.mesh.split(","))
+    mesh = make_mesh(data, fsdp, tensor)
     shape = BatchShape.from_feature_lengths(LENGTHS, rows=args.rows, samples_per_position=STEP, segments=4)
     cache = f"{args.to}-cache-{args.process}"
     tables = plan_mixture("t", "train", LENGTHS, shape, cache_dir=cache, seed=0).tables
