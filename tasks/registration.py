@@ -93,6 +93,8 @@ def register_speech_task(
         preprocessors.template_fields(template)
     before, chosen = _prompt_steps(name, templates, prompt_language, order)
     steps: list[Callable[..., Any]] = [before]
+    if isinstance(languages, str):
+        raise UserError(f"task {name!r}: languages is {languages!r}, expected a list such as [{languages!r}]")
     if languages is not None:
         steps.append(functools.partial(preprocessors.reject_languages, languages=tuple(languages)))
     if repeats > 1:

@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from slm_jax.errors import UserError, check_whole
+
 # Shape suffixes: R masks, T mel frames, M mel bins; `...` are any leading dims.
 
 
@@ -28,6 +30,14 @@ class SpecAugmentConfig:
     mel_masks: int = 2
     mel_mask_bins: int = 27
     fill: float = 0.0
+
+    def __post_init__(self):
+        for name in ("time_masks", "time_mask_frames", "mel_masks", "mel_mask_bins"):
+            check_whole(f"SpecAugmentConfig.{name}", getattr(self, name), 0)
+        if not 0 <= self.time_mask_share <= 1:
+            raise UserError(
+                f"SpecAugmentConfig.time_mask_share is {self.time_mask_share!r}, expected a share from 0 to 1"
+            )
 
 
 def spec_augment(

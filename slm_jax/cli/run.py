@@ -76,6 +76,9 @@ class DataConfig:
         for name in ("utterances", "block", "shuffle_shards"):
             if (value := getattr(self, name)) is not None:
                 check_whole(f"DataConfig.{name}", value)
+        for name in ("pack", "encode_once"):
+            if not isinstance(value := getattr(self, name), bool):
+                raise UserError(f"DataConfig.{name} is {value!r}, expected True or False")
         for bucket in self.buckets:
             check_whole("DataConfig.buckets", bucket)
         for name, given in (

@@ -7,6 +7,7 @@ process k modulo their number. Shards that are there are passed over, so that a 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -133,8 +134,16 @@ class _Encoding:
         try:
             storage.stat(f"{self._directory}/{shards.SHARDS_FILE}")
         except FileNotFoundError:
+            self._refuse_strangers()
             return {}
         return shards.read_description(self._directory)
+
+    def _refuse_strangers(self) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            for name in storage.list_folder(self._directory):
+                if not name.startswith(".") and not name.endswith((".array_record", ".parquet")):
+                    expected = "expected an empty directory or one of speech shards"
+                    raise UserError(f"{self._directory} holds {name!r}, {expected}")
 
     def _names(self) -> list[str]:
         return [shards.shard_name(self._split, number, self._count) for number in range(self._count)]

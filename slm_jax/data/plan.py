@@ -66,8 +66,8 @@ class Packing:
 
     Attributes:
       pack: whether a row holds several references; otherwise one.
-      block: K, references whose rows are made together; None takes 4096, or with buckets so many that steps
-        which are not full are rare.
+      block: K, references whose rows are made together; None takes 4096, fewer where the tables have fewer,
+        or with buckets so many that steps which are not full are rare.
       buckets: for encoders of one utterance a slot: samples of a slot, ascending; the shape's own are added.
         Every step has rows of one bucket.
     """
@@ -178,7 +178,8 @@ class Plan:
         self.packing = packing
         self.name = name
         self.shapes = bucket_shapes(shape, packing.buckets) if packing.buckets else (shape,)
-        self.block = packing.block or _usual_block(packing, shape, rows_per_step, len(self.shapes))
+        references = sum(map(len, tables))
+        self.block = packing.block or _usual_block(packing, shape, rows_per_step, references)
         self._window = shuffle_window
         self._perturbation = perturbation
         self._augmented = augmented or perturbation is not None
@@ -561,11 +562,14 @@ def _check_packing(packing: Packing, shape: BatchShape, epochs: int | None) -> N
         )
 
 
-def _usual_block(packing: Packing, shape: BatchShape, rows_per_step: int, buckets: int) -> int:
+def _usual_block(packing: Packing, shape: BatchShape, rows_per_step: int, references: int) -> int:
+    if not packing.pack:
+        return 1024
     if not packing.buckets:
-        return 4096 if packing.pack else 1024
+        # Rows of a block come in random order: of many epochs at once they would hold an example twice.
+        return min(4096, references)
     # A step that is not full costs at most one of 16 for each bucket.
-    return max(4096, 16 * buckets * rows_per_step * max(shape.slots, 1))
+    return max(4096, 16 * (len(packing.buckets) + 1) * rows_per_step * max(shape.slots, 1))
 
 
 def plan_mixture(

@@ -155,6 +155,7 @@ def test_rows_that_the_mesh_does_not_divide(workshop, trained):
     [
         ("pack=False", "DataConfig.utterances is 4, and rows are not packed; expected pack = True"),
         ("encode_once=True", "expected one of both"),
+        ("pack='yes'", "DataConfig.pack is 'yes', expected True or False"),
         ("stages={0: 'demo_speech'}", "DataConfig.stages: a step is 0, expected a whole number"),
         ("stages={5: 'demo_spech'}", "'demo_spech' is registered; did you mean 'demo_speech'?"),
         ("buckets=(22528,)", "this one packs, expected no buckets"),

@@ -326,6 +326,14 @@ def test_frames_that_do_not_belong_are_refused(
                 frames_of(plan, directory, tables=tables)
 
 
+def test_a_folder_of_something_else_is_left_alone(make_plan, sharding, tmp_path):
+    folder = tmp_path / "mine"
+    (folder / "en").mkdir(parents=True)
+    with pytest.raises(UserError, match="mine holds 'en', expected an empty directory"):
+        encode(job_of(make_plan(), sharding), str(folder), "train")
+    assert [path.name for path in folder.iterdir()] == ["en"]
+
+
 def test_a_corpus_that_moved_keeps_its_frames(make_plan, sharding, tmp_path):
     plan, directory = make_plan(), tmp_path / "frames"
     encode(job_of(plan, sharding), str(directory), "train")

@@ -2,6 +2,7 @@
 
 import hashlib
 from bisect import insort
+from typing import Any
 
 import jax
 import numpy as np
@@ -159,6 +160,15 @@ def test_row_counts_are_kept(tmp_path, monkeypatch):
     for damaged in (b"", bytes(len(kept) * 4), kept[:-1].tobytes() + bytes(4)):
         file.write_bytes(damaged)
         assert ids_of(plan().rows(2_000, 1)[0]) == expected
+
+
+def test_a_small_corpus_does_not_meet_itself_in_a_batch():
+    shape = shape_of(rows=4)
+    plan = Plan([draw_table(0, 60, shape)], None, 0, 4, shape, packing=Packing(True))
+    for step in range(40):
+        ids = [placed.reference.id for row in plan.rows(4 * step, 4) for placed in row]
+        # Only where two blocks meet in a step can an example stand twice.
+        assert len(plan.blocks(4 * step, 4)) > 1 or len(set(ids)) == len(ids)
 
 
 def test_rows_are_full(rng: np.random.Generator):
@@ -370,7 +380,7 @@ def test_the_order_is_what_it_was():
     lengths = np.stack([number * 7919 % (30 * SPP), 1 + number * 31 % 9, 1 + number * 17 % 11], 1)
     tables = [DrawnTable("a", lengths.astype(np.int32)), DrawnTable("b", lengths[:256].astype(np.int32))]
     tables[0].shards = np.append(np.arange(0, 700, 41), 700)
-    plans = {
+    plans: dict[str, Any] = {
         "one each": Plan(tables, [3, 1], 5, 4, shape),
         "packed": Plan(tables, None, 5, 4, shape, packing=Packing(True, block=100)),
         "buckets": Plan(tables, None, 5, 4, slots, packing=Packing(True, 150, (10 * SPP, 20 * SPP))),

@@ -174,3 +174,8 @@ def test_metrics_are_found_by_name(manifest, task_vocabulary):
 def test_an_unknown_metric_is_refused_when_registered(manifest, task_vocabulary, metric, told):
     with pytest.raises(UserError, match=told):
         register_asr("b", manifests={"train": manifest}, vocabulary=task_vocabulary, metric_fns=[metric])
+
+
+def test_languages_are_a_list(manifest, task_vocabulary):
+    with pytest.raises(UserError, match=re.escape("languages is 'en', expected a list such as ['en']")):
+        register_asr("t", manifests={"train": manifest}, vocabulary=task_vocabulary, languages="en")
