@@ -111,6 +111,7 @@ class _Encoding:
         self._encode: Encode | None = None
 
     def run(self, replace: bool) -> shards.SplitEntry:
+        old: Sequence[shards.ShardEntry] = ()
         if self._split in self._described():
             existing = entry_of(self._directory, self._split)
             if existing.about["job"] == self._digest:
@@ -121,11 +122,12 @@ class _Encoding:
                     f"{self._directory} has frames of split {self._split!r} already, of other utterances, "
                     "shards or dtype; name another directory"
                 )
+            old = existing.shards
         try:
             storage.make_folder(self._directory)
-            missing = self._missing()
-            self._encode_shards(missing)
-            return self._describe()
+            self._forget()
+            self._encode_shards(self._missing())
+            return self._describe(old)
         except OSError as error:
             raise UserError(f"{self._directory} cannot be written: {error.strerror or error}") from None
 
@@ -163,8 +165,14 @@ class _Encoding:
         except UserError:
             return False
 
-    def _describe(self) -> shards.SplitEntry:
-        """Writes `shards.json` once all shards are there, on the first process."""
+    def _forget(self) -> None:
+        """Takes what is to be replaced out of `shards.json`, which must not speak of shards that change."""
+        described = self._described()
+        if jax.process_index() == 0 and described.pop(self._split, None) is not None:
+            shards.write_description(self._directory, described)
+
+    def _describe(self, old: Sequence[shards.ShardEntry]) -> shards.SplitEntry:
+        """Writes `shards.json` once all shards are there, on the first process, and removes old ones."""
         _wait_for_all("shards")
         if jax.process_index() == 0:
             indices = [(name, shards.read_index(self._directory, name)) for name in self._names()]
@@ -178,10 +186,8 @@ class _Encoding:
             entry = shards.SplitEntry(
                 "frames", self._job.dtype, about, [index.entry(name) for name, index in indices], rejected
             )
-            described = self._described()
-            shards.write_description(self._directory, described | {self._split: entry})
-            if self._split in described:
-                self._remove(described[self._split].shards)
+            shards.write_description(self._directory, self._described() | {self._split: entry})
+            self._remove(old)
         _wait_for_all("description")
         return entry_of(self._directory, self._split)
 

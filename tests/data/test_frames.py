@@ -259,6 +259,21 @@ def test_frames_of_something_else_are_kept_or_replaced_as_asked(make_plan, shard
     encode(job_of(plan, sharding, per_shard=20), directory, "train", replace=True)
     assert len(list((tmp_path / "frames").glob("*.array_record"))) == 2
     take(TrainBatches(plan, SHAPE, sharding, load=frames_of(plan, tmp_path / "frames")), 0, 9)
+    # Stopped in the middle of being replaced, they are made again by whoever asks next.
+    job = job_of(plan, sharding, per_shard=20)
+
+    def stops(speech, segments):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        encode(
+            job_of(plan, sharding, dtype="int8", per_shard=20, encoder=lambda: stops),
+            directory,
+            "train",
+            True,
+        )
+    assert encode(job, directory, "train").encoding == "bfloat16"
+    take(TrainBatches(plan, SHAPE, sharding, load=frames_of(plan, tmp_path / "frames")), 0, 9)
 
 
 # ---- mistakes
