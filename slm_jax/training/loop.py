@@ -157,11 +157,18 @@ def train(
     checkpoints = RunCheckpoints(
         model_dir / "checkpoints", config.keep_last, config.keep_best, config.best_metric, config.best_mode
     )
-    restored = checkpoints.restore(shapes.state, run_provenance)
-    wanted = (
-        {"frozen": shapes.frozen} if restored else {"params": shapes.state.params, "frozen": shapes.frozen}
-    )
-    variables = make_variables(objective, source.shapes, wanted, load_variables, config.seed, mesh, rules)
+    try:
+        restored = checkpoints.restore(shapes.state, run_provenance)
+        wanted = (
+            {"frozen": shapes.frozen}
+            if restored
+            else {"params": shapes.state.params, "frozen": shapes.frozen}
+        )
+        variables = make_variables(objective, source.shapes, wanted, load_variables, config.seed, mesh, rules)
+    except BaseException:
+        # Its threads would be cut off by the end of the process, and say so below the mistake.
+        checkpoints.close()
+        raise
     if restored:
         first_step, state = restored.step, restored.state
         rows_consumed, anchor = restored.cursor["rows_consumed"], restored.cursor.get("anchor")

@@ -2,9 +2,11 @@
 
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import seqio
 
 from slm_jax.cli import gin_config
 from slm_jax.cli.main import main
@@ -37,6 +39,17 @@ def recipe(workshop, tmp_path_factory) -> Path:
         "include 'recipes/quickstart.gin'\n"
     )
     return path
+
+
+@pytest.fixture
+def clean_registries() -> Iterator[None]:
+    """Takes back what a test registered with SeqIO in this process."""
+    registries = (seqio.TaskRegistry, seqio.MixtureRegistry)
+    before = [set(registry.names()) for registry in registries]
+    yield
+    for registry, names in zip(registries, before, strict=True):
+        for name in set(registry.names()) - names:
+            registry.remove(name)
 
 
 def words(workshop, recipe: Path, run: Path, command: list[str], more=()) -> list[str]:
@@ -161,7 +174,9 @@ def test_rows_that_the_mesh_does_not_divide(workshop, trained):
         ("buckets=(22528,)", "this one packs, expected no buckets"),
     ],
 )
-def test_settings_that_do_not_fit(workshop, recipe, tmp_path, monkeypatch, binding, sentence):
+def test_settings_that_do_not_fit(
+    clean_registries, workshop, recipe, tmp_path, monkeypatch, binding, sentence
+):
     monkeypatch.setenv("SLM_CACHE_DIR", str(workshop.folder / "cache"))
     bindings = workshop.bindings(tmp_path / "run", 4, (*PACKED, f"run.DataConfig.{binding}"))
     gin_config.parse([str(recipe)], bindings)
