@@ -11,20 +11,18 @@ import contextlib
 import functools
 import inspect
 import itertools
-import string
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import seqio
 
 from slm_jax.data import biasing, continuation, labels, preprocessors, prompt_languages, same_language
-from slm_jax.data.columnwise import buckets, texts, with_reason
+from slm_jax.data.columnwise import buckets, rendered, texts, with_reason
 from slm_jax.data.host_tensorflow import tf
 from slm_jax.data.preprocessors import LANGUAGE_NAMES, SPEECH_MARKER
 from slm_jax.data.references import SPEECH
 from slm_jax.data.sources import ReferenceSource
-from slm_jax.data.sources.base import count_of
 from slm_jax.errors import UserError
 
 # Sentencepiece's own threads; it holds Python back while they work.
@@ -95,17 +93,6 @@ class Pipeline:
         self._is_checked = True
 
 
-def render(template: str, chunk: Chunk) -> list[str]:
-    """Returns a template filled in for every reference of a chunk."""
-    parts: list[Iterable[str]] = []
-    for literal, field, _, _ in string.Formatter().parse(template):
-        if literal:
-            parts.append(itertools.repeat(literal, count_of(chunk)))
-        if field is not None:
-            parts.append(texts(chunk, field))
-    return list(map("".join, zip(*parts, strict=True))) if parts else [""] * count_of(chunk)
-
-
 def ragged(lists: Sequence[Sequence[int]], dtype: Any = np.int32) -> Ragged:
     """Returns lists as one array with offsets."""
     offsets = np.zeros(len(lists) + 1, np.int64)
@@ -157,18 +144,18 @@ def _render_prompts(
     marked = np.zeros(len(choice), bool)
     for number, template in enumerate(templates):
         (at,) = np.nonzero(choice == number)
-        chosen = {name: values[at] for name, values in chunk.items()}
         first, marker, last = template.partition(SPEECH_MARKER)
-        before[at], after[at] = _objects(render(first, chosen)), _objects(render(last, chosen))
+        before[at], after[at] = rendered(first, chunk, at), rendered(last, chunk, at)
         if marker:
-            said[at] = _objects(render(speech, chosen)) if text_only else SPEECH_MARKER
+            said[at] = rendered(speech, chunk, at) if text_only else SPEECH_MARKER
             marked[at] = True
+    targets = rendered(target, chunk, np.arange(len(choice)))
     return chunk | {
         "prompt_before": before,
         "prompt_speech": said,
         "prompt_after": after,
         "prompt_has_speech": marked & (not text_only),
-        "targets_pretokenized": _objects([text.strip(_ASCII_SPACE) for text in render(target, chunk)]),
+        "targets_pretokenized": _objects([text.strip(_ASCII_SPACE) for text in targets]),
     }
 
 

@@ -6,6 +6,7 @@ reference depends on that reference alone, and a SeqIO preprocessor that maps it
 
 from __future__ import annotations
 
+import string
 from collections.abc import Callable, Iterable, Mapping
 
 import numpy as np
@@ -50,6 +51,16 @@ def over_columns(
 def texts(columns: Columns, name: str) -> np.ndarray:
     """Returns a field of text, object [n]; empty where no reference of these has it."""
     return columns[name] if name in columns else np.full(len(columns["id"]), "", object)
+
+
+def rendered(template: str, columns: Columns, rows: np.ndarray) -> np.ndarray:
+    """Returns a template without `{speech}` filled in from the references at `rows`, object [len(rows)]."""
+    text = np.full(len(rows), "", object)
+    for literal, field, _, _ in string.Formatter().parse(template):
+        text = text + literal
+        if field is not None:
+            text = text + texts(columns, field)[rows]
+    return text
 
 
 def with_reason(columns: Columns, holds: np.ndarray, reason: str) -> np.ndarray:

@@ -27,6 +27,7 @@ import seqio
 
 from slm_jax.data.batch import check_feature_lengths
 from slm_jax.data.columns import Chunk, Pipeline, Ragged
+from slm_jax.data.duplicate_ids import find_duplicate, hashes_of
 from slm_jax.data.host_tensorflow import Tensor, tf
 from slm_jax.data.index_table import IndexTable, TableWriter, count_markers
 from slm_jax.data.sources.base import CHUNK
@@ -238,12 +239,12 @@ def _fill(writer: TableWriter, task: seqio.Task, split: str, limits: Mapping[str
             if reason:
                 logger.info("task %s, split %s: example %s is rejected: %s", task.name, split, id_, reason)
         writer.add(chunk, reasons)
-        hashes.append(tf.strings.to_hash_bucket_fast(chunk["id"].tolist(), np.iinfo(np.int64).max).numpy())
+        hashes.append(hashes_of(chunk["id"]))
         count += len(reasons)
         if time.monotonic() - told > _REPORT_SECONDS:
             told = time.monotonic()
             logger.info("task %s, split %s: %s references indexed", task.name, split, f"{count:,}")
-    _check_ids(np.concatenate(hashes) if hashes else np.zeros(0, np.int64), task, split, seed)
+    _check_ids(np.concatenate(hashes) if hashes else np.zeros(0, np.uint64), task, split, seed)
     writer.finish()
 
 
@@ -294,27 +295,13 @@ def _complete(chunk: Chunk) -> Chunk:
 
 
 def _check_ids(hashes: np.ndarray, task: seqio.Task, split: str, seed: int) -> None:
-    """Raises UserError where an id stands for two examples.
-
-    Only where two hashes are equal are the ids themselves read again: those of a hundred million references
-    would not fit into memory.
-    """
-    ordered = np.sort(hashes)
-    doubtful = set(ordered[1:][ordered[1:] == ordered[:-1]].tolist())
-    if not doubtful:
-        return
-    first: dict[str, int] = {}
-    start = 0
-    for chunk in _chunks(task, split, seed):
-        ids = chunk["id"].tolist()
-        for place in np.flatnonzero(np.isin(hashes[start : start + len(ids)], list(doubtful))).tolist():
-            number = first.setdefault(ids[place], start + place)
-            if number != start + place:
-                raise UserError(
-                    f"task {task.name!r}, split {split!r}: id {ids[place]!r} stands for two examples, "
-                    f"references {number + 1} and {start + place + 1} of {_where(task.source, split)}"
-                )
-        start += len(ids)
+    """Raises UserError where an id stands for two examples."""
+    found = find_duplicate(hashes, (chunk["id"].tolist() for chunk in _chunks(task, split, seed)))
+    if found:
+        raise UserError(
+            f"task {task.name!r}, split {split!r}: id {found.id!r} stands for two examples, references "
+            f"{found.first} and {found.second} of {_where(task.source, split)}"
+        )
 
 
 def _where(source: Any, split: str) -> str:

@@ -11,7 +11,7 @@ import hashlib
 import itertools
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -343,7 +343,7 @@ def count_markers(inputs: Ragged) -> np.ndarray:
     return sums(inputs.values == SPEECH, inputs.offsets)
 
 
-def sums(flags: np.ndarray, offsets: np.ndarray | Sequence[int]) -> np.ndarray:
+def sums(flags: np.ndarray, offsets: np.ndarray) -> np.ndarray:
     """Returns how many flags are set in each row of a ragged array: int64 [n]."""
     total = np.concatenate([[0], np.cumsum(flags, dtype=np.int64)])
-    return total[np.asarray(offsets)[1:]] - total[np.asarray(offsets)[:-1]]
+    return total[offsets[1:]] - total[offsets[:-1]]

@@ -2,23 +2,19 @@
 
 `order` says which reference stands at each position of the stream. A block is K positions; the rows that it
 makes depend on nothing outside it, so that a seek replays one block. How many rows came before a block is
-known by counting (`_Starts`), and a run's cursor says it for the block in which it stands.
+known by counting (`row_counts`), and a run's cursor says it for the block in which it stands.
 """
 
 from __future__ import annotations
 
-import bisect
-import contextlib
 import dataclasses
 import functools
 import hashlib
 import json
-import os
-import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -26,12 +22,11 @@ from slm_jax.data.batch import BatchShape, Placed, Row
 from slm_jax.data.order import PERIOD, Passes, Shuffle, Stream, key_of, mix
 from slm_jax.data.packing import Packed, Sizes, bucket_shapes, one_each, pack, pack_in_buckets
 from slm_jax.data.references import Reference
+from slm_jax.data.row_counts import Anchor, BlockStarts
 from slm_jax.errors import UserError, nearest
 
 # Changes with the arithmetic: a run must not resume on another order.
 _VERSION = 2
-# New blocks that are counted before their row counts are written to disk.
-_COUNTS_TO_KEEP = 32
 
 
 class Table(Protocol):
@@ -51,13 +46,6 @@ class Table(Protocol):
     def __len__(self) -> int: ...
 
     def take(self, indices: np.ndarray) -> list[Reference]: ...
-
-
-class Anchor(NamedTuple):
-    """A block, and how many rows come before it."""
-
-    block: int
-    first_row: int
 
 
 @dataclass(frozen=True)
@@ -193,7 +181,7 @@ class Plan:
         file = None
         if counts_dir is not None and packing.pack:
             file = Path(counts_dir) / f"{self.fingerprint[:24]}.rows"
-        self._starts = _Starts(lambda block: self._block_of(block).rows, self._blocks, file)
+        self._starts = BlockStarts(lambda block: self._block_of(block).rows, self._blocks, file)
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -449,83 +437,6 @@ _AUGMENTATION = 0x6175676D656E74
 
 def _digest_of_shards(table: Table) -> str:
     return hashlib.sha256(np.asarray(table.shards, "<i8").tobytes()).hexdigest()
-
-
-class _Starts:
-    """Where packed blocks begin, in rows: counted from the first block on, or from an anchor.
-
-    Args:
-      count: block -> how many rows it has.
-      blocks: how many there are; None without end.
-      file: where counts from the first block on are kept.
-    """
-
-    def __init__(self, count: Callable[[int], int], blocks: int | None, file: Path | None):
-        self._count = count
-        self._blocks = blocks
-        self._file = file
-        self._first_block = 0
-        self._starts = [0]
-        self._kept = 0
-        self._read()
-
-    def block_of(self, row: int) -> Anchor:
-        """Returns the block that holds a row, or the end; blocks before it are counted."""
-        if row < self._starts[0]:
-            self._restart()
-        while self._starts[-1] <= row and self._next_block != self._blocks:
-            self._extend()
-        # The first of equal starts: only the end has no rows.
-        place = bisect.bisect_right(self._starts, min(row, self._starts[-1])) - 1
-        return Anchor(self._first_block + place, self._starts[place])
-
-    def first_row(self, block: int) -> int:
-        """Returns how many rows come before a block."""
-        if block < self._first_block:
-            self._restart()
-        while self._next_block < block:
-            self._extend()
-        return self._starts[block - self._first_block]
-
-    def anchored(self, anchor: Anchor) -> None:
-        """Goes on from an anchor, unless its block is among the known."""
-        if not self._starts[0] <= anchor.first_row <= self._starts[-1]:
-            self._first_block, self._starts = anchor.block, [anchor.first_row]
-
-    @property
-    def _next_block(self) -> int:
-        """The first block that is not counted."""
-        return self._first_block + len(self._starts) - 1
-
-    def _restart(self) -> None:
-        self._first_block, self._starts = 0, [0]
-        self._read()
-
-    def _extend(self) -> None:
-        self._starts.append(self._starts[-1] + self._count(self._next_block))
-        if not self._first_block and len(self._starts) - self._kept > _COUNTS_TO_KEEP:
-            self._write()
-
-    def _read(self) -> None:
-        if self._file is None:
-            return
-        with contextlib.suppress(OSError, ValueError):
-            counts = np.fromfile(self._file, "<u4")
-            if not counts.all():
-                # Every block has rows: a machine that lost power left the file without its contents.
-                return
-            self._starts = [0, *np.cumsum(counts, dtype=np.int64).tolist()]
-            self._kept = len(self._starts)
-
-    def _write(self) -> None:
-        if self._file is None:
-            return
-        self._kept = len(self._starts)
-        unfinished = self._file.with_name(f".{self._file.name}.{os.getpid()}.{uuid.uuid4().hex}")
-        # Counts that cannot be kept are counted again.
-        with contextlib.suppress(OSError):
-            np.diff(self._starts).astype("<u4").tofile(unfinished)
-            unfinished.replace(self._file)
 
 
 def _check(tables: Sequence[Table], rates: Sequence[float] | None, epochs: int | None) -> None:

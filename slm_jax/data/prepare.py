@@ -9,7 +9,6 @@ sample of the source. Within a shard the order is the source's.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import logging
 import os
@@ -24,6 +23,7 @@ import pyarrow as pa
 
 from slm_jax.data import shards, storage
 from slm_jax.data.audio_files import load_utterance
+from slm_jax.data.duplicate_ids import find_duplicate, hashes_of
 from slm_jax.data.references import SAMPLE_RATE, Reference, audio_path
 from slm_jax.data.shards import Record, ShardEntry, SplitEntry
 from slm_jax.errors import BadExample, UserError, check_whole, nearest
@@ -162,7 +162,7 @@ def _survey(source: ReferenceSource, split: str) -> _Survey:
     """Counts a split and sees that no id stands twice; raises UserError."""
     hashes, samples = [], 0
     for columns in source.chunks(split):
-        hashes.append(_hashes(columns["id"]))
+        hashes.append(hashes_of(columns["id"]))
         samples += int(columns["samples"].sum(dtype=np.int64))
     if not (count := sum(map(len, hashes))):
         raise UserError(f"split {split!r} of {_name(source, split)} has no references")
@@ -170,29 +170,14 @@ def _survey(source: ReferenceSource, split: str) -> _Survey:
     return _Survey(count, samples)
 
 
-def _hashes(ids: np.ndarray) -> np.ndarray:
-    digests = b"".join(hashlib.blake2b(id_.encode(), digest_size=8).digest() for id_ in ids)
-    return np.frombuffer(digests, "<u8")
-
-
 def _check_ids(source: ReferenceSource, split: str, hashes: np.ndarray) -> None:
-    """Raises UserError where an id stands twice; only ids of equal hashes are read again."""
-    ordered = np.sort(hashes)
-    doubtful = ordered[1:][ordered[1:] == ordered[:-1]]
-    if not len(doubtful):
-        return
-    first: dict[str, int] = {}
-    start = 0
-    for columns in source.chunks(split):
-        stretch = hashes[start : start + len(columns["id"])]
-        for place in np.flatnonzero(np.isin(stretch, doubtful)).tolist():
-            number = first.setdefault(columns["id"][place], start + place)
-            if number != start + place:
-                raise UserError(
-                    f"id {columns['id'][place]!r} stands for two references, numbers {number + 1} and "
-                    f"{start + place + 1} of split {split!r} of {_name(source, split)}"
-                )
-        start += len(stretch)
+    """Raises UserError where an id stands twice."""
+    found = find_duplicate(hashes, (columns["id"] for columns in source.chunks(split)))
+    if found:
+        raise UserError(
+            f"id {found.id!r} stands for two references, numbers {found.first} and {found.second} of split "
+            f"{split!r} of {_name(source, split)}"
+        )
 
 
 def _name(source: ReferenceSource, split: str) -> str:
@@ -200,7 +185,7 @@ def _name(source: ReferenceSource, split: str) -> str:
 
 
 def _by_id(count: int) -> Callable[[int, Columns], np.ndarray]:
-    return lambda start, columns: (_hashes(columns["id"]) % np.uint64(count)).astype(np.int64)
+    return lambda start, columns: (hashes_of(columns["id"]) % np.uint64(count)).astype(np.int64)
 
 
 def _by_position(references: int, count: int) -> Callable[[int, Columns], np.ndarray]:

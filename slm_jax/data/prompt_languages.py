@@ -8,12 +8,11 @@ then writes the text before and after the speech, for `preprocessors.render_prom
 from __future__ import annotations
 
 import functools
-import string
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from slm_jax.data.columnwise import Columns, buckets, check_fields, over_columns, texts
+from slm_jax.data.columnwise import Columns, buckets, check_fields, over_columns, rendered, texts
 from slm_jax.data.host_tensorflow import Dataset
 from slm_jax.data.preprocessors import SPEECH_MARKER, template_fields
 from slm_jax.errors import UserError
@@ -105,13 +104,3 @@ def has_speech(templates: Sequence[str], where: str) -> bool:
             "expected all or none where the prompt follows the language of the speech"
         )
     return True in marked
-
-
-def rendered(template: str, columns: Columns, rows: np.ndarray) -> np.ndarray:
-    """Returns a template without `{speech}` filled in from the references at `rows`, object [len(rows)]."""
-    text = np.full(len(rows), "", object)
-    for literal, field, _, _ in string.Formatter().parse(template):
-        text = text + literal
-        if field is not None:
-            text = text + texts(columns, field)[rows]
-    return text
