@@ -2,6 +2,7 @@
 
 import os
 import secrets
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -32,3 +33,18 @@ def rng(request: pytest.FixtureRequest) -> np.random.Generator:
     """Random numbers, fresh in every run and different for every test; the header prints the seed."""
     name = [ord(letter) for letter in request.node.nodeid]
     return np.random.default_rng([int(os.environ["SLM_TEST_SEED"]), *name])
+
+
+@pytest.fixture
+def clean_registries() -> Iterator[None]:
+    """Takes back what a test registered with SeqIO in this process."""
+    # After the tests' own imports: TensorFlow is to be imported by the room that hides accelerators from it.
+    from slm_jax.data import host_tensorflow  # noqa: F401, I001
+    import seqio
+
+    registries = (seqio.TaskRegistry, seqio.MixtureRegistry)
+    before = [set(registry.names()) for registry in registries]
+    yield
+    for registry, names in zip(registries, before, strict=True):
+        for name in set(registry.names()) - names:
+            registry.remove(name)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from collections.abc import Iterable
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -17,13 +17,13 @@ class Duplicate(NamedTuple):
     second: int
 
 
-def hashes_of(ids: Sequence[str]) -> np.ndarray:
+def hashes_of(ids: Iterable[str]) -> np.ndarray:
     """Returns the BLAKE2b-64 of each id: uint64 [n]."""
     digests = b"".join(hashlib.blake2b(id_.encode(), digest_size=8).digest() for id_ in ids)
     return np.frombuffer(digests, "<u8")
 
 
-def find_duplicate(hashes: np.ndarray, chunks: Iterable[Sequence[str]]) -> Duplicate | None:
+def find_duplicate(hashes: np.ndarray, chunks: Iterable[Any]) -> Duplicate | None:
     """Returns an id that stands twice, or None.
 
     Args:

@@ -2,11 +2,9 @@
 
 import json
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import seqio
 
 from slm_jax.cli import gin_config
 from slm_jax.cli.main import main
@@ -39,17 +37,6 @@ def recipe(workshop, tmp_path_factory) -> Path:
         "include 'recipes/quickstart.gin'\n"
     )
     return path
-
-
-@pytest.fixture
-def clean_registries() -> Iterator[None]:
-    """Takes back what a test registered with SeqIO in this process."""
-    registries = (seqio.TaskRegistry, seqio.MixtureRegistry)
-    before = [set(registry.names()) for registry in registries]
-    yield
-    for registry, names in zip(registries, before, strict=True):
-        for name in set(registry.names()) - names:
-            registry.remove(name)
 
 
 def words(workshop, recipe: Path, run: Path, command: list[str], more=()) -> list[str]:

@@ -1,7 +1,7 @@
 """A tiny vocabulary, manifests and audio files for the tests of `data/`."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -40,14 +40,8 @@ def vocabulary(vocabulary_path: Path) -> seqio.SentencePieceVocabulary:
 
 
 @pytest.fixture(autouse=True)
-def clean_registries() -> Iterator[None]:
-    """Takes back what a test registered with SeqIO."""
-    registries = (seqio.TaskRegistry, seqio.MixtureRegistry)
-    before = [set(registry.names()) for registry in registries]
-    yield
-    for registry, names in zip(registries, before, strict=True):
-        for name in set(registry.names()) - names:
-            registry.remove(name)
+def registries_stay_clean(clean_registries) -> None:
+    """Every test of this room takes back what it registered."""
 
 
 WriteManifest = Callable[..., Path]

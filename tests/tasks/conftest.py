@@ -1,11 +1,9 @@
 """The vocabulary and registries that the tests of `data/` use, for the tasks as well."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import sentencepiece
-import seqio
 
 
 @pytest.fixture(scope="session")
@@ -30,11 +28,5 @@ def task_vocabulary(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def clean_registries() -> Iterator[None]:
-    """Takes back what a test registered with SeqIO."""
-    registries = (seqio.TaskRegistry, seqio.MixtureRegistry)
-    before = [set(registry.names()) for registry in registries]
-    yield
-    for registry, names in zip(registries, before, strict=True):
-        for name in set(registry.names()) - names:
-            registry.remove(name)
+def registries_stay_clean(clean_registries) -> None:
+    """Every test of this room takes back what it registered."""
