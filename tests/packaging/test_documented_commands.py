@@ -248,6 +248,11 @@ EXERCISES = [
     ),
     Exercise(".venv/bin/python benchmarks/packing.py", "--references 9000", says(r"mls +packed +9\d\.\d %")),
     Exercise(
+        ".venv/bin/python benchmarks/packed_quickstart.py --to runs/packed_quickstart",
+        "--preset tiny --live_steps 3 --steps 3 --repetitions 1 --seeds",
+        says(r"\| hours of audio a second, encoder in the step \| \d\.\d+ \| \d\.\d+ \|"),
+    ),
+    Exercise(
         ".venv/bin/slm demo --to runs/foundation/corpus",
         "--preset tiny",
         wrote("runs/foundation/corpus/train.jsonl"),
