@@ -41,6 +41,35 @@ def make_provenance(config: str, fingerprints: Mapping[str, str]) -> Provenance:
     return Provenance(FORMAT_VERSION, package_versions(), config, dict(fingerprints))
 
 
+def _changes(before: str, now: str) -> str:
+    """What of a configuration in gin's words has changed, as far as it may be why a plan has."""
+    old, new = _bindings(before), _bindings(now)
+    changed = [name for name in sorted(old.keys() | new.keys()) if old.get(name) != new.get(name)]
+    if changed:
+        told = [
+            f"{name} was {old.get(name, 'not set')} and is {new.get(name, 'not set')}" for name in changed
+        ]
+        return f" ({', '.join(told[:3])}{', and more' * (len(told) > 3)})"
+    if before and now:
+        return " (the configuration is the same, so what its tasks read has changed)"
+    return ""
+
+
+def _bindings(config: str) -> dict[str, str]:
+    """Names and values of gin bindings, each value as one line."""
+    found: dict[str, str] = {}
+    name = None
+    for line in config.splitlines():
+        if line.startswith((" ", "\t")) and name is not None:
+            found[name] = f"{found[name]} {line.strip()}".strip()
+        elif not line.startswith(("#", "from ", "import ")) and " = " in line:
+            name, _, value = line.partition(" = ")
+            found[name] = value.strip().removesuffix("\\").strip()
+        else:
+            name = None
+    return found
+
+
 def package_versions() -> dict[str, str]:
     """Versions of the packages that decide what a step computes; one that is not installed is left out."""
     versions = {}
@@ -93,9 +122,10 @@ def check_provenance(saved: Provenance, current: Provenance, where: str) -> list
     for name in sorted(names, key=lambda name: (name == "plan", name)):
         before, now = saved.fingerprints.get(name), current.fingerprints.get(name)
         if before != now:
+            why = _changes(saved.config, current.config) if name == "plan" else ""
             raise UserError(
-                f"{where} was made with another {name}: it has fingerprint {before or 'none'}, this run has "
-                f"{now or 'none'}; go back to the same {name} or train in a new directory"
+                f"{where} was made with another {name}{why}: it has fingerprint {before or 'none'}, "
+                f"this run has {now or 'none'}; go back to the same {name} or train in a new directory"
             )
     notes = []
     for name in sorted(saved.packages.keys() | current.packages.keys()):

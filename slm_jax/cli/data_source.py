@@ -47,6 +47,13 @@ def source_of(args: argparse.Namespace) -> "ReferenceSource":
     return source
 
 
+_TASKS_ALONE = """
+from __gin__ import dynamic_registration
+from slm_jax.cli import run
+run.DataConfig.register = %REGISTER_TASKS
+"""
+
+
 def find_task(args: argparse.Namespace) -> Any:
     """Returns the task of `--task`, having registered what the gin files register.
 
@@ -60,7 +67,9 @@ def find_task(args: argparse.Namespace) -> Any:
     from slm_jax.data.index import find_task as find
 
     gin_config.parse(args.gin_file, args.gin_bindings, search_paths(args))
-    # Of a run, so that one file serves both; but nothing else of the run need be known.
+    # Of a run, so that one file serves both; but nothing else of the run need be known, nor be there at all.
+    if gin_config.bound("run.DataConfig.register") is None:
+        gin_config.bind(_TASKS_ALONE)
     config = gin_config.build(DataConfig, mixture_or_task=args.task, feature_lengths={}, batch_size=1)
     for register in config.register:
         register()

@@ -99,6 +99,12 @@ def build(configurable: Callable[..., T], **given: Any) -> T:
         return gin.get_configurable(configurable)(**given)
 
 
+def bind(text: str) -> None:
+    """Adds bindings in gin's words to what was parsed; they may import."""
+    with _user_errors():
+        gin.parse_config(text)
+
+
 def bound(name: str) -> Any:
     """Returns the value that is bound to a parameter, such as `run.Run.working_dir`; None where none is."""
     try:
@@ -182,6 +188,11 @@ def _sentence(error: Exception, place: str) -> str | None:
         selector, module, attribute = found.groups()
         instead = nearest(attribute, _public(module))
         return f"gin: {selector} names nothing: {module} has no {attribute!r}{instead}{place}"
+    if found := re.search(r"Could not find <\w+ '?slm_jax\.cli\.([\w.]+)", text):
+        return (
+            f"gin: the gin files configure no {found.group(1)}; include 'runs/train.gin', or give it as "
+            "another --gin_file"
+        )
     if found := re.search(r"Unable to open file: (.+?)\. Searched", text):
         instead = nearest(found.group(1), packaged_gin_files())
         return f"gin: include {found.group(1)!r} was not found{instead}{place}"

@@ -82,7 +82,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = parse_arguments(sys.argv[1:] if argv is None else argv)
         return _module(args.command).main(args)
     except UserError as error:
-        print(f"slm: error: {error}", file=sys.stderr)
+        # gin appends lines that say which of its configurables it was calling.
+        print(f"slm: error: {str(error).splitlines()[0]}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("slm: interrupted", file=sys.stderr)

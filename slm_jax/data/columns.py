@@ -140,6 +140,9 @@ def _render_prompts(
     preprocessors.check_prompts(templates, target, salt, speech)
     text_only = speech != SPEECH_MARKER
     choice = buckets(salt, chunk["id"], len(templates))
+    if anonymous := preprocessors.anonymous_templates(templates):
+        nameless = texts(chunk, "language_name") == ""
+        choice[nameless] = np.array(anonymous)[buckets(salt, chunk["id"][nameless], len(anonymous))]
     before, said, after = (np.full(len(choice), "", object) for _ in range(3))
     marked = np.zeros(len(choice), bool)
     for number, template in enumerate(templates):

@@ -140,6 +140,14 @@ def repeat(dataset: Dataset, *, times: int) -> Dataset:
     return dataset.flat_map(variants)
 
 
+def anonymous_templates(templates: Sequence[str]) -> list[int]:
+    """Returns which templates a reference of unknown language can have, where others name its language."""
+    anonymous = [
+        number for number, some in enumerate(templates) if "language_name" not in template_fields(some)
+    ]
+    return anonymous if len(anonymous) < len(templates) else []
+
+
 def check_prompts(templates: Sequence[str], target: str, salt: str, speech: str) -> None:
     """Raises UserError unless there are templates, and `{speech}` stands in no text; as `render_prompts`."""
     if not templates:
@@ -163,7 +171,8 @@ def render_prompts(
 
     Args:
       dataset: references with string fields.
-      templates: one of them is chosen by a hash of `salt` and the example's id.
+      templates: one of them is chosen by a hash of `salt` and the example's id; where `language_name` is
+        empty, one without that field, if there is any.
       target: template of the target, such as `{text}`.
       salt: makes the choice differ between tasks; the task's name.
       speech: what stands at the marker: the speech itself (`{speech}`), or, for a text-only task, a
@@ -181,9 +190,13 @@ def render_prompts(
     _check_templates((*templates, target, speech), dataset)
     halves = [template.partition(SPEECH_MARKER) for template in templates]
     markers = [bool(marker) for _, marker, _ in halves]
+    anonymous = anonymous_templates(templates)
 
     def render(example: Example) -> Example:
         choice = _pick(example["id"], len(templates), salt)
+        if anonymous:
+            other = tf.constant(anonymous, choice.dtype)[_pick(example["id"], len(anonymous), salt)]
+            choice = tf.where(example["language_name"] == "", other, choice)
         before = tf.stack([_render(half[0], example) for half in halves])[choice]
         after = tf.stack([_render(half[2], example) for half in halves])[choice]
         marked = tf.constant(markers)[choice]

@@ -14,7 +14,7 @@ import numpy as np
 
 from slm_jax.data.columnwise import Columns, buckets, check_fields, over_columns, rendered, texts
 from slm_jax.data.host_tensorflow import Dataset
-from slm_jax.data.preprocessors import SPEECH_MARKER, template_fields
+from slm_jax.data.preprocessors import SPEECH_MARKER, anonymous_templates, template_fields
 from slm_jax.errors import UserError
 
 # What `render_prompts` makes of the fields that `choose_prompts` adds; the second where no prompt has speech.
@@ -64,7 +64,7 @@ def choose_prompts(dataset: Dataset, *, templates: Mapping[str, Sequence[str]], 
     Args:
       dataset: references with string fields, `prompt_language` among them.
       templates: language of the prompt -> templates; one of them is chosen by a hash of `salt` and the
-        example's id.
+        example's id. Where `language_name` is empty, it is one without that field, if there is any.
       salt: makes the choice differ between tasks; the task's name.
 
     Raises:
@@ -87,11 +87,15 @@ def choose_prompts_on_columns(
     heads, tails = (np.full(len(columns["id"]), "", object) for _ in range(2))
     for language, some in templates.items():
         (here,) = np.nonzero(columns["prompt_language"] == language)
-        chosen = buckets(salt, columns["id"][here], len(some))
-        for number, template in enumerate(some):
-            rows = here[chosen == number]
-            head, _, tail = template.partition(SPEECH_MARKER)
-            heads[rows], tails[rows] = rendered(head, columns, rows), rendered(tail, columns, rows)
+        # A reference of unknown language has none of the prompts that name it, where there are others.
+        anonymous = [some[number] for number in anonymous_templates(some)] or some
+        nameless = texts(columns, "language_name")[here] == ""
+        for rows_here, choice in ((here[~nameless], some), (here[nameless], anonymous)):
+            chosen = buckets(salt, columns["id"][rows_here], len(choice))
+            for number, template in enumerate(choice):
+                rows = rows_here[chosen == number]
+                head, _, tail = template.partition(SPEECH_MARKER)
+                heads[rows], tails[rows] = rendered(head, columns, rows), rendered(tail, columns, rows)
     return columns | {"prompt_head": heads, "prompt_tail": tails}
 
 

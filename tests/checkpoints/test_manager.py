@@ -120,6 +120,29 @@ def test_another_fingerprint_is_refused_by_name(tmp_path, rng, name):
 
 
 @pytest.mark.parametrize(
+    ("config", "told"),
+    [
+        ("lr = 2\nnew.rate = 3", r"another plan \(lr was 1 and is 2, new.rate was not set and is 3\)"),
+        (
+            "# lr = 3\nfrom a import b\nlr = \\\n    {'a': 1,\n     'b': 2}",
+            r"lr was 1 and is \{'a': 1, 'b': 2\}\)",
+        ),
+        ("", r"another plan \(lr was 1 and is not set\)"),
+        ("lr = 1", r"another plan \(the configuration is the same, so what its tasks read has changed\)"),
+    ],
+)
+def test_why_a_plan_is_another_is_told_as_far_as_the_configuration_tells(tmp_path, rng, config, told):
+    state = make_state(rng)
+    checkpoints = RunCheckpoints(tmp_path)
+    save_all(checkpoints, state, {1: None})
+    changed = PROVENANCE.fingerprints | {"plan": "other"}
+    with pytest.raises(UserError, match=told):
+        checkpoints.restore(
+            abstract(state), dataclasses.replace(PROVENANCE, config=config, fingerprints=changed)
+        )
+
+
+@pytest.mark.parametrize(
     ("name", "needed"), [("plan", False), ("templates/asr", False), ("foundation/llm", True)]
 )
 def test_a_trained_model_is_used_with_other_data_and_prompts(tmp_path, rng, name, needed):

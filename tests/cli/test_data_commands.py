@@ -42,6 +42,19 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def test_a_gin_file_of_tasks_alone_is_enough_to_look_at_them(folder, tmp_path, capsys):
+    tasks = (folder / "tasks.gin").read_text().replace("from slm_jax.cli import run\n", "")
+    path = tmp_path / "alone.gin"
+    path.write_text(
+        tasks.replace("run.DataConfig.register", "REGISTER_TASKS").replace("'on_manifests'", "'alone'")
+    )
+    words = "describe", "--gin_file", path, "--task", "alone"
+    assert said(capsys, *words).startswith("alone, split train: 24 examples")
+    # A run cannot be made of it, and that is one sentence.
+    assert main(["train", "--gin_file", str(path)]) == 2
+    assert "the gin files configure no run.Run; include 'runs/train.gin'" in capsys.readouterr().err
+
+
 @pytest.fixture(autouse=True)
 def cache(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLM_CACHE_DIR", str(folder / "cache"))

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from slm_jax.data import continuation, labels, prompt_languages, same_language
+from slm_jax.data.columns import ON_COLUMNS
 from slm_jax.data.columnwise import Columns
 from slm_jax.data.host_tensorflow import tf
 from slm_jax.data.preprocessors import LANGUAGE_NAMES, render_prompts
@@ -81,7 +82,27 @@ def test_prompts_follow_the_language_of_the_speech(rng):
         found = f"{made['prompt_head'][i]}\0{made['prompt_tail'][i]}"
         assert found in possible
         asked[language].add(possible.index(found))
+        if not filled["language_name"]:
+            # A prompt would say "in " and nothing.
+            assert found != "\0 in "
     assert {language: len(numbers) for language, numbers in asked.items()} == {"en": 3, "de": 1, "fr": 2}
+
+
+def test_a_reference_of_unknown_language_has_no_prompt_that_names_it(rng):
+    columns = spoken(rng, 200)
+    columns["language_name"] = np.where(columns["language"] == "en", "English", "").astype(object)
+    settings = {"templates": TEMPLATES["en"], "target": "{text}", "salt": "task"}
+    rows = rows_of(columns, functools.partial(render_prompts, **settings))
+    made = ON_COLUMNS[render_prompts](columns, **settings)
+    for name in ("prompt_before", "prompt_after", "targets_pretokenized"):
+        assert [row[name] for row in rows] == made[name].tolist()
+    names = {(row["language_name"], row["prompt_after"].startswith(" in ")) for row in rows}
+    assert names == {("English", True), ("English", False), ("", False)}
+    # Where every prompt names it, there is no other.
+    alone = rows_of(
+        columns, functools.partial(render_prompts, **settings | {"templates": TEMPLATES["en"][1:2]})
+    )
+    assert {row["prompt_after"] for row in alone} == {" in English", " in "}
 
 
 def test_a_prompt_is_chosen_and_joined_as_without_languages(rng):
