@@ -44,6 +44,7 @@ FORMATS = ("orbax", "safetensors")
 # Fields of a model's configuration that do not change what its parameters mean.
 _RUN_TIME_FIELDS = {
     "dropout", "dtype", "remat", "scan", "scan_unroll", "loss_chunk", "relative_bias_init_std",
+    "attention_kernel",
 }  # fmt: skip
 
 

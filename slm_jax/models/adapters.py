@@ -21,6 +21,7 @@ from slm_jax.models.layers import (
     RMSNorm,
     segment_mask,
 )
+from slm_jax.models.remat import REMAT, rematted
 
 ACTIVATION_AXES = ("activation_batch", "activation_length", "activation_embed")
 
@@ -42,7 +43,7 @@ class AdapterConfig:
       output_norm: `rms` normalises each position; the learned scale starts at `output_scale`.
       output_scale: root mean square of a fresh adapter's output; match it to the LLM's embeddings.
       dtype: of computation; norms and softmax stay float32.
-      remat: `full` recomputes each layer in the backward pass.
+      remat: what each layer keeps for the backward pass; see `remat.rematted`.
     """
 
     layers: int = 2
@@ -60,14 +61,14 @@ class AdapterConfig:
     output_norm: Literal["none", "rms"] = "rms"
     output_scale: float = 1.0
     dtype: str = "float32"
-    remat: Literal["none", "full"] = "none"
+    remat: str = "none"
 
     def __post_init__(self):
         choices = {
             "activation": tuple(ACTIVATIONS),
             "relative_bias": ("t5", "none"),
             "output_norm": ("none", "rms"),
-            "remat": ("none", "full"),
+            "remat": REMAT,
         }
         for name, allowed in choices.items():
             if (found := getattr(self, name)) not in allowed:
@@ -133,12 +134,8 @@ class TransformerAdapter(nn.Module):
         return relative_bias(positions, positions)
 
     def _stack(self):
-        layer = AdapterLayer
-        if self.config.remat == "full":
-            # Inside a scan nothing can be merged with its recomputation, so no barrier is needed.
-            layer = nn.remat(layer, prevent_cse=False)
         return nn.scan(
-            layer,
+            rematted(AdapterLayer, self.config.remat),
             variable_axes={"params": 0},
             split_rngs={"params": True, "dropout": True},
             in_axes=nn.broadcast,  # pyright: ignore[reportArgumentType]

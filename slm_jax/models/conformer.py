@@ -28,8 +28,9 @@ from slm_jax.models.conformer_attention import (
     position_inputs,
 )
 from slm_jax.models.conformer_attention import relative_shift as relative_shift
-from slm_jax.models.layers import ACTIVATIONS, Dense, Mlp
+from slm_jax.models.layers import ACTIVATIONS, ATTENTION_KERNELS, Dense, Mlp
 from slm_jax.models.norms import NORM_TYPES, NormType, feature_norm
+from slm_jax.models.remat import REMAT, rematted
 from slm_jax.models.subsampling import ConvSubsampling, FeatureProjection
 
 ACTIVATION_AXES = ("activation_batch", "activation_length", "activation_embed")
@@ -65,9 +66,10 @@ class ConformerConfig:
         a norm and a linear map and leaves the frames' rate.
       subsampling_channels: output channels of the two stride-2 convolutions.
       subsampling_epsilon: of the norm in `ahead`.
+      attention_kernel: which kernel computes attention; see `layers.dot_product_attention`.
       dropout: rate where the encoder itself is trained.
       dtype: of computation; norms and softmax stay float32.
-      remat: `full` recomputes each layer in the backward pass.
+      remat: what each layer keeps for the backward pass; see `remat.rematted`.
       scan_unroll: layers per iteration of the scan; more compile longer and may run faster.
     """
 
@@ -103,9 +105,10 @@ class ConformerConfig:
     subsampling_channels: tuple[int, int] = (128, 32)
     log_mel: LogMelConfig = dataclasses.field(default_factory=LogMelConfig)
     kaldi_fbank: KaldiFbankConfig = dataclasses.field(default_factory=KaldiFbankConfig)
+    attention_kernel: str = "plain"
     dropout: float = 0.0
     dtype: str = "float32"
-    remat: Literal["none", "full"] = "none"
+    remat: str = "none"
     scan_unroll: int = 1
 
     def __post_init__(self):
@@ -128,7 +131,8 @@ class ConformerConfig:
             ("norm_type", NORM_TYPES),
             ("front_end", ("log_mel", "kaldi_fbank")),
             ("subsampling", ("centred", "ahead", "projection")),
-            ("remat", ("none", "full")),
+            ("remat", REMAT),
+            ("attention_kernel", ATTENTION_KERNELS),
         ):
             if (found := getattr(self, name)) not in choices:
                 raise UserError(f"ConformerConfig.{name} is {found!r}{nearest(found, choices)}")
@@ -294,12 +298,8 @@ class ConformerEncoder(nn.Module):
         x_BFD = nn.Dropout(config.dropout)(x_BFD, deterministic=deterministic)
         x_BFD = with_logical_constraint(x_BFD, ACTIVATION_AXES)
 
-        layer = ConformerLayer
-        if config.remat == "full":
-            # Inside a scan nothing can be merged with its recomputation, so no barrier is needed.
-            layer = nn.remat(layer, prevent_cse=False)
         stack = nn.scan(
-            layer,
+            rematted(ConformerLayer, config.remat),
             variable_axes={"params": 0},
             split_rngs={"params": True, "dropout": True},
             in_axes=nn.broadcast,  # pyright: ignore[reportArgumentType]
@@ -419,6 +419,7 @@ class ConformerLayer(nn.Module):
             dropout=config.dropout,
             deterministic=self.deterministic,
             dtype=config.dtype,
+            kernel=config.attention_kernel,
             name="attention",
         )
         y_BFD = attention(self._before(x_BFD, "attention"), around.mask_BHFG, around.positions_PD)

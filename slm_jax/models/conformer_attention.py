@@ -16,7 +16,7 @@ import numpy as np
 from flax.linen.spmd import with_logical_constraint
 from jax.typing import DTypeLike
 
-from slm_jax.models.layers import MASKED_SCORE, Dense, segment_mask
+from slm_jax.models.layers import MASKED_SCORE, Dense, dot_product_attention, segment_mask
 
 Window = Literal["full", "local", "chunk"]
 Positions = Literal["transformer_xl", "usm", "shaw", "none"]
@@ -86,6 +86,7 @@ class RelativeAttention(nn.Module):
         learned s for each feature of a head.
       logit_cap: scores s become cap * tanh(s / cap); None leaves them.
       use_bias: in the projections of queries, keys, values and the result.
+      kernel: of `layers.dot_product_attention`; a `logit_cap` and dropout take the plain one.
 
     Args of the call:
       x_BFD: [B, F, D].
@@ -104,6 +105,7 @@ class RelativeAttention(nn.Module):
     dropout: float = 0.0
     deterministic: bool = True
     dtype: DTypeLike = jnp.float32
+    kernel: str = "plain"
 
     @nn.compact
     def __call__(self, x_BFD: jax.Array, mask_BHFG: jax.Array, positions_PD: jax.Array) -> jax.Array:
@@ -115,15 +117,36 @@ class RelativeAttention(nn.Module):
         head_dim = query_BFHC.shape[-1]
         if self.query_scale == "per_dim":
             query_BFHC = query_BFHC * self._scale_per_dim(head_dim)
-        scores_BHFG = self._scores(query_BFHC, key_BGHC, positions_PD)
-        if self.query_scale == "constant":
-            scores_BHFG = scores_BHFG * head_dim**-0.5
-        if self.logit_cap is not None:
-            scores_BHFG = self.logit_cap * jnp.tanh(scores_BHFG / self.logit_cap)
-        scores_BHFG = jnp.where(mask_BHFG, scores_BHFG, MASKED_SCORE)
-        weights_BHFG = jax.nn.softmax(scores_BHFG, axis=-1).astype(self.dtype)
-        weights_BHFG = nn.Dropout(self.dropout)(weights_BHFG, deterministic=self.deterministic)
-        mixed_BFHC = jnp.einsum("bhfg,bghc->bfhc", weights_BHFG, value_BGHC)
+        scale = head_dim**-0.5 if self.query_scale == "constant" else 1.0
+        of_content_BFHC, of_position_BFHC = self._queries(query_BFHC)
+        drops = self.dropout > 0 and not self.deterministic
+        if self.kernel == "plain" or self.logit_cap is not None or drops:
+            scores_BHFG = jnp.einsum(
+                "bfhc,bghc->bhfg", of_content_BFHC, key_BGHC, preferred_element_type=jnp.float32
+            )
+            by_position_BHFG = self._by_position(of_position_BFHC, positions_PD, jnp.float32)
+            if by_position_BHFG is not None:
+                scores_BHFG = scores_BHFG + by_position_BHFG
+            scores_BHFG = scores_BHFG * scale
+            if self.logit_cap is not None:
+                scores_BHFG = self.logit_cap * jnp.tanh(scores_BHFG / self.logit_cap)
+            scores_BHFG = jnp.where(mask_BHFG, scores_BHFG, MASKED_SCORE)
+            weights_BHFG = jax.nn.softmax(scores_BHFG, axis=-1).astype(self.dtype)
+            weights_BHFG = nn.Dropout(self.dropout)(weights_BHFG, deterministic=self.deterministic)
+            mixed_BFHC = jnp.einsum("bhfg,bghc->bfhc", weights_BHFG, value_BGHC)
+        else:
+            by_position_BHFG = self._by_position(of_position_BFHC, positions_PD, self.dtype)
+            if by_position_BHFG is not None:
+                by_position_BHFG = by_position_BHFG * scale
+            mixed_BFHC = dot_product_attention(
+                of_content_BFHC,
+                key_BGHC,
+                value_BGHC,
+                mask_BHFG,
+                by_position_BHFG,
+                scale=scale,
+                kernel=self.kernel,
+            )
         out = Dense(
             self.dim,
             ("heads", "kv", "embed"),
@@ -134,23 +157,30 @@ class RelativeAttention(nn.Module):
         )
         return out(with_logical_constraint(mixed_BFHC, axes))
 
-    def _scores(self, query_BFHC: jax.Array, key_BGHC: jax.Array, positions_PD: jax.Array) -> jax.Array:
-        """Scores of content and positions, float32 [B, H, F, G], not yet scaled."""
-        of_content_BFHC = of_position_BFHC = query_BFHC
-        if self.positions == "transformer_xl":
-            head_shape = query_BFHC.shape[2:]
-            of_content_BFHC = query_BFHC + self._bias("content_bias", head_shape)
-            of_position_BFHC = query_BFHC + self._bias("position_bias", head_shape)
-        scores_BHFG = jnp.einsum(
-            "bfhc,bghc->bhfg", of_content_BFHC, key_BGHC, preferred_element_type=jnp.float32
+    def _queries(self, query_BFHC: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """What asks for content, and what asks for positions."""
+        if self.positions != "transformer_xl":
+            return query_BFHC, query_BFHC
+        head_shape = query_BFHC.shape[2:]
+        return (
+            query_BFHC + self._bias("content_bias", head_shape),
+            query_BFHC + self._bias("position_bias", head_shape),
         )
+
+    def _by_position(
+        self, query_BFHC: jax.Array, positions_PD: jax.Array, dtype: DTypeLike
+    ) -> jax.Array | None:
+        """Scores of positions, [B, H, F, G], not yet scaled; None where there are none."""
         if self.positions == "none":
-            return scores_BHFG
+            return None
         position_PHC = self._positions(positions_PD, query_BFHC.shape[-1])
-        by_position = jnp.einsum(
-            "bfhc,phc->bhfp", of_position_BFHC, position_PHC, preferred_element_type=jnp.float32
-        )
-        return scores_BHFG + relative_shift(by_position)
+        if dtype == jnp.float32:
+            product = jnp.einsum("bfhc,phc->bhfp", query_BFHC, position_PHC, preferred_element_type=dtype)
+        else:
+            # Repeated for each row, so that the largest array comes out by rows and need not be transposed.
+            position_BPHC = jnp.broadcast_to(position_PHC, (query_BFHC.shape[0], *position_PHC.shape))
+            product = jnp.einsum("bfhc,bphc->bhfp", query_BFHC, position_BPHC, preferred_element_type=dtype)
+        return relative_shift(product)
 
     def _positions(self, positions_PD: jax.Array, head_dim: int) -> jax.Array:
         """The vector that a query scores for each distance, [P, H, C]."""

@@ -11,6 +11,7 @@ kernel, I its inputs, O its outputs.
 import functools
 import math
 from collections.abc import Callable, Sequence
+from typing import Literal, cast
 
 import flax.linen as nn
 import jax
@@ -18,7 +19,12 @@ import jax.numpy as jnp
 from flax.linen.spmd import with_logical_constraint
 from jax.typing import DTypeLike
 
+from slm_jax.errors import UserError
+from slm_jax.models.remat import kept_when_frozen, rematted
+
 Initializer = Callable[..., jax.Array]
+
+ATTENTION_KERNELS = ("plain", "xla", "cudnn")
 
 # Far below any score, yet finite: a query that may attend to nothing gets an even mean and never NaN.
 MASKED_SCORE = -1e30
@@ -264,7 +270,7 @@ class Mlp(nn.Module):
             dense = Dense(
                 self.hidden_dim, ("embed", "mlp"), use_bias=self.use_bias, dtype=self.dtype, name=name
             )
-            return dense(x)
+            return kept_when_frozen(dense(x))
 
         activate = ACTIVATIONS[self.activation]
         hidden = activate(inner("wi_0")) * inner("wi_1") if self.gated else activate(inner("wi"))
@@ -285,6 +291,7 @@ class MultiHeadAttention(nn.Module):
       cache: what a decoding step keeps in the collection `cache`. "none"; "append" writes the key and value
         of its one position and attends to those of all `cache_length` positions (self-attention); "keep"
         projects the keys in the first step and takes them from the cache afterwards (cross-attention).
+      kernel: of `dot_product_attention`; decoding steps and dropout take the plain one.
 
     Args of the call:
       queries_BQD: [B, Q, D]; keys_BKD: [B, K, D'], from which keys and values are projected.
@@ -304,6 +311,7 @@ class MultiHeadAttention(nn.Module):
     cache: str = "none"
     cache_length: int = 0
     key_bias: bool = True
+    kernel: str = "plain"
 
     @nn.compact
     def __call__(
@@ -325,7 +333,8 @@ class MultiHeadAttention(nn.Module):
                 name=name,
             )(x)
             return with_logical_constraint(
-                y, ("activation_batch", "activation_length", "activation_heads", "activation_kv")
+                kept_when_frozen(y),
+                ("activation_batch", "activation_length", "activation_heads", "activation_kv"),
             )
 
         query_BQHC = project(queries_BQD, "query", init_scale=1.0 / (self.scale * math.sqrt(self.head_dim)))
@@ -346,15 +355,15 @@ class MultiHeadAttention(nn.Module):
                 assert position is not None
                 key_BKHC = self._append("cached_key", key_BKHC, position)
                 value_BKHC = self._append("cached_value", value_BKHC, position)
+        drops = self.dropout > 0 and not deterministic
         mixed_BQHC = dot_product_attention(
             query_BQHC,
             key_BKHC,
             value_BKHC,
             mask,
             bias,
-            drop=lambda weights: nn.Dropout(self.dropout, broadcast_dims=(-2,))(
-                weights, deterministic=deterministic
-            ),
+            drop=nn.Dropout(self.dropout, broadcast_dims=(-2,), deterministic=False) if drops else None,
+            kernel="plain" if drops or self.cache != "none" else self.kernel,
         )
         return Dense(
             self.out_dim or queries_BQD.shape[-1],
@@ -380,21 +389,60 @@ def dot_product_attention(
     value_BKHC: jax.Array,
     mask: jax.Array | None = None,
     bias: jax.Array | None = None,
-    drop: Callable[[jax.Array], jax.Array] = lambda weights: weights,
+    drop: Callable[[jax.Array], jax.Array] | None = None,
+    *,
+    scale: float = 1.0,
+    kernel: str = "plain",
 ) -> jax.Array:
     """Returns attention's mix of the values, [B, Q, H, C]; scores and softmax are float32.
 
     Args:
       mask, bias: broadcastable to [B, H, Q, K]. A query whose mask is empty gets the even mean of all values.
       drop: applied to the weights, [B, H, Q, K].
+      scale: factor of the scores, before the bias.
+      kernel: `plain` writes out scores and weights. `cudnn`, for NVIDIA GPUs and 16-bit floats, never does,
+        and rounds the bias to 16 bits; `xla` is what JAX has in its place elsewhere. Neither of them drops.
+
+    Raises:
+      UserError: `cudnn` cannot compute this here.
     """
+    if kernel != "plain":
+        assert drop is None
+        shape = (query_BQHC.shape[0], query_BQHC.shape[2], query_BQHC.shape[1], key_BKHC.shape[1])
+        if kernel == "cudnn":
+            _check_cudnn(query_BQHC.dtype, shape)
+        if bias is not None:
+            # Of the full shape: a gradient of a smaller bias is not what every version returns.
+            bias = jnp.broadcast_to(bias.astype(query_BQHC.dtype), shape)
+        return jax.nn.dot_product_attention(
+            query_BQHC, key_BKHC, value_BKHC, bias, mask, scale=scale,
+            implementation=cast(Literal["xla", "cudnn"], kernel),
+        )  # fmt: skip
+    if scale != 1.0:
+        query_BQHC = query_BQHC * jnp.asarray(scale, query_BQHC.dtype)
     scores_BHQK = jnp.einsum("bqhc,bkhc->bhqk", query_BQHC, key_BKHC, preferred_element_type=jnp.float32)
     if bias is not None:
         scores_BHQK = scores_BHQK + bias.astype(jnp.float32)
     if mask is not None:
         scores_BHQK = jnp.where(mask, scores_BHQK, MASKED_SCORE)
-    weights_BHQK = drop(jax.nn.softmax(scores_BHQK, axis=-1).astype(value_BKHC.dtype))
+    weights_BHQK = jax.nn.softmax(scores_BHQK, axis=-1).astype(value_BKHC.dtype)
+    if drop is not None:
+        weights_BHQK = drop(weights_BHQK)
     return jnp.einsum("bhqk,bkhc->bqhc", weights_BHQK, value_BKHC)
+
+
+def _check_cudnn(dtype: DTypeLike, shape: tuple[int, ...]) -> None:
+    if jax.default_backend() != "gpu":
+        raise UserError(
+            f"attention_kernel is 'cudnn' on a {jax.default_backend()}, expected 'plain' or 'xla' there"
+        )
+    if jnp.dtype(dtype).itemsize != 2:
+        raise UserError(f"attention_kernel is 'cudnn' and dtype {jnp.dtype(dtype).name}, expected 'bfloat16'")
+    if shape[2] % 2 or shape[3] % 2:
+        raise UserError(
+            "attention_kernel is 'cudnn', which takes even numbers of positions, found "
+            f"{shape[2]} queries and {shape[3]} keys"
+        )
 
 
 def relative_position_bucket(
@@ -507,7 +555,9 @@ class PreNormLayer(nn.Module):
             name="mlp",
         )
         y_BLD = norm("pre_attention_layer_norm")(x_BLD)
-        x_BLD = x_BLD + drop(attention(y_BLD, y_BLD, mask, deterministic=self.deterministic))
+        x_BLD = kept_when_frozen(
+            x_BLD + drop(attention(y_BLD, y_BLD, mask, deterministic=self.deterministic))
+        )
         y_BLD = norm("pre_mlp_layer_norm")(x_BLD)
         x_BLD = x_BLD + drop(mlp(y_BLD, deterministic=self.deterministic))
         axes = ("activation_batch", "activation_length", "activation_embed")
@@ -519,7 +569,7 @@ class PreNormTransformer(nn.Module):
 
     Args:
       layers: number of layers.
-      remat: `full` recomputes each layer in the backward pass.
+      remat: what each layer keeps for the backward pass; see `remat.rematted`.
       scan_unroll: layers per iteration of the scan.
 
     The others, and the call, are those of `PreNormLayer`; the result is [B, L, D].
@@ -538,12 +588,8 @@ class PreNormTransformer(nn.Module):
 
     @nn.compact
     def __call__(self, x_BLD: jax.Array, mask: jax.Array | None, deterministic: bool = True) -> jax.Array:
-        layer = PreNormLayer
-        if self.remat == "full":
-            # Inside a scan nothing can be merged with its recomputation, so no barrier is needed.
-            layer = nn.remat(layer, prevent_cse=False)
         stack = nn.scan(
-            layer,
+            rematted(PreNormLayer, self.remat),
             variable_axes={"params": 0},
             split_rngs={"params": True, "dropout": True},
             in_axes=nn.broadcast,  # pyright: ignore[reportArgumentType]

@@ -147,7 +147,9 @@ class SLM(nn.Module):
             batch["target_positions"],
             deterministic or "llm" not in self.config.trainable,
         )
-        losses_BT, correct_BT = self.llm.score_tokens(hidden_BTD, batch["targets"])
+        losses_BT, correct_BT = self.llm.score_tokens(
+            hidden_BTD, batch["targets"], frozen_head="llm" not in self.config.trainable
+        )
         return {"token_losses": losses_BT, "correct": correct_BT}
 
     def encode(

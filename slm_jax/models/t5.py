@@ -9,7 +9,7 @@ Shape suffixes: B rows, L positions of the encoder, T decoder tokens, D features
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -19,8 +19,8 @@ from flax.linen.spmd import with_logical_constraint
 from slm_jax.errors import UserError, nearest
 from slm_jax.models import layers
 from slm_jax.models.losses import chunked_cross_entropy
+from slm_jax.models.remat import REMAT, kept_when_frozen, rematted
 
-REMAT = ("none", "full")
 RELATIVE_BIAS = ("shared", "layer")
 
 
@@ -45,8 +45,9 @@ class T5Config:
         trained from scratch to find positions early.
       dropout: rate of a trained T5; a frozen one runs without.
       dtype: name of the dtype of computation; parameters keep their own.
-      remat: "full" recomputes each layer in the backward pass, "none" keeps its activations.
+      remat: what each layer keeps for the backward pass; see `remat.rematted`.
       scan: layers run as a loop (compiles fast); False unrolls it. The parameters are the same.
+      attention_kernel: which kernel computes attention; see `layers.dot_product_attention`.
       loss_chunk: tokens of all rows whose logits exist at one time in `token_losses`.
     """
 
@@ -71,6 +72,7 @@ class T5Config:
     dtype: str = "float32"
     remat: str = "none"
     scan: bool = True
+    attention_kernel: str = "plain"
     loss_chunk: int = 1024
 
     def __post_init__(self):
@@ -78,6 +80,7 @@ class T5Config:
             ("activation", layers.ACTIVATIONS),
             ("relative_bias", RELATIVE_BIAS),
             ("remat", REMAT),
+            ("attention_kernel", layers.ATTENTION_KERNELS),
         ):
             if (value := getattr(self, name)) not in choices:
                 raise UserError(f"T5Config.{name} is {value!r}{nearest(value, choices)}")
@@ -161,6 +164,7 @@ def shift_within_segments(
 
 
 def _constrain(x_BLD: jax.Array) -> jax.Array:
+    x_BLD = kept_when_frozen(x_BLD)
     return with_logical_constraint(x_BLD, ("activation_batch", "activation_length", "activation_embed"))
 
 
@@ -190,6 +194,7 @@ class _Layer(nn.Module):
             dtype=jnp.dtype(self.config.dtype),
             cache=cache,
             cache_length=cache_length,
+            kernel=self.config.attention_kernel,
             name=name,
         )
 
@@ -264,10 +269,8 @@ class DecoderLayer(_Layer):
 
 def _stack(layer: type[nn.Module], config: T5Config, count: int, broadcast: int) -> Any:
     """Lifts a layer to `count` of them; `broadcast` arguments after the first are the same for all."""
-    if config.remat == "full":
-        layer = nn.remat(layer, prevent_cse=not config.scan)
     return nn.scan(
-        layer,
+        rematted(layer, config.remat, prevent_cse=not config.scan),
         variable_axes={"params": 0, "cache": 0},
         split_rngs={"params": True, "dropout": True},
         in_axes=(nn.broadcast,) * broadcast,  # pyright: ignore[reportArgumentType]
@@ -375,6 +378,13 @@ class Decoder(nn.Module):
         return _dropout(config, x, deterministic)
 
 
+class _Head(NamedTuple):
+    """The map from states [B, T, D] to logits float32 [B, T, V], and the map of gradients back."""
+
+    logits: Callable[[jax.Array], jax.Array]
+    states_gradient: Callable[[jax.Array], jax.Array]
+
+
 class T5(nn.Module):
     """An encoder-decoder language model that also takes embeddings in place of tokens."""
 
@@ -468,16 +478,16 @@ class T5(nn.Module):
 
     def logits(self, hidden_BTD: jax.Array) -> jax.Array:
         """Returns the logits, float32 [B, T, V], of decoder states [B, T, D]."""
-        return self._head()(hidden_BTD)
+        return self._head().logits(hidden_BTD)
 
-    def _head(self) -> Callable[[jax.Array], jax.Array]:
-        """Returns `logits` as a function of arrays alone, which scan and checkpoint can take."""
+    def _head(self) -> "_Head":
+        """Returns `logits` as a function of arrays alone, for scan and checkpoint, and its transpose."""
         config, dtype = self.config, jnp.dtype(self.config.dtype)
         if config.tied_logits:
-            product, kernel = "btd,vd->btv", jnp.asarray(self.token_embedder.embedding)
+            dims, kernel = "vd", jnp.asarray(self.token_embedder.embedding)
             kernel_scale = self.token_embedder.scale
         else:
-            product, kernel = "btd,dv->btv", jnp.asarray(self.decoder.logits_dense.kernel)
+            dims, kernel = "dv", jnp.asarray(self.decoder.logits_dense.kernel)
             kernel_scale = self.decoder.logits_dense.scale
         scaled = config.scale_tied_logits if config.tied_logits else config.scale_untied_logits
         scale = config.emb_dim**-0.5 if scaled else 1.0
@@ -485,11 +495,11 @@ class T5(nn.Module):
         if kernel_scale is None:
             kernel = kernel.astype(dtype)
 
-        def of_hidden(hidden_BTD: jax.Array) -> jax.Array:
+        def logits(hidden_BTD: jax.Array) -> jax.Array:
             hidden_BTD = hidden_BTD.astype(dtype) * jnp.asarray(scale, dtype)
             # An int8 head is cast chunk by chunk: as floats it would be the largest array of all.
             logits_BTV = jnp.einsum(
-                product, hidden_BTD, kernel.astype(dtype), preferred_element_type=jnp.float32
+                f"btd,{dims}->btv", hidden_BTD, kernel.astype(dtype), preferred_element_type=jnp.float32
             )
             if kernel_scale is not None:
                 logits_BTV = logits_BTV * kernel_scale.reshape(-1)
@@ -497,12 +507,35 @@ class T5(nn.Module):
                 logits_BTV, ("activation_batch", "activation_length", "activation_vocab")
             )
 
-        return of_hidden
+        def states_gradient(gradient_BTV: jax.Array) -> jax.Array:
+            if kernel_scale is not None:
+                gradient_BTV = gradient_BTV * kernel_scale.reshape(-1)
+            gradient_BTV = with_logical_constraint(
+                gradient_BTV.astype(dtype), ("activation_batch", "activation_length", "activation_vocab")
+            )
+            gradient_BTD = jnp.einsum(
+                f"btv,{dims}->btd", gradient_BTV, kernel.astype(dtype), preferred_element_type=jnp.float32
+            )
+            return _constrain((gradient_BTD * scale).astype(dtype))
+
+        return _Head(logits, states_gradient)
 
     def token_losses(self, hidden_BTD: jax.Array, targets_BT: jax.Array) -> jax.Array:
         """Returns the cross-entropy of each target, float32 [B, T]; never builds [B, T, V]."""
         return self.score_tokens(hidden_BTD, targets_BT)[0]
 
-    def score_tokens(self, hidden_BTD: jax.Array, targets_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Returns `token_losses`, and whether each target is the likeliest token, bool [B, T]."""
-        return chunked_cross_entropy(hidden_BTD, targets_BT, self._head(), self.config.loss_chunk)
+    def score_tokens(
+        self, hidden_BTD: jax.Array, targets_BT: jax.Array, *, frozen_head: bool = False
+    ) -> tuple[jax.Array, jax.Array]:
+        """Returns `token_losses`, and whether each target is the likeliest token, bool [B, T].
+
+        With `frozen_head` the head gets no gradient, and that of the states needs no second pass over logits.
+        """
+        head = self._head()
+        return chunked_cross_entropy(
+            hidden_BTD,
+            targets_BT,
+            head.logits,
+            self.config.loss_chunk,
+            frozen_head=head.states_gradient if frozen_head else None,
+        )

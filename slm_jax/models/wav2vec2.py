@@ -29,6 +29,7 @@ from slm_jax.models.layers import (
     convolve,
     segment_mask,
 )
+from slm_jax.models.remat import REMAT
 
 ACTIVATION_AXES = ("activation_batch", "activation_length", "activation_embed")
 
@@ -51,7 +52,7 @@ class Wav2Vec2Config:
       published_as: which of the two families the weights were published in. The network is the same.
       dropout: rate where the encoder itself is trained.
       dtype: of computation; norms and softmax stay float32.
-      remat: `full` recomputes each layer in the backward pass.
+      remat: what each layer keeps for the backward pass; see `remat.rematted`.
       scan_unroll: layers per iteration of the scan; more compile longer and may run faster.
     """
 
@@ -72,7 +73,7 @@ class Wav2Vec2Config:
     published_as: Literal["hubert", "wav2vec2"] = "hubert"
     dropout: float = 0.0
     dtype: str = "float32"
-    remat: Literal["none", "full"] = "none"
+    remat: str = "none"
     scan_unroll: int = 1
 
     def __post_init__(self):
@@ -103,7 +104,7 @@ class Wav2Vec2Config:
             "activation": tuple(ACTIVATIONS),
             "conv_activation": tuple(ACTIVATIONS),
             "published_as": ("hubert", "wav2vec2"),
-            "remat": ("none", "full"),
+            "remat": REMAT,
         }
         for name, allowed in choices.items():
             if (found := getattr(self, name)) not in allowed:

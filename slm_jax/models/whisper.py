@@ -6,7 +6,7 @@ P positions of the window, D features.
 
 import dataclasses
 import math
-from typing import Any, Literal
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -18,6 +18,7 @@ from slm_jax.audio.log_mel import frame_segments
 from slm_jax.audio.whisper_mel import HOP, SAMPLE_RATE, whisper_mel
 from slm_jax.errors import UserError, check_whole, nearest
 from slm_jax.models.layers import ACTIVATIONS, Conv, PreNormTransformer
+from slm_jax.models.remat import REMAT
 
 ACTIVATION_AXES = ("activation_batch", "activation_length", "activation_embed")
 
@@ -37,7 +38,7 @@ class WhisperConfig:
       activation: of the MLP, a name of `layers.ACTIVATIONS`.
       dropout: rate where the encoder itself is trained.
       dtype: of computation; norms and softmax stay float32.
-      remat: `full` recomputes each layer in the backward pass.
+      remat: what each layer keeps for the backward pass; see `remat.rematted`.
       scan_unroll: layers per iteration of the scan; more compile longer and may run faster.
     """
 
@@ -50,7 +51,7 @@ class WhisperConfig:
     activation: str = "gelu_exact"
     dropout: float = 0.0
     dtype: str = "float32"
-    remat: Literal["none", "full"] = "none"
+    remat: str = "none"
     scan_unroll: int = 1
 
     def __post_init__(self):
@@ -62,7 +63,7 @@ class WhisperConfig:
             raise UserError(
                 f"WhisperConfig.dim is {self.dim}; sinusoidal positions need an even one of at least 4"
             )
-        for name, choices in (("activation", tuple(ACTIVATIONS)), ("remat", ("none", "full"))):
+        for name, choices in (("activation", tuple(ACTIVATIONS)), ("remat", REMAT)):
             if (found := getattr(self, name)) not in choices:
                 raise UserError(f"WhisperConfig.{name} is {found!r}{nearest(found, choices)}")
 

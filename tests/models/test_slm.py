@@ -212,7 +212,7 @@ def kernel_sizes(variables) -> dict[str, set[tuple[int, ...]]]:
     return sizes
 
 
-@pytest.mark.parametrize("remat", ["none", "full"])
+@pytest.mark.parametrize("remat", ["none", "dots", "frozen", "full"])
 def test_the_step_computes_no_gradient_of_a_frozen_weight(rng, remat):
     batch = collate([[draw_example(rng, kinds)] for kinds in ("st", "ts", "t", "s", "st")])
     config = dataclasses.replace(

@@ -249,7 +249,11 @@ def test_padded_rows_are_finite_with_finite_gradients(rng):
     assert np.isfinite(flat(_gradient(SMALL)(variables, *arrays))).all()
 
 
-@pytest.mark.parametrize("fields", [{"remat": "full"}, {"scan": False}], ids=["remat", "unrolled"])
+@pytest.mark.parametrize(
+    "fields",
+    [{"remat": "full"}, {"remat": "dots"}, {"remat": "frozen"}, {"scan": False}, {"attention_kernel": "xla"}],
+    ids=lambda fields: "-".join(map(str, fields.values())),
+)
 def test_remat_and_unrolling_change_nothing(rng, fields):
     variables = random_variables(SMALL, rng)
     arrays = [*ragged(rng, 3, 7, SMALL.vocab_size), *ragged(rng, 3, 7, SMALL.vocab_size)]

@@ -11,7 +11,7 @@ KIND = "conformer"
 
 # What changes how the network is run and not what it computes, and the features before it, of which
 # `config.json` knows the number alone.
-_OF_THE_RUN = ("dropout", "dtype", "remat", "scan_unroll", "log_mel", "kaldi_fbank")
+_OF_THE_RUN = ("dropout", "dtype", "remat", "scan_unroll", "attention_kernel", "log_mel", "kaldi_fbank")
 
 
 def configured(**fields: Any) -> ConformerConfig:

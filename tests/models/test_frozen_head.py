@@ -1,0 +1,188 @@
+"""Cross-entropy under a frozen head: loss and gradient of one that trains, in two passes over the logits."""
+
+import dataclasses
+import functools
+import re
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+
+from slm_jax.models.losses import chunked_cross_entropy
+from slm_jax.models.quantization import quantized
+from slm_jax.models.t5 import T5, T5Config
+from slm_jax.partitioning.mesh import make_mesh
+from slm_jax.partitioning.sharding import batch_sharding, named_shardings, partitioned
+from slm_jax.training.flops import traced_flops
+
+SMALL = T5Config(
+    vocab_size=72,
+    emb_dim=16,
+    num_heads=2,
+    head_dim=8,
+    mlp_dim=24,
+    encoder_layers=1,
+    decoder_layers=1,
+    loss_chunk=9,
+)
+KINDS = {
+    "untied": SMALL,
+    "untied, scaled": dataclasses.replace(SMALL, scale_untied_logits=True),
+    "tied": dataclasses.replace(SMALL, tied_logits=True),
+    "tied, unscaled": dataclasses.replace(SMALL, tied_logits=True, scale_tied_logits=False),
+}
+
+
+def drawn(rng: np.random.Generator, config: T5Config) -> Any:
+    """Random variables: the head alone matters."""
+    ids = jnp.ones((1, 2), jnp.int32)
+    boxed = jax.eval_shape(T5(config).init, jax.random.key(0), ids, ids, ids, ids)
+    return jax.tree.map(
+        lambda leaf: leaf.replace_boxed(jnp.asarray(rng.normal(0, 0.7, leaf.value.shape), jnp.float32)),
+        boxed,
+        is_leaf=lambda leaf: isinstance(leaf, nn.Partitioned),
+    )
+
+
+def scored(config: T5Config, variables: Any, hidden: Any, targets: Any, frozen: bool) -> Any:
+    return T5(config).apply(variables, hidden, targets, method="score_tokens", frozen_head=frozen)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 4))
+def value_and_gradient(config, variables, hidden, targets, frozen, weights):
+    def loss(hidden):
+        losses, correct = scored(config, variables, hidden, targets, frozen)
+        return jnp.sum(losses * weights), (losses, correct)
+
+    return jax.value_and_grad(loss, has_aux=True)(hidden)
+
+
+def draw_states(rng: np.random.Generator, config: T5Config, rows: int, tokens: int) -> tuple[Any, Any, Any]:
+    hidden = rng.normal(0, 1, (rows, tokens, config.emb_dim)).astype(np.float32)
+    targets = rng.integers(0, config.vocab_size, (rows, tokens)).astype(np.int32)
+    # Some tokens count nothing, and one loss counts negatively: cotangents are not all alike.
+    weights = rng.choice([0.0, 1.0, 0.3, -2.0], (rows, tokens)).astype(np.float32)
+    return hidden, targets, weights
+
+
+def relative(found: Any, expected: Any) -> float:
+    return float(np.linalg.norm(np.asarray(found) - expected) / np.linalg.norm(expected))
+
+
+@pytest.mark.parametrize("int8", [False, True], ids=["float", "int8"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_it_is_the_gradient_of_the_head_that_trains(rng, kind, int8):
+    config = KINDS[kind]
+    boxed = drawn(rng, config)
+    variables = nn.unbox(quantized(boxed) if int8 else boxed)
+    hidden, targets, weights = draw_states(rng, config, int(rng.integers(1, 5)), int(rng.integers(1, 12)))
+    (_, plain), plain_gradient = value_and_gradient(config, variables, hidden, targets, False, weights)
+    (_, frozen), gradient = value_and_gradient(config, variables, hidden, targets, True, weights)
+    np.testing.assert_array_equal(frozen[0], plain[0])
+    np.testing.assert_array_equal(frozen[1], plain[1])
+    assert relative(gradient, plain_gradient) < 1e-5
+
+
+def test_it_is_the_gradient_that_torch_finds(rng):
+    variables = nn.unbox(drawn(rng, SMALL))
+    hidden, targets, weights = draw_states(rng, SMALL, 3, 7)
+    (_, (losses, _)), gradient = value_and_gradient(SMALL, variables, hidden, targets, True, weights)
+    states = torch.tensor(hidden, requires_grad=True)
+    logits = states @ torch.tensor(np.array(variables["params"]["decoder"]["logits_dense"]["kernel"]))
+    expected = torch.nn.functional.cross_entropy(
+        logits.reshape(-1, SMALL.vocab_size),
+        torch.tensor(targets.reshape(-1), dtype=torch.long),
+        reduction="none",
+    )
+    (expected * torch.tensor(weights.reshape(-1))).sum().backward()
+    assert relative(losses.reshape(-1), expected.detach().numpy()) < 1e-5
+    assert states.grad is not None and relative(gradient, states.grad.numpy()) < 1e-5
+
+
+def test_bfloat16_states_get_a_bfloat16_gradient_near_the_exact_one(rng):
+    config = dataclasses.replace(SMALL, dtype="bfloat16")
+    variables = nn.unbox(drawn(rng, config))
+    hidden, targets, weights = draw_states(rng, config, 4, 9)
+    _, exact = value_and_gradient(SMALL, variables, hidden, targets, True, weights)
+    half = jnp.asarray(hidden, jnp.bfloat16)
+    _, gradient = value_and_gradient(config, variables, half, targets, True, weights)
+    assert gradient.dtype == jnp.bfloat16
+    assert relative(gradient.astype(jnp.float32), exact) < 0.02
+
+
+def test_logits_are_computed_once_and_never_of_all_tokens(rng):
+    config = dataclasses.replace(SMALL, vocab_size=500, loss_chunk=8)
+    variables = nn.unbox(drawn(rng, config))
+    hidden, targets, weights = draw_states(rng, config, 4, 16)
+    one = 2 * 4 * 16 * config.emb_dim * config.vocab_size
+
+    def program(frozen):
+        return jax.make_jaxpr(lambda h: value_and_gradient(config, variables, h, targets, frozen, weights))(
+            hidden
+        )
+
+    # Forward and the gradient of the states; where the head trains, the logits once more.
+    assert traced_flops(program(True)) == 2 * one
+    assert traced_flops(program(False)) == 3 * one
+    # No array as large as the logits of all tokens, and none of the vocabulary leaves the loop.
+    text = compiled_text(value_and_gradient, config, variables, hidden, targets, True, weights)
+    assert f"[4,16,{config.vocab_size}]" not in text and f"[8,4,2,{config.vocab_size}]" not in text
+
+
+def compiled_text(function: Any, *arguments: Any) -> str:
+    text = function.lower(*arguments).compile().as_text()
+    assert text
+    return text
+
+
+def test_evaluation_alone_computes_no_gradient(rng):
+    config = dataclasses.replace(SMALL, vocab_size=500)
+    variables = nn.unbox(drawn(rng, config))
+    hidden, targets, weights = draw_states(rng, config, 4, 16)
+
+    def products(text: str) -> int:
+        return len(re.findall(r" dot\(|matmul", text))
+
+    evaluation = jax.jit(lambda hidden: scored(config, variables, hidden, targets, True))
+    alone = products(compiled_text(evaluation, hidden))
+    both = products(compiled_text(value_and_gradient, config, variables, hidden, targets, True, weights))
+    assert 0 < alone < both
+
+
+@pytest.mark.parametrize("axes", [{"data": 4, "tensor": 2}, {"data": 2, "fsdp": 2, "tensor": 2}], ids=str)
+def test_a_split_vocabulary_gives_the_same(rng, axes):
+    boxed = drawn(rng, SMALL)
+    hidden, targets, weights = draw_states(rng, SMALL, 8, 6)
+    _, expected = value_and_gradient(SMALL, nn.unbox(boxed), hidden, targets, True, weights)
+    mesh = make_mesh(**{"data": 1, "fsdp": 1, "tensor": 1, **axes})
+    placed = jax.device_put(nn.unbox(boxed), named_shardings(boxed, mesh))
+    rows = batch_sharding(mesh)
+
+    def gradient(variables, hidden):
+        return jax.grad(lambda h: jnp.sum(scored(SMALL, variables, h, targets, True)[0] * weights))(hidden)
+
+    with partitioned(mesh):
+        found = jax.jit(gradient, out_shardings=rows)(placed, jax.device_put(hidden, rows))
+    assert relative(found, expected) < 1e-5
+
+
+def test_a_token_of_weight_zero_has_no_gradient_whatever_its_loss():
+    kernel = jnp.array([[1.0, -1.0], [np.inf, 0.0]])
+    hidden = jnp.array([[[1.0, 0.0], [1.0, 0.0]]])
+
+    def loss(hidden):
+        losses, _ = chunked_cross_entropy(
+            hidden,
+            jnp.zeros((1, 2), jnp.int32),
+            lambda h: h[..., :1] * kernel[:1],
+            1,
+            frozen_head=lambda g: g @ kernel[:1].T,
+        )
+        return jnp.sum(jnp.where(jnp.array([[True, False]]), losses, 0.0))
+
+    gradient = jax.grad(loss)(hidden.at[0, 1, 0].set(3.0)[..., :1])
+    assert np.isfinite(gradient).all() and gradient[0, 1, 0] == 0 != gradient[0, 0, 0]
