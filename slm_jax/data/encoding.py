@@ -20,6 +20,8 @@ from typing import Any
 
 import jax
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 from jax.experimental import multihost_utils
 from jax.sharding import Sharding
 
@@ -30,7 +32,7 @@ from slm_jax.data.iterator import HostBatch, LoadUtterance, PlacedBatch, TrainBa
 from slm_jax.data.placement import place
 from slm_jax.data.plan import Packing, Plan
 from slm_jax.data.references import SAMPLE_RATE, SPEECH, Reference
-from slm_jax.errors import UserError
+from slm_jax.errors import BadExample, UserError
 
 # speech int16 [B, K, S], speech_segments int32 [B, K, E, 3] -> frames [B, K, P, D], whole on every device
 Encode = Callable[[jax.Array, jax.Array], jax.Array]
@@ -86,8 +88,8 @@ def encode(job: Job, directory: str, split: str, replace: bool = False) -> shard
       replace: whether frames that something else made are written over.
 
     Raises:
-      UserError: the directory has frames of the split that something else made, it cannot be written, there
-        is no speech, or too many utterances cannot be read.
+      UserError: the directory has frames of the split that something else made, or files that no encoding
+        wrote; it cannot be written, there is no speech, or too many utterances cannot be read.
     """
     return _Encoding(job, directory, split).run(replace)
 
@@ -112,9 +114,11 @@ class _Encoding:
 
     def run(self, replace: bool) -> shards.SplitEntry:
         old: Sequence[shards.ShardEntry] = ()
-        if self._split in self._described():
+        described = self._described()
+        self._refuse_strangers(described)
+        if self._split in described:
             existing = entry_of(self._directory, self._split)
-            if existing.about["job"] == self._digest:
+            if existing.about.get("job") == self._digest:
                 return existing
             if not replace:
                 check_made_by(self._directory, existing.about["made_by"], self._job.made_by)
@@ -136,16 +140,25 @@ class _Encoding:
         try:
             storage.stat(f"{self._directory}/{shards.SHARDS_FILE}")
         except FileNotFoundError:
-            self._refuse_strangers()
             return {}
         return shards.read_description(self._directory)
 
-    def _refuse_strangers(self) -> None:
+    def _refuse_strangers(self, described: Mapping[str, shards.SplitEntry]) -> None:
+        """Raises UserError where the directory has a file that neither is described nor was encoded."""
+        known = {shard.name for entry in described.values() for shard in entry.shards}
         with contextlib.suppress(FileNotFoundError):
             for name in storage.list_folder(self._directory):
-                if not name.startswith(".") and not name.endswith((".array_record", ".parquet")):
-                    expected = "expected an empty directory or one of speech shards"
-                    raise UserError(f"{self._directory} holds {name!r}, {expected}")
+                if name.startswith(".") or name == shards.SHARDS_FILE:
+                    continue
+                stem, dot, ending = name.rpartition(".")
+                is_shard = dot and ending in ("array_record", "parquet")
+                if is_shard and (stem in known or _is_encoded(self._directory, stem)):
+                    continue
+                if is_shard or not described:
+                    raise UserError(
+                        f"{self._directory} holds {name!r}, expected an empty directory or one with nothing "
+                        "but what slm data encode wrote; name another directory"
+                    )
 
     def _names(self) -> list[str]:
         return [shards.shard_name(self._split, number, self._count) for number in range(self._count)]
@@ -161,7 +174,7 @@ class _Encoding:
 
     def _is_done(self, name: str) -> bool:
         try:
-            return shards.read_index(self._directory, name).about["job"] == self._digest
+            return shards.read_index(self._directory, name).about.get("job") == self._digest
         except UserError:
             return False
 
@@ -269,6 +282,35 @@ class _Encoding:
                 f"{bad} of {self._seen} utterances could not be read, more than the share of "
                 f"{job.max_bad_share:g} that max_bad_share allows: {counts}"
             )
+
+
+def _is_encoded(directory: str, name: str) -> bool:
+    """Returns whether an encoding wrote the shard, or the half of it, that has a name."""
+    try:
+        with storage.open_binary(shards.index_path(directory, name)) as file:
+            return "job" in _about_of(pq.read_schema(file))
+    except FileNotFoundError:
+        # Stopped between a shard and its index.
+        pass
+    except (pa.ArrowException, OSError):
+        # Damaged: the shard itself tells.
+        pass
+    try:
+        return shards.read_record(shards.shard_path(directory, name), 0).kind == "frames"
+    except BadExample as error:
+        # A shard of which no utterance could be read has no records, and nothing to lose.
+        return error.reason == "out_of_step"
+    except OSError:
+        return False
+
+
+def _about_of(schema: pa.Schema) -> Mapping[str, Any]:
+    """Returns what `write_shard` was given for an index with this schema; empty where it wrote none."""
+    try:
+        about = json.loads((schema.metadata or {})[b"slm_jax"])["about"]
+    except (ValueError, KeyError, TypeError):
+        return {}
+    return about if isinstance(about, Mapping) else {}
 
 
 def _facts(

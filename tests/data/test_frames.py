@@ -11,6 +11,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -347,6 +349,41 @@ def test_a_folder_of_something_else_is_left_alone(make_plan, sharding, tmp_path)
     with pytest.raises(UserError, match="mine holds 'en', expected an empty directory"):
         encode(job_of(make_plan(), sharding), str(folder), "train")
     assert [path.name for path in folder.iterdir()] == ["en"]
+
+
+@pytest.mark.parametrize("described", [False, True])
+@pytest.mark.parametrize("mine", ["parquet", "array_record", "prepared", "prepared, without index"])
+def test_files_of_the_same_kind_are_left_alone_too(make_plan, sharding, tmp_path, mine, described):
+    plan, folder = make_plan(), tmp_path / "mine"
+    folder.mkdir()
+    if described:
+        encode(job_of(plan, sharding), str(folder), "other")
+    name = shards.shard_name("train", 0, 5)
+    if mine == "parquet":
+        pq.write_table(pa.table({"audio": [b"x"]}), folder / f"{name}.parquet")
+    elif mine == "array_record":
+        (folder / f"{name}.array_record").write_bytes(b"mine")
+    else:
+        record = shards.Record("u", "audio", 1, {}, b"x", "flac")
+        shards.write_shard(str(folder), name, [record], lambda: {"made_from": {}, "rejected": {}})
+        if mine != "prepared":
+            (folder / f"{name}.parquet").unlink()
+    before = content(folder)
+    with pytest.raises(UserError, match=rf"mine holds '{name}\..*', expected an empty directory"):
+        encode(job_of(plan, sharding), str(folder), "train")
+    assert content(folder) == before
+
+
+def test_a_shard_whose_index_was_not_written_is_made_again(make_plan, sharding, tmp_path):
+    plan, folder = make_plan(), tmp_path / "frames"
+    encode(job_of(plan, sharding), str(folder), "train")
+    expected = content(folder)
+    (folder / "shards.json").unlink()
+    first, second = sorted(folder.glob("*.parquet"))[:2]
+    first.unlink()
+    second.write_bytes(b"\0" * 100)
+    encode(job_of(plan, sharding), str(folder), "train")
+    assert content(folder) == expected
 
 
 def test_a_corpus_that_moved_keeps_its_frames(make_plan, sharding, tmp_path):
