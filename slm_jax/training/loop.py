@@ -23,6 +23,7 @@ from slm_jax.partitioning.sharding import (
     plan_text,
 )
 from slm_jax.training.batches import BatchSource, PlacedBatch
+from slm_jax.training.evaluation_mark import EvaluationMark
 from slm_jax.training.initialisation import (
     LoadVariables,
     RunShapes,
@@ -133,7 +134,8 @@ def train(
       load_variables: brings foundation models: gets shapes with shardings by collection (`frozen`, and
         `params` in a fresh run), returns arrays for the parts that it knows; the rest is initialised.
       provenance: operative configuration and fingerprints; the plan's fingerprint is added here.
-      evaluate: called every `eval_period` steps and after the last one.
+      evaluate: called every `eval_period` steps and after the last one; a run that was stopped before that
+        one is over calls it again.
       writer: where metrics go besides the log.
       on_start: called once it is sure that `model_dir` is this run's: before that, nothing in it is changed.
 
@@ -204,6 +206,7 @@ def train(
         writer=writer,
         checkpoints=checkpoints,
         provenance=run_provenance,
+        evaluated=EvaluationMark(model_dir / "evaluated.json", first_step),
         steps=StepLog(model_dir / ("steps.jsonl" if process == 0 else f"steps.{process}.jsonl"), first_step),
         evaluate=evaluate,
         devices=mesh.size,
@@ -254,6 +257,7 @@ class _Run:
         checkpoints: RunCheckpoints,
         provenance: Provenance,
         steps: StepLog,
+        evaluated: EvaluationMark,
         evaluate: Evaluate | None,
         devices: int,
     ):
@@ -264,6 +268,7 @@ class _Run:
         self._checkpoints = checkpoints
         self._provenance = provenance
         self._steps = steps
+        self._evaluated = evaluated
         self._evaluate = evaluate
         self._throughput = Throughput(devices)
         self._pending: list[StepRecord] = []
@@ -282,6 +287,9 @@ class _Run:
     ) -> TrainResult:
         """Takes the steps that are left."""
         config, first_step, stopping = self._config, step, False
+        if self._evaluate and step >= config.train_steps and not self._evaluated.has(step):
+            # The run ended after its last step was saved and before it was scored.
+            self._run_evaluation(step, state, frozen)
         while step < config.train_steps and not stopping:
             placed = self._next(batches)
             if step == first_step:
@@ -397,6 +405,7 @@ class _Run:
             + ", ".join(f"{name} {value:.4g}" for name, value in scores.items())
         )
         self._write(step, "eval", scores)
+        self._evaluated.set(step)
         return scores
 
     def _write(self, step: int, group: str, scalars: dict[str, float]) -> None:

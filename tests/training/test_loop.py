@@ -5,6 +5,7 @@ import dataclasses
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -299,6 +300,34 @@ def test_a_finished_run_is_left_as_it_is(tmp_path):
     assert again.finished and again.step == 4
     jax.tree.map(np.testing.assert_array_equal, first.state, again.state)
     assert len(steps_of(tmp_path)) == 4
+
+
+@pytest.mark.parametrize("options", [{}, {"keep_best": 1, "best_metric": "wer"}])
+def test_a_run_that_died_in_its_last_evaluation_evaluates_when_it_goes_on(tmp_path, options):
+    evaluated = []
+
+    def dies(step, state, frozen):
+        raise KeyboardInterrupt
+
+    def scores(step, state, frozen):
+        evaluated.append((step, int(state.step)))
+        return {"wer": 0.5}
+
+    with pytest.raises(KeyboardInterrupt):
+        toy_train(tmp_path, 4, evaluate=dies, **options)
+    again = toy_train(tmp_path, 4, evaluate=scores, **options)
+    assert again.finished and again.metrics["wer"] == 0.5 and evaluated == [(4, 4)]
+    # It ended well: the same command has nothing left to do.
+    assert toy_train(tmp_path, 4, evaluate=scores, **options).finished
+    assert evaluated == [(4, 4)]
+    toy_train(tmp_path, 6, evaluate=scores, **options)
+    assert evaluated == [(4, 4), (6, 6)]
+    # Steps that are taken again are scored again.
+    shutil.rmtree(tmp_path / "checkpoints")
+    with pytest.raises(KeyboardInterrupt):
+        toy_train(tmp_path, 6, evaluate=dies, **options)
+    toy_train(tmp_path, 6, evaluate=scores, **options)
+    assert evaluated[2:] == [(6, 6)]
 
 
 def test_a_batch_that_does_not_spread_over_the_mesh_is_refused(tmp_path):
