@@ -113,24 +113,23 @@ class _Encoding:
         self._encode: Encode | None = None
 
     def run(self, replace: bool) -> shards.SplitEntry:
-        old: Sequence[shards.ShardEntry] = ()
         described = self._described()
         self._refuse_strangers(described)
-        if self._split in described:
-            existing = entry_of(self._directory, self._split)
-            if existing.about.get("job") == self._digest:
-                return existing
-            if not replace:
-                check_made_by(self._directory, existing.about["made_by"], self._job.made_by)
-                raise UserError(
-                    f"{self._directory} has frames of split {self._split!r} already, of other utterances, "
-                    "shards or dtype; name another directory"
-                )
-            old = existing.shards
+        existing = entry_of(self._directory, self._split) if self._split in described else None
+        if existing and existing.about.get("job") != self._digest and not replace:
+            check_made_by(self._directory, existing.about["made_by"], self._job.made_by)
+            raise UserError(
+                f"{self._directory} has frames of split {self._split!r} already, of other utterances, "
+                "shards or dtype; name another directory"
+            )
+        old = existing.shards if existing else ()
+        missing = self._missing({shard.name: shard for shard in old})
+        if existing and existing.about.get("job") == self._digest and not missing:
+            return existing
         try:
             storage.make_folder(self._directory)
             self._forget()
-            self._encode_shards(self._missing())
+            self._encode_shards(missing)
             return self._describe(old)
         except OSError as error:
             raise UserError(f"{self._directory} cannot be written: {error.strerror or error}") from None
@@ -163,20 +162,25 @@ class _Encoding:
     def _names(self) -> list[str]:
         return [shards.shard_name(self._split, number, self._count) for number in range(self._count)]
 
-    def _missing(self) -> list[int]:
-        """Returns the shards that are not written, the same on every process."""
+    def _missing(self, described: Mapping[str, shards.ShardEntry]) -> list[int]:
+        """Returns the shards that are not written, or not as they were described; the same on every process.
+
+        All have read the directory when one begins to change it.
+        """
         done = np.zeros(self._count, bool)
         if jax.process_index() == 0:
-            done[:] = [self._is_done(name) for name in self._names()]
+            done[:] = [self._is_done(name, described.get(name)) for name in self._names()]
         if jax.process_count() > 1:
             done = np.asarray(multihost_utils.broadcast_one_to_all(done))
         return np.flatnonzero(~done).tolist()
 
-    def _is_done(self, name: str) -> bool:
+    def _is_done(self, name: str, described: shards.ShardEntry | None) -> bool:
         try:
-            return shards.read_index(self._directory, name).about.get("job") == self._digest
+            index = shards.read_index(self._directory, name)
         except UserError:
             return False
+        # An index of this job may still be that of another shard.
+        return index.about.get("job") == self._digest and described in (None, index.entry(name))
 
     def _forget(self) -> None:
         """Takes what is to be replaced out of `shards.json`, which must not speak of shards that change."""

@@ -423,6 +423,21 @@ def test_damage_is_found(make_plan, sharding, tmp_path):
         frames_of(plan, directory)
 
 
+def test_damage_is_repaired_by_encoding_again(make_plan, sharding, tmp_path):
+    plan, directory = make_plan(), tmp_path / "frames"
+    encode(job_of(plan, sharding), str(directory), "train")
+    expected, read = content(directory), Reader()
+    first, second, third, fourth = sorted(directory.glob("*.array_record"))[:4]
+    first.write_bytes(first.read_bytes()[:-100])
+    second.unlink()
+    third.with_suffix(".parquet").unlink()
+    for ending in (".array_record", ".parquet"):
+        shutil.copy(sorted(directory.glob(f"*{ending}"))[-1], fourth.with_suffix(ending))
+    encode(job_of(plan, sharding, load=read), str(directory), "train")
+    assert content(directory) == expected
+    assert len(read.reads) == 4 * PER_SHARD
+
+
 def test_text_alone_has_nothing_to_encode(make_plan, sharding, tmp_path, write_manifest, vocabulary_path):
     manifest = write_manifest([{"id": "x", "instruction": "call", "response": "two"}], "text.jsonl")
     options: dict[str, Any] = {"vocabulary": vocabulary_path, "templates": ["{instruction}"]}
