@@ -220,11 +220,12 @@ class _Encoding:
         began = told = time.monotonic()
         for done, number in enumerate(missing):
             utterances = self._utterances.part(number)
-            encoded, bad = self._encoded(utterances)
+            writes = number % jax.process_count() == jax.process_index()
+            encoded, bad = self._encoded(utterances, writes)
             self._seen += len(utterances)
             self._bad.update(bad.values())
             self._check_bad()
-            if number % jax.process_count() == jax.process_index():
+            if writes:
                 self._write(number, utterances, encoded, bad)
             if time.monotonic() - told > _REPORT_SECONDS or done + 1 == len(missing):
                 told = time.monotonic()
@@ -234,15 +235,17 @@ class _Encoding:
                     f"shard {done + 1} of {len(missing)}"
                 )
 
-    def _encoded(self, utterances: _Shard) -> tuple[dict[str, Encoded], dict[str, str]]:
-        """Returns the frames of a shard's utterances by key, and why some of them have none."""
+    def _encoded(self, utterances: _Shard, with_frames: bool) -> tuple[dict[str, Encoded], dict[str, str]]:
+        """Returns the frames of a shard's utterances by key, if they are asked for, and why some have none."""
         job, shape = self._job, self._job.shape
         packing = Packing(job.packs, len(utterances))
         plan = Plan([utterances], None, 0, shape.rows, shape, epochs=1, shuffle=False, packing=packing)
-        heard: dict[str, Utterance] = {}
+        heard: dict[str, tuple[int, int, int]] = {}
 
         def load(reference: Reference) -> Utterance:
-            heard[reference.id] = found = job.load(utterances.original(reference))
+            found = job.load(utterances.original(reference))
+            # Not the audio itself: a shard has hours of it.
+            heard[reference.id] = found.length, found.clipped, found.trimmed
             return found
 
         batches = TrainBatches(plan, shape, job.sharding, load=load, **{**job.options, "max_bad_share": 1.0})
@@ -263,6 +266,7 @@ class _Encoding:
                     length, clipped, trimmed, reason = facts[r, e].tolist()
                     if reason:
                         bad[key] = audio_files.REASONS[reason - 1]
+                    if reason or not with_frames:
                         continue
                     first = placed.first_sample // shape.samples_per_position
                     stop = first + shape.speech_positions(length)
@@ -318,7 +322,7 @@ def _about_of(schema: pa.Schema) -> Mapping[str, Any]:
 
 
 def _facts(
-    rows: Sequence[Row], batch: HostBatch, heard: Mapping[str, Utterance], shape: BatchShape
+    rows: Sequence[Row], batch: HostBatch, heard: Mapping[str, tuple[int, int, int]], shape: BatchShape
 ) -> np.ndarray:
     """Returns int32 [B, n, 4] of the rows that this host read: samples, clipped, trimmed, 1 + reason."""
     facts = np.zeros((shape.rows, max(1, shape.slots * shape.segments), 4), np.int32)
@@ -329,8 +333,7 @@ def _facts(
             if key in reasons:
                 facts[r, e, 3] = 1 + audio_files.REASONS.index(reasons[key])
             else:
-                found = heard[key]
-                facts[r, e, :3] = found.length, found.clipped, found.trimmed
+                facts[r, e, :3] = heard[key]
     return facts
 
 

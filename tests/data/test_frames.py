@@ -4,6 +4,7 @@ import dataclasses
 import json
 import shutil
 import threading
+import weakref
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -240,6 +241,24 @@ def test_what_is_written_depends_on_no_mesh_and_no_stop(make_plan, sharding, tmp
     # What is there is found, and nothing is read again.
     encode(job_of(plan, sharding, load=read, encoder=None), str(tmp_path / "stopped"), "train")
     assert len(read.reads) == 30 - 2 * PER_SHARD
+
+
+def test_audio_is_let_go_when_it_is_encoded(make_plan, sharding, tmp_path):
+    plan, alive, most = make_plan(), weakref.WeakValueDictionary(), []
+
+    def load(reference):
+        found = audio_files.load_utterance(reference)
+        alive[reference.id] = found.samples
+        return found
+
+    def watched(speech, segments):
+        most.append(len(alive))
+        return whole(speech, segments)
+
+    job = job_of(plan, sharding, load=load, encoder=lambda: watched, per_shard=30, options={"read_ahead": 1})
+    encode(job, str(tmp_path / "frames"), "train")
+    # One step is encoded and one is read.
+    assert len(most) == -(-30 // ROWS) and max(most) <= 2 * ROWS
 
 
 def test_splits_share_a_directory(make_plan, sharding, tmp_path):
