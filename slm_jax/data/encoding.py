@@ -16,6 +16,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -25,7 +26,7 @@ import pyarrow.parquet as pq
 from jax.experimental import multihost_utils
 from jax.sharding import Sharding
 
-from slm_jax.data import audio_files, shards, storage
+from slm_jax.data import audio_files, leftovers, shards, storage
 from slm_jax.data.batch import BatchShape, Row
 from slm_jax.data.frames import Encoded, Roots, check_made_by, digest_of, entry_of, spoken, to_record
 from slm_jax.data.iterator import HostBatch, LoadUtterance, PlacedBatch, TrainBatches, Utterance
@@ -124,6 +125,8 @@ class _Encoding:
             )
         old = existing.shards if existing else ()
         missing = self._missing({shard.name: shard for shard in old})
+        if jax.process_index() == 0 and not storage.is_remote(self._directory):
+            leftovers.clear(Path(self._directory))
         if existing and existing.about.get("job") == self._digest and not missing:
             return existing
         try:
@@ -236,7 +239,7 @@ class _Encoding:
                 )
 
     def _encoded(self, utterances: _Shard, with_frames: bool) -> tuple[dict[str, Encoded], dict[str, str]]:
-        """Returns the frames of a shard's utterances by key, if they are asked for, and why some have none."""
+        """Returns the frames of a shard's utterances by key, if asked for, and why some have none."""
         job, shape = self._job, self._job.shape
         packing = Packing(job.packs, len(utterances))
         plan = Plan([utterances], None, 0, shape.rows, shape, epochs=1, shuffle=False, packing=packing)

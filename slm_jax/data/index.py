@@ -16,7 +16,6 @@ import logging
 import os
 import shutil
 import time
-import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ import numpy as np
 import pyarrow as pa
 import seqio
 
-from slm_jax.data import storage
+from slm_jax.data import leftovers, storage
 from slm_jax.data.batch import check_feature_lengths
 from slm_jax.data.columns import Chunk, Pipeline, Ragged
 from slm_jax.data.duplicate_ids import find_duplicate, hashes_of
@@ -233,6 +232,7 @@ def vocabulary_fingerprint(vocabulary: seqio.SentencePieceVocabulary) -> str:
 def _build(task: seqio.Task, split: str, limits: Mapping[str, int], path: Path, seed: int) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        leftovers.clear(path.parent)
         with _replacing(path) as folder, TableWriter(folder, task.name, split) as writer:
             _fill(writer, task, split, limits, seed)
     except OSError as error:
@@ -243,7 +243,7 @@ def _build_for_once(
     task: seqio.Task, split: str, limits: Mapping[str, int], path: Path, seed: int, root: str
 ) -> IndexTable:
     """Builds a table that nobody else opens: its files go as soon as it is mapped, and live while it does."""
-    own = _beside(path)
+    own = leftovers.unfinished(path)
     try:
         _build(task, split, limits, own, seed)
         return IndexTable(own, root)
@@ -251,15 +251,10 @@ def _build_for_once(
         shutil.rmtree(own, ignore_errors=True)
 
 
-def _beside(path: Path) -> Path:
-    """Returns a path in the same folder that no other process uses."""
-    return path.with_name(f".{path.name}.{os.getpid()}.{uuid.uuid4().hex}")
-
-
 @contextlib.contextmanager
 def _replacing(path: Path) -> Iterator[Path]:
     """Yields a folder beside `path` that comes to lie there, or is removed where something fails."""
-    folder = _beside(path)
+    folder = leftovers.unfinished(path)
     folder.mkdir()
     try:
         yield folder

@@ -2,8 +2,10 @@
 
 import dataclasses
 import json
+import os
 import shutil
 import threading
+import time
 import weakref
 from collections import Counter
 from pathlib import Path
@@ -259,6 +261,19 @@ def test_audio_is_let_go_when_it_is_encoded(make_plan, sharding, tmp_path):
     encode(job, str(tmp_path / "frames"), "train")
     # One step is encoded and one is read.
     assert len(most) == -(-30 // ROWS) and max(most) <= 2 * ROWS
+
+
+def test_what_a_killed_encoding_left_goes_after_a_day(make_plan, sharding, tmp_path):
+    plan, directory = make_plan(), tmp_path / "frames"
+    encode(job_of(plan, sharding), str(directory), "train")
+    expected = content(directory)
+    left = directory / f".train-00000-of-00005.parquet.{'ab' * 16}.partial"
+    for age in (0, 25 * 3600):
+        left.write_bytes(b"half")
+        os.utime(left, (time.time() - age,) * 2)
+        encode(job_of(plan, sharding), str(directory), "train")
+        assert left.exists() == (age == 0)
+    assert content(directory) == expected
 
 
 def test_splits_share_a_directory(make_plan, sharding, tmp_path):
