@@ -35,7 +35,7 @@ from slm_jax.training.initialisation import (
 )
 from slm_jax.training.objectives.base import Objective
 from slm_jax.training.optimizers import OptimizerConfig, make_schedule
-from slm_jax.training.preemption import stop_requests
+from slm_jax.training.preemption import StopRequests, StopWaiting, stop_requests
 from slm_jax.training.progress import Reporter, StepRecord, Throughput, Writer, log_line, summarise
 from slm_jax.training.state import DataCursor, TrainState
 from slm_jax.training.step import jit_train_step, make_train_step
@@ -279,7 +279,7 @@ class _Run:
         self,
         batches: Iterator[PlacedBatch],
         take: Callable[[TrainState, dict[str, jax.Array]], tuple[TrainState, dict[str, Any]]],
-        stop_after: Callable[[int], bool],
+        stop_after: StopRequests,
         state: TrainState,
         frozen: Any,
         step: int,
@@ -291,7 +291,15 @@ class _Run:
             # The run ended after its last step was saved and before it was scored.
             self._run_evaluation(step, state, frozen)
         while step < config.train_steps and not stopping:
-            placed = self._next(batches)
+            try:
+                with stop_after.waiting():
+                    placed = self._next(batches)
+            except StopWaiting:
+                # A read may hang: the steps that were taken are saved all the same.
+                stopping = True
+                if step > first_step:
+                    self._save(step, state, rows_consumed, None)
+                break
             if step == first_step:
                 _say_batch(self._reporter, placed)
             first_of_shape = self._is_new_shape(step, placed)
@@ -325,7 +333,8 @@ class _Run:
                 self._save(step, state, rows_consumed, scores)
         self._checkpoints.wait()
         if stopping and step < config.train_steps:
-            self._reporter.say(f"asked to stop: saved step {step}; the same command goes on from there")
+            saved = f"saved step {step}; the same command goes on from there" if step else "no step was taken"
+            self._reporter.say(f"asked to stop: {saved}")
         return TrainResult(step, state, frozen, self._metrics, step >= config.train_steps)
 
     def close(self) -> None:
