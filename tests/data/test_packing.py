@@ -197,6 +197,24 @@ def test_buckets_carry_on_what_does_not_fill_a_step():
     assert np.bincount(bucket[packed.row], minlength=2).tolist() == [4, 5]
 
 
+@pytest.mark.parametrize(
+    ("rows", "slots", "block", "expected"),
+    [
+        (4, 2, None, 4096),
+        (32, 4, None, 6144),
+        (128, 8, None, 16_384),
+        (256, 8, None, 24_576),
+        (1024, 8, None, 32_768),
+        (1024, 8, 100_000, 100_000),
+    ],
+)
+def test_blocks_with_buckets_do_not_grow_without_end(rows, slots, block, expected):
+    shape = shape_of(rows=rows, slots=slots, segments=1, positions=30)
+    packing = Packing(True, block, (10 * SPP, 20 * SPP))
+    plan = Plan([draw_table(0, 9, shape)], None, 0, rows, shape, packing=packing)
+    assert plan.block == expected
+
+
 @given(
     sizes=st.lists(st.integers(1, 40), min_size=1, max_size=30),
     window=st.integers(1, 5),
