@@ -118,7 +118,7 @@ class _Encoding:
         self._refuse_strangers(described)
         existing = entry_of(self._directory, self._split) if self._split in described else None
         if existing and existing.about.get("job") != self._digest and not replace:
-            check_made_by(self._directory, existing.about["made_by"], self._job.made_by)
+            check_made_by(self._directory, existing.about.get("made_by", {}), self._job.made_by)
             raise UserError(
                 f"{self._directory} has frames of split {self._split!r} already, of other utterances, "
                 "shards or dtype; name another directory"
@@ -143,6 +143,8 @@ class _Encoding:
             storage.stat(f"{self._directory}/{shards.SHARDS_FILE}")
         except FileNotFoundError:
             return {}
+        except NotADirectoryError:
+            raise UserError(f"{self._directory} lies in or is a file, expected a directory") from None
         return shards.read_description(self._directory)
 
     def _refuse_strangers(self, described: Mapping[str, shards.SplitEntry]) -> None:

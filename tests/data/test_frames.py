@@ -385,6 +385,21 @@ def test_a_folder_of_something_else_is_left_alone(make_plan, sharding, tmp_path)
     assert [path.name for path in folder.iterdir()] == ["en"]
 
 
+@pytest.mark.parametrize("place", ["mine", "mine/frames"])
+def test_a_file_in_place_of_the_directory_is_told(make_plan, sharding, tmp_path, place):
+    (tmp_path / "mine").write_text("mine")
+    with pytest.raises(UserError, match=f"{place} lies in or is a file, expected a directory"):
+        encode(job_of(make_plan(), sharding), str(tmp_path / place), "train")
+
+
+def test_a_description_without_its_job_is_told(make_plan, sharding, tmp_path):
+    plan, directory = make_plan(), str(tmp_path / "frames")
+    entry = encode(job_of(plan, sharding), directory, "train")
+    shards.write_description(directory, {"train": dataclasses.replace(entry, about={})})
+    with pytest.raises(UserError, match="were made with checkpoint None, and this run has 'abc'"):
+        encode(job_of(plan, sharding), directory, "train")
+
+
 @pytest.mark.parametrize("described", [False, True])
 @pytest.mark.parametrize("mine", ["parquet", "array_record", "prepared", "prepared, without index"])
 def test_files_of_the_same_kind_are_left_alone_too(make_plan, sharding, tmp_path, mine, described):

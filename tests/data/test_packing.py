@@ -74,7 +74,7 @@ def test_rows_hold_everything_once_and_never_overflow(shape: BatchShape, count: 
     count=st.integers(1, 200),
     seed=st.integers(0, 2**32),
     slots=st.integers(1, 3),
-    buckets=st.lists(st.integers(1, 40 * SPP), max_size=4).map(lambda b: tuple(sorted(b))),
+    buckets=st.lists(st.integers(1, 30 * SPP), max_size=4).map(lambda b: tuple(sorted(b))),
 )
 @settings(max_examples=40, deadline=None)
 def test_every_step_has_rows_of_one_bucket(count: int, seed: int, slots: int, buckets: tuple[int, ...]):
@@ -360,6 +360,11 @@ def test_hosts_of_any_mesh_read_the_rows_of_the_plan(seed, sizes, mesh, hosts, s
         (Packing(True, block=0), shape_of(), "block is 0"),
         (Packing(False, buckets=(640,)), shape_of(segments=1), "expected pack = True"),
         (Packing(True, buckets=(640,)), shape_of(), "expected no buckets"),
+        (
+            Packing(True, buckets=(SPP, 31 * SPP)),
+            shape_of(segments=1, positions=30),
+            rf"DataConfig\.buckets has {31 * SPP} samples, expected at most the {30 * SPP} of a slot",
+        ),
     ],
 )
 def test_settings_that_do_not_fit(packing: Packing, shape: BatchShape, sentence: str):
