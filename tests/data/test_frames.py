@@ -270,7 +270,7 @@ def test_what_a_killed_encoding_left_goes_after_a_day(make_plan, sharding, tmp_p
     left = directory / f".train-00000-of-00005.parquet.{'ab' * 16}.partial"
     for age in (0, 25 * 3600):
         left.write_bytes(b"half")
-        os.utime(left, (time.time() - age,) * 2)
+        os.utime(left, (time.time() - age, time.time() - age))
         encode(job_of(plan, sharding), str(directory), "train")
         assert left.exists() == (age == 0)
     assert content(directory) == expected

@@ -32,7 +32,7 @@ def make(path: Path, is_folder: bool, age: float = 0.0) -> Path:
         file = path / "lengths.i32"
     file.write_bytes(b"x")
     for part in (file, path):
-        os.utime(part, (time.time() - age,) * 2)
+        os.utime(part, (time.time() - age, time.time() - age))
     return path
 
 
