@@ -79,6 +79,15 @@ class DataConfig:
         for name in ("pack", "encode_once"):
             if not isinstance(value := getattr(self, name), bool):
                 raise UserError(f"DataConfig.{name} is {value!r}, expected True or False")
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
+            raise UserError(f"DataConfig.seed is {self.seed!r}, expected a whole number")
+        share = self.max_bad_share
+        if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 <= share <= 1:
+            raise UserError(f"DataConfig.max_bad_share is {share!r}, expected a number from 0 to 1")
+        if not isinstance(self.buckets, (list, tuple)):
+            raise UserError(
+                f"DataConfig.buckets is {self.buckets!r}, expected a list of samples, such as [80000, 160000]"
+            )
         for bucket in self.buckets:
             check_whole("DataConfig.buckets", bucket)
         for name, given in (
@@ -95,8 +104,16 @@ class DataConfig:
                 f"DataConfig.frames is {self.frames!r} and DataConfig.encode_once is True; expected one of "
                 "both"
             )
-        for step in self.stages:
+        self._check_stages()
+
+    def _check_stages(self) -> None:
+        like = "expected steps and names, such as {1000: 'mixture'}"
+        if not isinstance(self.stages, Mapping):
+            raise UserError(f"DataConfig.stages is {self.stages!r}, {like}")
+        for step, name in self.stages.items():
             check_whole("DataConfig.stages: a step", step)
+            if not isinstance(name, str):
+                raise UserError(f"DataConfig.stages has {name!r} at step {step}, {like}")
 
     @property
     def has_frames(self) -> bool:

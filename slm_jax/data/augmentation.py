@@ -322,8 +322,16 @@ def _check_codec(name: str) -> None:
 # --- checks of fields -------------------------------------------------------------------------------
 
 
+# What a list of a field has in it.
+_LIKE = {"files": "'sounds/'", "generated": "'pink'", "codecs": "'mp3'", "factors": "0.9, 1.0, 1.1"}
+
+
 def _make_tuple(config: Any, field: str) -> None:
     value = getattr(config, field)
+    if not isinstance(value, (str, list, tuple)):
+        raise UserError(
+            f"{type(config).__name__}.{field} is {value!r}, expected a list, such as [{_LIKE[field]}]"
+        )
     # Lists (from gin) become tuples, so that configurations stay hashable; one name is no list of letters.
     object.__setattr__(config, field, (value,) if isinstance(value, str) else tuple(value))
 
@@ -351,5 +359,5 @@ def _check_range(config: Any, field: str, least: float = -200.0, most: float = 2
 def _check_names(config: Any, field: str, known: Sequence[str] | dict[str, Any]) -> None:
     _make_tuple(config, field)
     for name in getattr(config, field):
-        if name not in known:
+        if not isinstance(name, str) or name not in known:
             raise UserError(f"{type(config).__name__}.{field} has {name!r}{nearest(name, known)}")

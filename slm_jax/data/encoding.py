@@ -16,21 +16,24 @@ import time
 from collections import Counter
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 from jax.experimental import multihost_utils
 from jax.sharding import Sharding
 
-from slm_jax.data import audio_files, shards, storage
+from slm_jax.data import audio_files, leftovers, shards, storage
 from slm_jax.data.batch import BatchShape, Row
 from slm_jax.data.frames import Encoded, Roots, check_made_by, digest_of, entry_of, spoken, to_record
 from slm_jax.data.iterator import HostBatch, LoadUtterance, PlacedBatch, TrainBatches, Utterance
 from slm_jax.data.placement import place
 from slm_jax.data.plan import Packing, Plan
 from slm_jax.data.references import SAMPLE_RATE, SPEECH, Reference
-from slm_jax.errors import UserError
+from slm_jax.errors import BadExample, UserError
 
 # speech int16 [B, K, S], speech_segments int32 [B, K, E, 3] -> frames [B, K, P, D], whole on every device
 Encode = Callable[[jax.Array, jax.Array], jax.Array]
@@ -86,8 +89,8 @@ def encode(job: Job, directory: str, split: str, replace: bool = False) -> shard
       replace: whether frames that something else made are written over.
 
     Raises:
-      UserError: the directory has frames of the split that something else made, it cannot be written, there
-        is no speech, or too many utterances cannot be read.
+      UserError: the directory has frames of the split that something else made, or files that no encoding
+        wrote; it cannot be written, there is no speech, or too many utterances cannot be read.
     """
     return _Encoding(job, directory, split).run(replace)
 
@@ -111,22 +114,25 @@ class _Encoding:
         self._encode: Encode | None = None
 
     def run(self, replace: bool) -> shards.SplitEntry:
-        old: Sequence[shards.ShardEntry] = ()
-        if self._split in self._described():
-            existing = entry_of(self._directory, self._split)
-            if existing.about["job"] == self._digest:
-                return existing
-            if not replace:
-                check_made_by(self._directory, existing.about["made_by"], self._job.made_by)
-                raise UserError(
-                    f"{self._directory} has frames of split {self._split!r} already, of other utterances, "
-                    "shards or dtype; name another directory"
-                )
-            old = existing.shards
+        described = self._described()
+        self._refuse_strangers(described)
+        existing = entry_of(self._directory, self._split) if self._split in described else None
+        if existing and existing.about.get("job") != self._digest and not replace:
+            check_made_by(self._directory, existing.about.get("made_by", {}), self._job.made_by)
+            raise UserError(
+                f"{self._directory} has frames of split {self._split!r} already, of other utterances, "
+                "shards or dtype; name another directory"
+            )
+        old = existing.shards if existing else ()
+        missing = self._missing({shard.name: shard for shard in old})
+        if jax.process_index() == 0 and not storage.is_remote(self._directory):
+            leftovers.clear(Path(self._directory))
+        if existing and existing.about.get("job") == self._digest and not missing:
+            return existing
         try:
             storage.make_folder(self._directory)
             self._forget()
-            self._encode_shards(self._missing())
+            self._encode_shards(missing)
             return self._describe(old)
         except OSError as error:
             raise UserError(f"{self._directory} cannot be written: {error.strerror or error}") from None
@@ -136,34 +142,50 @@ class _Encoding:
         try:
             storage.stat(f"{self._directory}/{shards.SHARDS_FILE}")
         except FileNotFoundError:
-            self._refuse_strangers()
             return {}
+        except NotADirectoryError:
+            raise UserError(f"{self._directory} lies in or is a file, expected a directory") from None
         return shards.read_description(self._directory)
 
-    def _refuse_strangers(self) -> None:
+    def _refuse_strangers(self, described: Mapping[str, shards.SplitEntry]) -> None:
+        """Raises UserError where the directory has a file that neither is described nor was encoded."""
+        known = {shard.name for entry in described.values() for shard in entry.shards}
         with contextlib.suppress(FileNotFoundError):
             for name in storage.list_folder(self._directory):
-                if not name.startswith(".") and not name.endswith((".array_record", ".parquet")):
-                    expected = "expected an empty directory or one of speech shards"
-                    raise UserError(f"{self._directory} holds {name!r}, {expected}")
+                if name.startswith(".") or name == shards.SHARDS_FILE:
+                    continue
+                stem, dot, ending = name.rpartition(".")
+                is_shard = dot and ending in ("array_record", "parquet")
+                if is_shard and (stem in known or _is_encoded(self._directory, stem)):
+                    continue
+                if is_shard or not described:
+                    raise UserError(
+                        f"{self._directory} holds {name!r}, expected an empty directory or one with nothing "
+                        "but what slm data encode wrote; name another directory"
+                    )
 
     def _names(self) -> list[str]:
         return [shards.shard_name(self._split, number, self._count) for number in range(self._count)]
 
-    def _missing(self) -> list[int]:
-        """Returns the shards that are not written, the same on every process."""
+    def _missing(self, described: Mapping[str, shards.ShardEntry]) -> list[int]:
+        """Returns the shards that are not written, or not as they were described; the same on every process.
+
+        All have read the directory when one begins to change it.
+        """
         done = np.zeros(self._count, bool)
         if jax.process_index() == 0:
-            done[:] = [self._is_done(name) for name in self._names()]
+            done[:] = [self._is_done(name, described.get(name)) for name in self._names()]
         if jax.process_count() > 1:
             done = np.asarray(multihost_utils.broadcast_one_to_all(done))
         return np.flatnonzero(~done).tolist()
 
-    def _is_done(self, name: str) -> bool:
+    def _is_done(self, name: str, described: shards.ShardEntry | None) -> bool:
         try:
-            return shards.read_index(self._directory, name).about["job"] == self._digest
+            index = shards.read_index(self._directory, name)
         except UserError:
             return False
+        # An index of this job may still be that of another shard.
+        return index.about.get("job") == self._digest and described in (None, index.entry(name))
 
     def _forget(self) -> None:
         """Takes what is to be replaced out of `shards.json`, which must not speak of shards that change."""
@@ -203,11 +225,12 @@ class _Encoding:
         began = told = time.monotonic()
         for done, number in enumerate(missing):
             utterances = self._utterances.part(number)
-            encoded, bad = self._encoded(utterances)
+            writes = number % jax.process_count() == jax.process_index()
+            encoded, bad = self._encoded(utterances, writes)
             self._seen += len(utterances)
             self._bad.update(bad.values())
             self._check_bad()
-            if number % jax.process_count() == jax.process_index():
+            if writes:
                 self._write(number, utterances, encoded, bad)
             if time.monotonic() - told > _REPORT_SECONDS or done + 1 == len(missing):
                 told = time.monotonic()
@@ -217,15 +240,17 @@ class _Encoding:
                     f"shard {done + 1} of {len(missing)}"
                 )
 
-    def _encoded(self, utterances: _Shard) -> tuple[dict[str, Encoded], dict[str, str]]:
-        """Returns the frames of a shard's utterances by key, and why some of them have none."""
+    def _encoded(self, utterances: _Shard, with_frames: bool) -> tuple[dict[str, Encoded], dict[str, str]]:
+        """Returns the frames of a shard's utterances by key, if asked for, and why some have none."""
         job, shape = self._job, self._job.shape
         packing = Packing(job.packs, len(utterances))
         plan = Plan([utterances], None, 0, shape.rows, shape, epochs=1, shuffle=False, packing=packing)
-        heard: dict[str, Utterance] = {}
+        heard: dict[str, tuple[int, int, int]] = {}
 
         def load(reference: Reference) -> Utterance:
-            heard[reference.id] = found = job.load(utterances.original(reference))
+            found = job.load(utterances.original(reference))
+            # Not the audio itself: a shard has hours of it.
+            heard[reference.id] = found.length, found.clipped, found.trimmed
             return found
 
         batches = TrainBatches(plan, shape, job.sharding, load=load, **{**job.options, "max_bad_share": 1.0})
@@ -246,6 +271,7 @@ class _Encoding:
                     length, clipped, trimmed, reason = facts[r, e].tolist()
                     if reason:
                         bad[key] = audio_files.REASONS[reason - 1]
+                    if reason or not with_frames:
                         continue
                     first = placed.first_sample // shape.samples_per_position
                     stop = first + shape.speech_positions(length)
@@ -271,8 +297,37 @@ class _Encoding:
             )
 
 
+def _is_encoded(directory: str, name: str) -> bool:
+    """Returns whether an encoding wrote the shard, or the half of it, that has a name."""
+    try:
+        with storage.open_binary(shards.index_path(directory, name)) as file:
+            return "job" in _about_of(pq.read_schema(file))
+    except FileNotFoundError:
+        # Stopped between a shard and its index.
+        pass
+    except (pa.ArrowException, OSError):
+        # Damaged: the shard itself tells.
+        pass
+    try:
+        return shards.read_record(shards.shard_path(directory, name), 0).kind == "frames"
+    except BadExample as error:
+        # A shard of which no utterance could be read has no records, and nothing to lose.
+        return error.reason == "out_of_step"
+    except OSError:
+        return False
+
+
+def _about_of(schema: pa.Schema) -> Mapping[str, Any]:
+    """Returns what `write_shard` was given for an index with this schema; empty where it wrote none."""
+    try:
+        about = json.loads((schema.metadata or {})[b"slm_jax"])["about"]
+    except (ValueError, KeyError, TypeError):
+        return {}
+    return about if isinstance(about, Mapping) else {}
+
+
 def _facts(
-    rows: Sequence[Row], batch: HostBatch, heard: Mapping[str, Utterance], shape: BatchShape
+    rows: Sequence[Row], batch: HostBatch, heard: Mapping[str, tuple[int, int, int]], shape: BatchShape
 ) -> np.ndarray:
     """Returns int32 [B, n, 4] of the rows that this host read: samples, clipped, trimmed, 1 + reason."""
     facts = np.zeros((shape.rows, max(1, shape.slots * shape.segments), 4), np.int32)
@@ -283,8 +338,7 @@ def _facts(
             if key in reasons:
                 facts[r, e, 3] = 1 + audio_files.REASONS.index(reasons[key])
             else:
-                found = heard[key]
-                facts[r, e, :3] = found.length, found.clipped, found.trimmed
+                facts[r, e, :3] = heard[key]
     return facts
 
 

@@ -16,8 +16,7 @@ import logging
 import os
 import shutil
 import time
-import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ import numpy as np
 import pyarrow as pa
 import seqio
 
+from slm_jax.data import leftovers, storage
 from slm_jax.data.batch import check_feature_lengths
 from slm_jax.data.columns import Chunk, Pipeline, Ragged
 from slm_jax.data.duplicate_ids import find_duplicate, hashes_of
@@ -49,6 +49,9 @@ def build_index(
     seed: int = 0,
 ) -> IndexTable:
     """Returns the index table of a task, from the cache where its contents are the same.
+
+    A source says by its fingerprint, its files or its function what it holds. One that says nothing of that
+    is read again every time.
 
     A reference is left out, counted in the report and logged with its id, for the first of these
     reasons that holds: what the task itself says in its feature `reject` (such as `unknown_language`),
@@ -75,12 +78,16 @@ def build_index(
     limits = dict(sorted(feature_lengths.items()))
     if "layout" in limits:
         limits["samples_per_position"] = samples_per_position
-    key = _content_key(task, split, limits, seed)
-    path = Path(cache_dir) / f"{task.name.replace(':', '_')}-{split}-{key[:24]}.index"
-    table = _open_cached(path, root)
-    if table is None:
-        _build(task, split, limits, path, seed)
-        table = IndexTable(path, root)
+    name = f"{task.name.replace(':', '_')}-{split}"
+    if (content := _describe_source(task.source, split)) is None:
+        table = _build_for_once(task, split, limits, Path(cache_dir) / f"{name}.index", seed, root)
+    else:
+        key = _content_key(task, split, content, limits, seed)
+        path = Path(cache_dir) / f"{name}-{key[:24]}.index"
+        table = _open_cached(path, root)
+        if table is None:
+            _build(task, split, limits, path, seed)
+            table = IndexTable(path, root)
     logger.info("index of task %s, split %s: %s", task.name, split, table.report)
     if not len(table):
         raise UserError(f"task {task.name!r}, split {split!r} yields nothing: {table.report}")
@@ -111,11 +118,9 @@ def _open_cached(path: Path, root: str) -> IndexTable | None:
 # --- what an index is made from --------------------------------------------------------------------
 
 
-def _content_key(task: seqio.Task, split: str, limits: Mapping[str, int], seed: int) -> str:
-    source = task.source
-    described = getattr(source, "content_fingerprint", None)
+def _content_key(task: seqio.Task, split: str, content: Any, limits: Mapping[str, int], seed: int) -> str:
     parts = {
-        "source": described(split) if described else _describe(source),
+        "source": content,
         "task": task.name,
         "split": split,
         "vocabularies": {name: _describe(f.vocabulary) for name, f in task.output_features.items()},
@@ -143,6 +148,46 @@ _MODULES = (
 )  # fmt: skip
 
 
+def _describe_source(source: Any, split: str) -> Any:
+    """Returns JSON that changes with what a source holds; None where the source says nothing of that."""
+    if fingerprint := getattr(source, "content_fingerprint", None):
+        return fingerprint(split)
+    if isinstance(source, seqio.FunctionDataSource):
+        return _describe_whole(source._dataset_fn)
+    reader = getattr(source, "_reader", None)
+    try:
+        files = [(path, *storage.stat(path)) for path in source.list_shards(split)]
+    except OSError:
+        # Its shards are no files.
+        return None
+    return [_describe(source), reader and _text_of(reader), sorted(files)] if files else None
+
+
+def _describe_whole(function: Any) -> Any:
+    """Returns a description of a function with all that it is bound to; None where that cannot be had."""
+    if isinstance(function, functools.partial):
+        inner, bound = _describe_whole(function.func), [function.args, function.keywords]
+    else:
+        inner, bound = _text_of(function), [cell.cell_contents for cell in _cells(function)]
+    try:
+        # What JSON does not hold may look the same with other contents: a long array, an object.
+        return inner and [inner, json.dumps(bound, sort_keys=True)]
+    except (TypeError, ValueError):
+        return None
+
+
+def _text_of(function: Any) -> Any:
+    """Returns the name and source text of a function or class; None where it has none."""
+    try:
+        return [function.__module__, function.__qualname__, inspect.getsource(function)]
+    except (AttributeError, OSError, TypeError):
+        return None
+
+
+def _cells(function: Callable[..., Any]) -> Sequence[Any]:
+    return getattr(function, "__closure__", None) or ()
+
+
 def _describe(value: object) -> Any:
     """Returns JSON that is equal for equal definitions; a function counts by its source text."""
     if isinstance(value, seqio.SentencePieceVocabulary):
@@ -165,7 +210,7 @@ def _describe_function(function: Callable[..., Any]) -> Any:
         text = inspect.getsource(function)
     except (OSError, TypeError):
         text = ""
-    cells = [cell.cell_contents for cell in getattr(function, "__closure__", None) or ()]
+    cells = [cell.cell_contents for cell in _cells(function)]
     bound = [cell if isinstance(cell, (str, int, float, tuple)) else repr(cell) for cell in cells]
     return ["function", function.__module__, function.__qualname__, text, _describe(bound)]
 
@@ -187,16 +232,29 @@ def vocabulary_fingerprint(vocabulary: seqio.SentencePieceVocabulary) -> str:
 def _build(task: seqio.Task, split: str, limits: Mapping[str, int], path: Path, seed: int) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        leftovers.clear(path.parent)
         with _replacing(path) as folder, TableWriter(folder, task.name, split) as writer:
             _fill(writer, task, split, limits, seed)
     except OSError as error:
         raise UserError(f"index folder {path.parent} cannot be written: {error.strerror or error}") from None
 
 
+def _build_for_once(
+    task: seqio.Task, split: str, limits: Mapping[str, int], path: Path, seed: int, root: str
+) -> IndexTable:
+    """Builds a table that nobody else opens: its files go as soon as it is mapped, and live while it does."""
+    own = leftovers.unfinished(path)
+    try:
+        _build(task, split, limits, own, seed)
+        return IndexTable(own, root)
+    finally:
+        shutil.rmtree(own, ignore_errors=True)
+
+
 @contextlib.contextmanager
 def _replacing(path: Path) -> Iterator[Path]:
     """Yields a folder beside `path` that comes to lie there, or is removed where something fails."""
-    folder = path.with_name(f".{path.name}.{os.getpid()}.{uuid.uuid4().hex}")
+    folder = leftovers.unfinished(path)
     folder.mkdir()
     try:
         yield folder

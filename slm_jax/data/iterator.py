@@ -189,6 +189,7 @@ class TrainBatches:
         assemblers = ThreadPoolExecutor(min(2, self._read_ahead), "slm-batch")
         pending: deque[Future[HostBatch]] = deque()
         start = rows_consumed
+        at_ease = False
         try:
             while True:
                 while len(pending) < self._read_ahead:
@@ -200,16 +201,21 @@ class TrainBatches:
                     pending.append(assemblers.submit(self._assemble, rows, shape, start, reads, readers))
                     start += self.shape.rows
                 if not pending:
+                    at_ease = True
                     return
                 batch = self._wait(pending.popleft(), reads)
                 tally.add(batch)
                 yield batch
+        except GeneratorExit:
+            at_ease = True
+            raise
         finally:
             for future in pending:
                 future.cancel()
             readers.shutdown(wait=False, cancel_futures=True)
-            assemblers.shutdown(wait=True, cancel_futures=True)
-            readers.shutdown(wait=True)
+            # What went wrong is told at once, however long a read may hang.
+            assemblers.shutdown(wait=at_ease, cancel_futures=True)
+            readers.shutdown(wait=at_ease)
 
     def _step_shape(self, start: int) -> BatchShape:
         if len(self.plan.shapes) == 1:

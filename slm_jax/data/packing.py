@@ -14,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from slm_jax.data.batch import BatchShape
+from slm_jax.errors import UserError
 
 
 class Sizes(NamedTuple):
@@ -126,7 +127,15 @@ def bucket_shapes(shape: BatchShape, buckets: tuple[int, ...]) -> tuple[BatchSha
     Args:
       shape: of the longest.
       buckets: samples of a slot, ascending; rounded up to whole positions. The longest is the shape's own.
+
+    Raises:
+      UserError: a bucket is longer than that.
     """
+    if buckets and max(buckets) > shape.samples:
+        raise UserError(
+            f"DataConfig.buckets has {max(buckets)} samples, expected at most the {shape.samples} of a slot: "
+            "lengthen TASK_FEATURE_LENGTHS['speech'] or leave the bucket out"
+        )
     lengths = dict.fromkeys(
         min(-(-samples // shape.samples_per_position) * shape.samples_per_position, shape.samples)
         for samples in (*buckets, shape.samples)

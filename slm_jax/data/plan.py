@@ -55,7 +55,7 @@ class Packing:
     Attributes:
       pack: whether a row holds several references; otherwise one.
       block: K, references whose rows are made together; None takes 4096, fewer where the tables have fewer,
-        or with buckets so many that steps which are not full are rare.
+        or with buckets so many that steps which are not full are rare, up to 32,768.
       buckets: for encoders of one utterance a slot: samples of a slot, ascending; the shape's own are added.
         Every step has rows of one bucket.
     """
@@ -432,6 +432,8 @@ class Plan:
         return packed._replace(row=place[packed.row]), None if bucket is None else bucket[order]
 
 
+# Most references of a block with buckets: in general, and where that would be less than 4 steps of each.
+_LARGE, _LARGEST = 16_384, 32_768
 _AUGMENTATION = 0x6175676D656E74
 
 
@@ -479,8 +481,10 @@ def _usual_block(packing: Packing, shape: BatchShape, rows_per_step: int, refere
     if not packing.buckets:
         # Rows of a block come in random order: of many epochs at once they would hold an example twice.
         return min(4096, references)
-    # A step that is not full costs at most one of 16 for each bucket.
-    return max(4096, 16 * (len(packing.buckets) + 1) * rows_per_step * max(shape.slots, 1))
+    # Steps that are not full are rare where each bucket has 16. But packing is quadratic where text fills
+    # rows before their slots are, so that a block must not grow with its steps.
+    step = (len(packing.buckets) + 1) * rows_per_step * max(shape.slots, 1)
+    return max(4096, min(16 * step, max(_LARGE, min(4 * step, _LARGEST))))
 
 
 def plan_mixture(

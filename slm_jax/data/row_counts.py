@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import bisect
 import contextlib
-import os
-import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+
+from slm_jax.data import leftovers
 
 # New blocks that are counted before their row counts are written to disk.
 _COUNTS_TO_KEEP = 32
@@ -93,7 +93,7 @@ class BlockStarts:
         if self._file is None:
             return
         self._kept = len(self._starts)
-        unfinished = self._file.with_name(f".{self._file.name}.{os.getpid()}.{uuid.uuid4().hex}")
+        unfinished = leftovers.unfinished(self._file)
         # Counts that cannot be kept are counted again.
         with contextlib.suppress(OSError):
             np.diff(self._starts).astype("<u4").tofile(unfinished)

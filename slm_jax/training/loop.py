@@ -23,6 +23,7 @@ from slm_jax.partitioning.sharding import (
     plan_text,
 )
 from slm_jax.training.batches import BatchSource, PlacedBatch
+from slm_jax.training.evaluation_mark import EvaluationMark
 from slm_jax.training.initialisation import (
     LoadVariables,
     RunShapes,
@@ -34,7 +35,7 @@ from slm_jax.training.initialisation import (
 )
 from slm_jax.training.objectives.base import Objective
 from slm_jax.training.optimizers import OptimizerConfig, make_schedule
-from slm_jax.training.preemption import stop_requests
+from slm_jax.training.preemption import StopRequests, StopWaiting, stop_requests
 from slm_jax.training.progress import Reporter, StepRecord, Throughput, Writer, log_line, summarise
 from slm_jax.training.state import DataCursor, TrainState
 from slm_jax.training.step import jit_train_step, make_train_step
@@ -133,7 +134,8 @@ def train(
       load_variables: brings foundation models: gets shapes with shardings by collection (`frozen`, and
         `params` in a fresh run), returns arrays for the parts that it knows; the rest is initialised.
       provenance: operative configuration and fingerprints; the plan's fingerprint is added here.
-      evaluate: called every `eval_period` steps and after the last one.
+      evaluate: called every `eval_period` steps and after the last one; a run that was stopped before that
+        one is over calls it again.
       writer: where metrics go besides the log.
       on_start: called once it is sure that `model_dir` is this run's: before that, nothing in it is changed.
 
@@ -204,6 +206,7 @@ def train(
         writer=writer,
         checkpoints=checkpoints,
         provenance=run_provenance,
+        evaluated=EvaluationMark(model_dir / "evaluated.json", first_step),
         steps=StepLog(model_dir / ("steps.jsonl" if process == 0 else f"steps.{process}.jsonl"), first_step),
         evaluate=evaluate,
         devices=mesh.size,
@@ -254,6 +257,7 @@ class _Run:
         checkpoints: RunCheckpoints,
         provenance: Provenance,
         steps: StepLog,
+        evaluated: EvaluationMark,
         evaluate: Evaluate | None,
         devices: int,
     ):
@@ -264,6 +268,7 @@ class _Run:
         self._checkpoints = checkpoints
         self._provenance = provenance
         self._steps = steps
+        self._evaluated = evaluated
         self._evaluate = evaluate
         self._throughput = Throughput(devices)
         self._pending: list[StepRecord] = []
@@ -274,7 +279,7 @@ class _Run:
         self,
         batches: Iterator[PlacedBatch],
         take: Callable[[TrainState, dict[str, jax.Array]], tuple[TrainState, dict[str, Any]]],
-        stop_after: Callable[[int], bool],
+        stop_after: StopRequests,
         state: TrainState,
         frozen: Any,
         step: int,
@@ -282,8 +287,19 @@ class _Run:
     ) -> TrainResult:
         """Takes the steps that are left."""
         config, first_step, stopping = self._config, step, False
+        if self._evaluate and step >= config.train_steps and not self._evaluated.has(step):
+            # The run ended after its last step was saved and before it was scored.
+            self._run_evaluation(step, state, frozen)
         while step < config.train_steps and not stopping:
-            placed = self._next(batches)
+            try:
+                with stop_after.waiting():
+                    placed = self._next(batches)
+            except StopWaiting:
+                # A read may hang: the steps that were taken are saved all the same.
+                stopping = True
+                if step > first_step:
+                    self._save(step, state, rows_consumed, None)
+                break
             if step == first_step:
                 _say_batch(self._reporter, placed)
             first_of_shape = self._is_new_shape(step, placed)
@@ -317,7 +333,8 @@ class _Run:
                 self._save(step, state, rows_consumed, scores)
         self._checkpoints.wait()
         if stopping and step < config.train_steps:
-            self._reporter.say(f"asked to stop: saved step {step}; the same command goes on from there")
+            saved = f"saved step {step}; the same command goes on from there" if step else "no step was taken"
+            self._reporter.say(f"asked to stop: {saved}")
         return TrainResult(step, state, frozen, self._metrics, step >= config.train_steps)
 
     def close(self) -> None:
@@ -397,6 +414,7 @@ class _Run:
             + ", ".join(f"{name} {value:.4g}" for name, value in scores.items())
         )
         self._write(step, "eval", scores)
+        self._evaluated.set(step)
         return scores
 
     def _write(self, step: int, group: str, scalars: dict[str, float]) -> None:

@@ -8,24 +8,65 @@ from collections.abc import Callable, Iterator
 import jax
 
 
+class StopWaiting(BaseException):
+    """SIGTERM came while the run waited for something that may never come."""
+
+
+class StopRequests:
+    """Whether a run is asked to stop: a function of the step that was taken.
+
+    Args:
+      reached: says after a step whether to stop there.
+    """
+
+    def __init__(self, reached: Callable[[int], bool]):
+        self._reached = reached
+        self._is_waiting = False
+
+    def __call__(self, step: int) -> bool:
+        """Returns whether to stop after a step."""
+        return self._reached(step)
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Inside, SIGTERM raises StopWaiting where one process trains in the main thread."""
+        self._is_waiting = True
+        try:
+            yield
+        finally:
+            self._is_waiting = False
+
+    def interrupt(self) -> None:
+        """Ends the waiting; called by the handler of the signal."""
+        if self._is_waiting:
+            self._is_waiting = False
+            raise StopWaiting
+
+
 @contextlib.contextmanager
-def stop_requests() -> Iterator[Callable[[int], bool]]:
-    """Watches for SIGTERM; gives a function that says after a step whether to stop there.
+def stop_requests() -> Iterator[StopRequests]:
+    """Watches for SIGTERM; gives what says after a step whether to stop there.
 
     With several processes all of them stop after the same step, as JAX's preemption service agrees on it.
     """
     if jax.process_count() > 1:
         from jax.experimental import multihost_utils
 
-        yield multihost_utils.reached_preemption_sync_point
+        yield StopRequests(multihost_utils.reached_preemption_sync_point)
         return
-    asked = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         # Signals belong to the main thread; elsewhere the owner of the process handles them.
-        yield lambda step: False
+        yield StopRequests(lambda step: False)
         return
-    previous = signal.signal(signal.SIGTERM, lambda *_: asked.set())
+    asked = threading.Event()
+    requests = StopRequests(lambda step: asked.is_set())
+
+    def handle(*_: object) -> None:
+        asked.set()
+        requests.interrupt()
+
+    previous = signal.signal(signal.SIGTERM, handle)
     try:
-        yield lambda step: asked.is_set()
+        yield requests
     finally:
         signal.signal(signal.SIGTERM, previous)

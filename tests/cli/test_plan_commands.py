@@ -158,7 +158,13 @@ def test_rows_that_the_mesh_does_not_divide(workshop, trained):
         ("pack='yes'", "DataConfig.pack is 'yes', expected True or False"),
         ("stages={0: 'demo_speech'}", "DataConfig.stages: a step is 0, expected a whole number"),
         ("stages={5: 'demo_spech'}", "'demo_spech' is registered; did you mean 'demo_speech'?"),
+        ("stages={5: 7}", "DataConfig.stages has 7 at step 5, expected steps and names"),
+        ("stages=[5]", "DataConfig.stages is [5], expected steps and names"),
         ("buckets=(22528,)", "this one packs, expected no buckets"),
+        ("buckets=22528", "DataConfig.buckets is 22528, expected a list of samples"),
+        ("max_bad_share='x'", "DataConfig.max_bad_share is 'x', expected a number from 0 to 1"),
+        ("max_bad_share=5", "DataConfig.max_bad_share is 5, expected a number from 0 to 1"),
+        ("seed='x'", "DataConfig.seed is 'x', expected a whole number"),
     ],
 )
 def test_settings_that_do_not_fit(

@@ -322,6 +322,10 @@ def test_noise_that_goes_missing_later_is_a_bad_example(sounds, speech):
         (lambda: CodecConfig(["mulaw"]), "did you mean 'mu_law'"),
         (lambda: CodecConfig(level=(0, 1)), r"level is \(0, 1\), expected a pair .* 0 and 0\.99"),
         (lambda: RoomConfig(), "RoomConfig.files is empty"),
+        (lambda: SpeedConfig(cast(Any, 0.9)), r"factors is 0\.9, expected a list, such as \[0\.9, 1\.0"),
+        (lambda: RoomConfig(cast(Any, None)), "RoomConfig.files is None, expected a list"),
+        (lambda: CodecConfig(cast(Any, None)), "CodecConfig.codecs is None, expected a list"),
+        (lambda: CodecConfig(cast(Any, [["mp3"]])), r"CodecConfig\.codecs has \['mp3'\]; did you mean 'mp3'"),
     ],
 )  # fmt: skip
 def test_mistakes_are_told(make, says: str):

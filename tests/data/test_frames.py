@@ -2,8 +2,11 @@
 
 import dataclasses
 import json
+import os
 import shutil
 import threading
+import time
+import weakref
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -11,6 +14,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -240,6 +245,37 @@ def test_what_is_written_depends_on_no_mesh_and_no_stop(make_plan, sharding, tmp
     assert len(read.reads) == 30 - 2 * PER_SHARD
 
 
+def test_audio_is_let_go_when_it_is_encoded(make_plan, sharding, tmp_path):
+    plan, alive, most = make_plan(), weakref.WeakValueDictionary(), []
+
+    def load(reference):
+        found = audio_files.load_utterance(reference)
+        alive[reference.id] = found.samples
+        return found
+
+    def watched(speech, segments):
+        most.append(len(alive))
+        return whole(speech, segments)
+
+    job = job_of(plan, sharding, load=load, encoder=lambda: watched, per_shard=30, options={"read_ahead": 1})
+    encode(job, str(tmp_path / "frames"), "train")
+    # One step is encoded and one is read.
+    assert len(most) == -(-30 // ROWS) and max(most) <= 2 * ROWS
+
+
+def test_what_a_killed_encoding_left_goes_after_a_day(make_plan, sharding, tmp_path):
+    plan, directory = make_plan(), tmp_path / "frames"
+    encode(job_of(plan, sharding), str(directory), "train")
+    expected = content(directory)
+    left = directory / f".train-00000-of-00005.parquet.{'ab' * 16}.partial"
+    for age in (0, 25 * 3600):
+        left.write_bytes(b"half")
+        os.utime(left, (time.time() - age, time.time() - age))
+        encode(job_of(plan, sharding), str(directory), "train")
+        assert left.exists() == (age == 0)
+    assert content(directory) == expected
+
+
 def test_splits_share_a_directory(make_plan, sharding, tmp_path):
     plan = make_plan()
     encode(job_of(plan, sharding), str(tmp_path / "frames"), "train")
@@ -349,6 +385,56 @@ def test_a_folder_of_something_else_is_left_alone(make_plan, sharding, tmp_path)
     assert [path.name for path in folder.iterdir()] == ["en"]
 
 
+@pytest.mark.parametrize("place", ["mine", "mine/frames"])
+def test_a_file_in_place_of_the_directory_is_told(make_plan, sharding, tmp_path, place):
+    (tmp_path / "mine").write_text("mine")
+    with pytest.raises(UserError, match=f"{place} lies in or is a file, expected a directory"):
+        encode(job_of(make_plan(), sharding), str(tmp_path / place), "train")
+
+
+def test_a_description_without_its_job_is_told(make_plan, sharding, tmp_path):
+    plan, directory = make_plan(), str(tmp_path / "frames")
+    entry = encode(job_of(plan, sharding), directory, "train")
+    shards.write_description(directory, {"train": dataclasses.replace(entry, about={})})
+    with pytest.raises(UserError, match="were made with checkpoint None, and this run has 'abc'"):
+        encode(job_of(plan, sharding), directory, "train")
+
+
+@pytest.mark.parametrize("described", [False, True])
+@pytest.mark.parametrize("mine", ["parquet", "array_record", "prepared", "prepared, without index"])
+def test_files_of_the_same_kind_are_left_alone_too(make_plan, sharding, tmp_path, mine, described):
+    plan, folder = make_plan(), tmp_path / "mine"
+    folder.mkdir()
+    if described:
+        encode(job_of(plan, sharding), str(folder), "other")
+    name = shards.shard_name("train", 0, 5)
+    if mine == "parquet":
+        pq.write_table(pa.table({"audio": [b"x"]}), folder / f"{name}.parquet")
+    elif mine == "array_record":
+        (folder / f"{name}.array_record").write_bytes(b"mine")
+    else:
+        record = shards.Record("u", "audio", 1, {}, b"x", "flac")
+        shards.write_shard(str(folder), name, [record], lambda: {"made_from": {}, "rejected": {}})
+        if mine != "prepared":
+            (folder / f"{name}.parquet").unlink()
+    before = content(folder)
+    with pytest.raises(UserError, match=rf"mine holds '{name}\..*', expected an empty directory"):
+        encode(job_of(plan, sharding), str(folder), "train")
+    assert content(folder) == before
+
+
+def test_a_shard_whose_index_was_not_written_is_made_again(make_plan, sharding, tmp_path):
+    plan, folder = make_plan(), tmp_path / "frames"
+    encode(job_of(plan, sharding), str(folder), "train")
+    expected = content(folder)
+    (folder / "shards.json").unlink()
+    first, second = sorted(folder.glob("*.parquet"))[:2]
+    first.unlink()
+    second.write_bytes(b"\0" * 100)
+    encode(job_of(plan, sharding), str(folder), "train")
+    assert content(folder) == expected
+
+
 def test_a_corpus_that_moved_keeps_its_frames(make_plan, sharding, tmp_path):
     plan, directory = make_plan(), tmp_path / "frames"
     encode(job_of(plan, sharding), str(directory), "train")
@@ -384,6 +470,21 @@ def test_damage_is_found(make_plan, sharding, tmp_path):
         UserError, match=r"is another one than shards\.json names|it is cut off, or another one"
     ):
         frames_of(plan, directory)
+
+
+def test_damage_is_repaired_by_encoding_again(make_plan, sharding, tmp_path):
+    plan, directory = make_plan(), tmp_path / "frames"
+    encode(job_of(plan, sharding), str(directory), "train")
+    expected, read = content(directory), Reader()
+    first, second, third, fourth = sorted(directory.glob("*.array_record"))[:4]
+    first.write_bytes(first.read_bytes()[:-100])
+    second.unlink()
+    third.with_suffix(".parquet").unlink()
+    for ending in (".array_record", ".parquet"):
+        shutil.copy(sorted(directory.glob(f"*{ending}"))[-1], fourth.with_suffix(ending))
+    encode(job_of(plan, sharding, load=read), str(directory), "train")
+    assert content(directory) == expected
+    assert len(read.reads) == 4 * PER_SHARD
 
 
 def test_text_alone_has_nothing_to_encode(make_plan, sharding, tmp_path, write_manifest, vocabulary_path):

@@ -1,5 +1,6 @@
 """Index tables: contents, rules, cache and errors."""
 
+import functools
 import itertools
 import re
 from pathlib import Path
@@ -9,7 +10,7 @@ import pyarrow as pa
 import pytest
 import seqio
 
-from slm_jax.data import index
+from slm_jax.data import host_tensorflow, index
 from slm_jax.data.batch import BatchShape
 from slm_jax.data.index import build_index
 from slm_jax.data.index_table import _Shards
@@ -135,6 +136,58 @@ def test_cache_follows_contents(write_manifest, vocabulary_path, tmp_path, monke
     assert len({first, *changes}) == 6 and len(builds) == 6
     # Longer rows are another file, but the contents are the same where nothing was too long.
     assert fingerprint(lines, LENGTHS | {"targets": 13}) == first and len(builds) == 7
+
+
+@pytest.fixture
+def text_task(vocabulary_path):
+    """Registers a task of lines of text from a source of SeqIO's own, and gives its ids."""
+
+    def ids_of(source, cache) -> list[str]:
+        def to_examples(dataset):
+            return dataset.map(lambda line: {"id": line, "inputs": line, "targets": line})
+
+        features = {
+            name: seqio.Feature(seqio.SentencePieceVocabulary(str(vocabulary_path)))
+            for name in ("inputs", "targets")
+        }
+        steps = [to_examples, seqio.preprocessors.tokenize]
+        task = seqio.Task("lines", source, features, preprocessors=steps)
+        table = build_index(task, "train", {"inputs": 60, "targets": 60}, cache)
+        return [reference.id for reference in table.references()]
+
+    return ids_of
+
+
+def test_cache_follows_the_files_of_other_sources(text_task, tmp_path):
+    file, cache = tmp_path / "lines.txt", tmp_path / "cache"
+    for lines, tables in ((["book", "table"], 1), (["book", "table"], 1), (["book", "table", "two"], 2)):
+        if not file.exists() or file.read_text().split() != lines:
+            file.write_text("\n".join(lines))
+        assert text_task(seqio.TextLineDataSource({"train": str(tmp_path / "*.txt")}), cache) == lines
+        assert len(list(cache.iterdir())) == tables
+
+
+def test_cache_follows_what_a_function_is_bound_to(text_task, tmp_path):
+    lines, made = tmp_path / "lines.txt", []
+
+    def source_of(words, told=True):
+        def dataset(split, shuffle_files, seed=None):
+            made.append(split)
+            return host_tensorflow.tf.data.Dataset.from_tensor_slices(list(words))
+
+        function = dataset if told else functools.partial(dataset, seed=lines)
+        return seqio.FunctionDataSource(function, splits=["train"])
+
+    for words, built in ((("book", "table"), 1), (("book", "table"), 0), (("two",), 1)):
+        made.clear()
+        assert text_task(source_of(words), tmp_path / "cache") == list(words)
+        assert bool(made) == bool(built)
+    # What cannot be told is read again every time, and leaves nothing.
+    kept = sorted((tmp_path / "cache").iterdir())
+    for words in (np.array(["call"]), np.array(["hotel"])):
+        assert text_task(source_of(words), tmp_path / "cache") == words.tolist()
+    assert text_task(source_of(("book",), told=False), tmp_path / "cache") == ["book"]
+    assert sorted((tmp_path / "cache").iterdir()) == kept
 
 
 def test_moved_corpus_keeps_its_index(write_manifest, vocabulary_path, tmp_path):

@@ -1,6 +1,7 @@
 """Batches from real files: one order on any mesh and host count, bad examples counted, threads that stop."""
 
 import threading
+import time
 from pathlib import Path
 
 import jax
@@ -13,7 +14,7 @@ from slm_jax.data.audio_files import load_audio
 from slm_jax.data.batch import BatchShape, collate
 from slm_jax.data.iterator import TrainBatches
 from slm_jax.data.plan import Plan, plan_mixture
-from slm_jax.errors import UserError
+from slm_jax.errors import BadExample, UserError
 from slm_jax.tasks.asr import register_asr
 
 LENGTHS = {"speech": 10_000, "inputs": 40, "targets": 60}
@@ -167,6 +168,23 @@ def test_closing_stops_the_threads_and_reading_ahead_is_bounded(make_plan):
     assert threading.active_count() == before
     count = len(reads)
     assert count <= 3 * ROWS
+
+
+def test_a_read_that_hangs_does_not_keep_the_error(make_plan):
+    ends = threading.Event()
+
+    def load(reference):
+        if reference.id == "u12":
+            ends.wait(60)
+        raise BadExample("missing_file", reference.id)
+
+    plan = make_plan(epochs=1, shuffle=False)
+    source = TrainBatches(plan, SHAPE, sharding_of(8, 1, 1), load=load, min_examples=1)
+    began = time.monotonic()
+    with pytest.raises(UserError, match="8 of 8 examples could not be used"):
+        next(source.batches(0))
+    assert time.monotonic() - began < 30
+    ends.set()
 
 
 def test_bug_in_a_loader_is_not_a_bad_example(make_plan):

@@ -74,7 +74,7 @@ def test_rows_hold_everything_once_and_never_overflow(shape: BatchShape, count: 
     count=st.integers(1, 200),
     seed=st.integers(0, 2**32),
     slots=st.integers(1, 3),
-    buckets=st.lists(st.integers(1, 40 * SPP), max_size=4).map(lambda b: tuple(sorted(b))),
+    buckets=st.lists(st.integers(1, 30 * SPP), max_size=4).map(lambda b: tuple(sorted(b))),
 )
 @settings(max_examples=40, deadline=None)
 def test_every_step_has_rows_of_one_bucket(count: int, seed: int, slots: int, buckets: tuple[int, ...]):
@@ -195,6 +195,24 @@ def test_buckets_carry_on_what_does_not_fill_a_step():
     packed, bucket = pack_in_buckets(sizes, shapes)
     assert bucket.tolist() == [0] * 4 + [1] * 8
     assert np.bincount(bucket[packed.row], minlength=2).tolist() == [4, 5]
+
+
+@pytest.mark.parametrize(
+    ("rows", "slots", "block", "expected"),
+    [
+        (4, 2, None, 4096),
+        (32, 4, None, 6144),
+        (128, 8, None, 16_384),
+        (256, 8, None, 24_576),
+        (1024, 8, None, 32_768),
+        (1024, 8, 100_000, 100_000),
+    ],
+)
+def test_blocks_with_buckets_do_not_grow_without_end(rows, slots, block, expected):
+    shape = shape_of(rows=rows, slots=slots, segments=1, positions=30)
+    packing = Packing(True, block, (10 * SPP, 20 * SPP))
+    plan = Plan([draw_table(0, 9, shape)], None, 0, rows, shape, packing=packing)
+    assert plan.block == expected
 
 
 @given(
@@ -342,6 +360,11 @@ def test_hosts_of_any_mesh_read_the_rows_of_the_plan(seed, sizes, mesh, hosts, s
         (Packing(True, block=0), shape_of(), "block is 0"),
         (Packing(False, buckets=(640,)), shape_of(segments=1), "expected pack = True"),
         (Packing(True, buckets=(640,)), shape_of(), "expected no buckets"),
+        (
+            Packing(True, buckets=(SPP, 31 * SPP)),
+            shape_of(segments=1, positions=30),
+            rf"DataConfig\.buckets has {31 * SPP} samples, expected at most the {30 * SPP} of a slot",
+        ),
     ],
 )
 def test_settings_that_do_not_fit(packing: Packing, shape: BatchShape, sentence: str):

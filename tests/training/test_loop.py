@@ -5,6 +5,7 @@ import dataclasses
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -29,10 +30,10 @@ def steps_of(model_dir: Path) -> list[dict]:
     return [json.loads(line) for line in (model_dir / "steps.jsonl").read_text().splitlines()]
 
 
-def start(model_dir: Path, steps: int, seed: int, delay: float) -> subprocess.Popen:
+def start(model_dir: Path, steps: int, seed: int, delay: float, hangs_at: int = -1) -> subprocess.Popen:
     program = Path(__file__).with_name("toy.py")
     return subprocess.Popen(
-        [sys.executable, str(program), str(model_dir), str(steps), str(seed), str(delay)],
+        [sys.executable, str(program), str(model_dir), str(steps), str(seed), str(delay), str(hangs_at)],
         env={**os.environ, "JAX_NUM_CPU_DEVICES": "1"},
         stderr=subprocess.PIPE,
         text=True,
@@ -87,6 +88,18 @@ def test_sigterm_saves_and_exits_0(tmp_path, rng):
     result = toy_train(tmp_path, last + 3, seed=seed)
     assert result.finished and result.step == last + 3
     assert [step["step"] for step in steps_of(tmp_path)] == list(range(1, last + 4))
+
+
+def test_sigterm_saves_while_a_batch_does_not_come(tmp_path, rng):
+    seed = int(rng.integers(2**31))
+    process = start(tmp_path, 100_000, seed, delay=0.02, hangs_at=7)
+    wait_for_step(process, tmp_path, 7)
+    time.sleep(0.5)
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 0 and "asked to stop: saved step 7;" in said, said
+    assert toy_train(tmp_path, 9, seed=seed).step == 9
+    assert [step["step"] for step in steps_of(tmp_path)] == list(range(1, 10))
 
 
 @pytest.mark.parametrize(
@@ -299,6 +312,34 @@ def test_a_finished_run_is_left_as_it_is(tmp_path):
     assert again.finished and again.step == 4
     jax.tree.map(np.testing.assert_array_equal, first.state, again.state)
     assert len(steps_of(tmp_path)) == 4
+
+
+@pytest.mark.parametrize("options", [{}, {"keep_best": 1, "best_metric": "wer"}])
+def test_a_run_that_died_in_its_last_evaluation_evaluates_when_it_goes_on(tmp_path, options):
+    evaluated = []
+
+    def dies(step, state, frozen):
+        raise KeyboardInterrupt
+
+    def scores(step, state, frozen):
+        evaluated.append((step, int(state.step)))
+        return {"wer": 0.5}
+
+    with pytest.raises(KeyboardInterrupt):
+        toy_train(tmp_path, 4, evaluate=dies, **options)
+    again = toy_train(tmp_path, 4, evaluate=scores, **options)
+    assert again.finished and again.metrics["wer"] == 0.5 and evaluated == [(4, 4)]
+    # It ended well: the same command has nothing left to do.
+    assert toy_train(tmp_path, 4, evaluate=scores, **options).finished
+    assert evaluated == [(4, 4)]
+    toy_train(tmp_path, 6, evaluate=scores, **options)
+    assert evaluated == [(4, 4), (6, 6)]
+    # Steps that are taken again are scored again.
+    shutil.rmtree(tmp_path / "checkpoints")
+    with pytest.raises(KeyboardInterrupt):
+        toy_train(tmp_path, 6, evaluate=dies, **options)
+    toy_train(tmp_path, 6, evaluate=scores, **options)
+    assert evaluated[2:] == [(6, 6)]
 
 
 def test_a_batch_that_does_not_spread_over_the_mesh_is_refused(tmp_path):

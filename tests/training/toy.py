@@ -80,10 +80,12 @@ class ToySource:
         seed: int = 0,
         poisoned: dict[int, int] | None = None,
         delay: float = 0.0,
+        hangs_at: int = -1,
     ):
         self.rows_per_step = rows_per_step
         self.fingerprint = hashlib.sha256(f"{rows_per_step} {seed}".encode()).hexdigest()[:16]
         self._sharding, self._seed, self._delay = batch_sharding(mesh), seed, delay
+        self._hangs_at = hangs_at
         self._poisoned = poisoned or {}
         row = self.row(0)
         self.shapes = {
@@ -105,7 +107,7 @@ class ToySource:
 
     def batches(self, rows_consumed: int, anchor: object = None) -> Iterator[PlacedBatch]:
         while True:
-            time.sleep(self._delay)
+            time.sleep(600 if rows_consumed == self._hangs_at * self.rows_per_step else self._delay)
             numbers = range(rows_consumed, rows_consumed + self.rows_per_step)
             rows = [self.row(number) for number in numbers]
             arrays = {
@@ -126,6 +128,7 @@ def toy_train(
     optimizer: OptimizerConfig | None = None,
     seed: int = 0,
     delay: float = 0.0,
+    hangs_at: int = -1,
     poisoned: dict[int, int] | None = None,
     evaluate=None,
     writer=None,
@@ -141,7 +144,7 @@ def toy_train(
     optimizer = optimizer or AdamWConfig(schedule=ScheduleConfig(peak=0.01, warmup_steps=4))
     return train(
         ToyObjective(dropout),
-        ToySource(mesh, seed=seed, delay=delay, poisoned=poisoned),
+        ToySource(mesh, seed=seed, delay=delay, hangs_at=hangs_at, poisoned=poisoned),
         model_dir=model_dir,
         config=config,
         optimizer=optimizer,
@@ -158,9 +161,17 @@ def main() -> int:
     parser.add_argument("steps", type=int)
     parser.add_argument("seed", type=int)
     parser.add_argument("delay", type=float)
+    parser.add_argument("hangs_at", type=int, help="steps after which no batch comes; -1 for never")
     args = parser.parse_args()
     try:
-        toy_train(args.model_dir, args.steps, seed=args.seed, delay=args.delay, log_period=1)
+        toy_train(
+            args.model_dir,
+            args.steps,
+            seed=args.seed,
+            delay=args.delay,
+            hangs_at=args.hangs_at,
+            log_period=1,
+        )
     except UserError as error:
         print(error, file=sys.stderr)
         return 2
