@@ -91,7 +91,9 @@ def main(args: argparse.Namespace) -> int:
         results["before"] = score(wired.fresh_variables())
     flags = " ".join(shlex.quote(f"--gin.{binding}") for binding in bindings)
     with stages("adapter", f"slm train --gin_file {RECIPE} {flags}"):
-        train(run, wired)
+        if not train(run, wired).finished:
+            print("Stopped before its last step; the same command goes on with it.")
+            return 0
     variables = wired.trained_variables()
     with stages("evaluation after", evaluate):
         results["after"] = score(variables)

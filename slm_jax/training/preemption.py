@@ -1,6 +1,7 @@
-"""Being asked to stop: SIGTERM ends a run after the step at hand, with a checkpoint."""
+"""Being asked to stop: SIGTERM, or Ctrl-C, ends a run after the step at hand, with a checkpoint."""
 
 import contextlib
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -9,7 +10,7 @@ import jax
 
 
 class StopWaiting(BaseException):
-    """SIGTERM came while the run waited for something that may never come."""
+    """A signal came while the run waited for something that may never come."""
 
 
 class StopRequests:
@@ -29,7 +30,7 @@ class StopRequests:
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
-        """Inside, SIGTERM raises StopWaiting where one process trains in the main thread."""
+        """Inside, the signals raise StopWaiting where one process trains in the main thread."""
         self._is_waiting = True
         try:
             yield
@@ -45,9 +46,10 @@ class StopRequests:
 
 @contextlib.contextmanager
 def stop_requests() -> Iterator[StopRequests]:
-    """Watches for SIGTERM; gives what says after a step whether to stop there.
+    """Watches for SIGTERM and SIGINT; gives what says after a step whether to stop there.
 
-    With several processes all of them stop after the same step, as JAX's preemption service agrees on it.
+    A second SIGINT is Python's KeyboardInterrupt. With several processes all of them stop after the same step, as
+    JAX's preemption service agrees on it at a SIGTERM.
     """
     if jax.process_count() > 1:
         from jax.experimental import multihost_utils
@@ -61,12 +63,24 @@ def stop_requests() -> Iterator[StopRequests]:
     asked = threading.Event()
     requests = StopRequests(lambda step: asked.is_set())
 
-    def handle(*_: object) -> None:
+    def handle(number: int, _: object) -> None:
         asked.set()
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            # Not by print: the signal may have come in the middle of one.
+            os.write(
+                2, b"\nstopping after this step; interrupt once more to end at once, with nothing saved\n"
+            )
         requests.interrupt()
 
+    # Where SIGINT is ignored or somebody else's, as of a job in the background, it stays so.
+    with_keyboard = signal.getsignal(signal.SIGINT) is signal.default_int_handler
     previous = signal.signal(signal.SIGTERM, handle)
+    if with_keyboard:
+        signal.signal(signal.SIGINT, handle)
     try:
         yield requests
     finally:
         signal.signal(signal.SIGTERM, previous)
+        if with_keyboard:
+            signal.signal(signal.SIGINT, signal.default_int_handler)

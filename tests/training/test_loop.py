@@ -1,4 +1,4 @@
-"""The loop: any mesh, kill -9, SIGTERM, non-finite steps, what is saved and said."""
+"""The loop: any mesh, kill -9, signals, non-finite steps, what is saved and said."""
 
 import contextlib
 import dataclasses
@@ -24,6 +24,7 @@ from slm_jax.partitioning.mesh import make_mesh
 from slm_jax.training import loop
 from slm_jax.training.loop import LoopConfig, train
 from slm_jax.training.optimizers import AdafactorConfig, AdamWConfig, MuonConfig, ScheduleConfig
+from slm_jax.training.preemption import stop_requests
 
 
 def steps_of(model_dir: Path) -> list[dict]:
@@ -74,11 +75,12 @@ def test_kill_and_restart_repeat_every_bit(tmp_path, rng):
     assert len(losses) == steps and losses[-1] < losses[0]
 
 
-def test_sigterm_saves_and_exits_0(tmp_path, rng):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_exits_0(tmp_path, rng, number):
     seed = int(rng.integers(2**31))
     process = start(tmp_path, 100_000, seed, delay=0.02)
     wait_for_step(process, tmp_path, 7)
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(number)
     _, said = process.communicate(timeout=60)
     assert process.returncode == 0, said
     last = steps_of(tmp_path)[-1]["step"]
@@ -88,6 +90,29 @@ def test_sigterm_saves_and_exits_0(tmp_path, rng):
     result = toy_train(tmp_path, last + 3, seed=seed)
     assert result.finished and result.step == last + 3
     assert [step["step"] for step in steps_of(tmp_path)] == list(range(1, last + 4))
+
+
+def test_a_second_interrupt_ends_at_once(capfd):
+    with stop_requests() as stop_after:
+        assert not stop_after(1)
+        signal.raise_signal(signal.SIGINT)
+        assert stop_after(1)
+        assert "interrupt once more to end at once" in capfd.readouterr().err
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
+
+
+def test_an_interrupt_that_is_ignored_stays_ignored():
+    previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with stop_requests() as stop_after:
+            signal.raise_signal(signal.SIGINT)
+            assert not stop_after(1)
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, previous)
 
 
 def test_sigterm_saves_while_a_batch_does_not_come(tmp_path, rng):
