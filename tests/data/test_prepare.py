@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+import io
 import json
 import os
 import signal
@@ -12,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import soundfile
 
@@ -21,7 +24,7 @@ from slm_jax.data.audio_files import load_utterance
 from slm_jax.data.index import build_index
 from slm_jax.data.on_beam import run_on_beam
 from slm_jax.data.prepare import ShardJob, prepare
-from slm_jax.data.sources import ManifestSource, ReferenceSource, ShardSource
+from slm_jax.data.sources import ManifestSource, ParquetSource, ReferenceSource, ShardSource
 from slm_jax.errors import UserError
 from slm_jax.tasks.asr import register_asr
 
@@ -288,6 +291,22 @@ def test_what_is_left_out_is_counted_and_listed(broken: ManifestSource, tmp_path
     assert entry.rejected == {"missing_file": 2, "non_positive_duration": 1, "unreadable_audio": 1}
     assert shards.read_description(str(tmp_path / "to"))["train"] == entry
     assert ShardSource(tmp_path / "to").columns("train")["id"].tolist() == [f"g{i}" for i in range(6)]
+
+
+def test_junk_inside_a_container_leaves_the_same_bytes_again(tmp_path: Path):
+    good = shards.encode_speech(np.ones(1_600, np.int16), "pcm16")
+    rows = [{"bytes": data, "path": ""} for data in (good, b"junk", b"RIFF" + bytes(60))]
+    table = pa.table({"audio": rows, "text": ["a", "b", "c"], "duration": [0.1] * 3})
+    pq.write_table(table, tmp_path / "a.parquet")
+    source = ParquetSource({"train": tmp_path / "a.parquet"})
+    for to in ("one", "two"):
+        # What is opened lies at another address each time.
+        kept = [io.BytesIO(bytes(size)) for size in range(50)]
+        prepare(source, "train", tmp_path / to, in_order, count=1, max_bad_share=1)
+        assert kept
+    assert files_of(tmp_path / "one") == files_of(tmp_path / "two")
+    rejects = (tmp_path / "one" / "rejects.jsonl").read_text()
+    assert rejects.count("a.parquet") == 2 and "object at" not in rejects
 
 
 def test_where_all_is_left_out_there_are_no_shards(write_manifest, tmp_path: Path):
