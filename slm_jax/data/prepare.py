@@ -22,7 +22,7 @@ import numpy as np
 import pyarrow as pa
 
 from slm_jax.data import shards, storage
-from slm_jax.data.audio_files import load_utterance
+from slm_jax.data.audio_files import REASONS, load_utterance
 from slm_jax.data.duplicate_ids import find_duplicate, hashes_of
 from slm_jax.data.references import SAMPLE_RATE, Reference, audio_path
 from slm_jax.data.shards import Record, ShardEntry, SplitEntry
@@ -84,8 +84,8 @@ def prepare(
 ) -> SplitEntry:
     """Writes the references of a split with their audio as speech shards; goes on where it was broken off.
 
-    A reference whose audio cannot be used is left out, with one of the reasons of `audio_files` or
-    `non_positive_duration`, and listed in `rejects.jsonl`.
+    A reference whose audio cannot be used, or that its source rejects so, is left out with one of the reasons
+    of `audio_files` or `non_positive_duration`, and listed in `rejects.jsonl`.
 
     Args:
       source: of the references.
@@ -272,6 +272,9 @@ def _record(row: Mapping[str, Any], job: ShardJob) -> Record:
     """Returns a reference with its speech; raises BadExample."""
     own = ("id", "audio", "part", "samples")
     fields = {name: text for name, text in row.items() if name not in own and text}
+    # Other reasons are of tasks, and go with the reference.
+    if (reason := row.get("reject")) in REASONS:
+        raise BadExample(reason, f"the source says so of {row['id']}")
     if not row.get("audio"):
         return Record(row["id"], "text", 0, fields)
     if row["samples"] <= 0:

@@ -15,7 +15,7 @@ from slm_jax.data.parts import byte_range, seconds
 from slm_jax.data.sources import fields, text_files
 from slm_jax.data.sources.base import CHUNK, Columns, ReferenceSource
 from slm_jax.data.sources.patterns import Paths, files_of
-from slm_jax.data.sources.tar_index import Member, tar_members
+from slm_jax.data.sources.tar_index import Member, tar_members, warn_of_break
 from slm_jax.errors import UserError, nearest
 
 _AUDIO_FIELDS = ("audio_filepath", "audio_file")
@@ -173,7 +173,9 @@ def _in_archives(archives: list[str]) -> Any:
 
     @functools.lru_cache(maxsize=4)
     def members(path: str) -> dict[str, Member]:
-        named = {member.name.removeprefix("./"): member for member in tar_members(path)}
+        listed = tar_members(path)
+        warn_of_break(path, listed.broken_off)
+        named = {member.name.removeprefix("./"): member for member in listed.files}
         # Audio that was encoded anew has another suffix than the manifest says.
         return {name.rpartition(".")[0]: member for name, member in named.items()} | named
 

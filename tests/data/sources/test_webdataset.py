@@ -13,9 +13,12 @@ import pytest
 
 from slm_jax.data.audio_files import count_samples, load_utterance
 from slm_jax.data.host_tensorflow import tf
+from slm_jax.data.index import build_index
+from slm_jax.data.prepare import prepare
 from slm_jax.data.references import SPEECH, Reference
 from slm_jax.data.sources import WebDatasetSource, shard_tables, webdataset
 from slm_jax.errors import BadExample, UserError
+from slm_jax.tasks.asr import register_asr
 
 
 def tar_of(members: dict[str, bytes], **options: Any) -> bytes:
@@ -134,6 +137,37 @@ def test_a_shard_that_breaks_off_has_examples_up_to_there(tmp_path: Path, clips,
     with pytest.raises(BadExample) as error:
         load_utterance(cut)
     assert error.value.reason == "truncated_part"
+
+
+@pytest.mark.parametrize("suffix", ["txt", "json", "npy"])
+def test_a_shard_that_breaks_off_in_a_text(tmp_path: Path, clips, caplog, suffix: str, vocabulary_path):
+    data = tar_of(members_of(clips))
+    with tarfile.open(fileobj=io.BytesIO(data)) as archive:
+        cut = archive.getmember(f"./some.dir/{clips[7].name}.{suffix}")
+    (tmp_path / "a.tar").write_bytes(data[: cut.offset_data + 1])
+    source = WebDatasetSource({"train": tmp_path / "a.tar"}, language="en")
+    for _ in range(2):
+        caplog.clear()
+        columns = source.columns("train")
+        assert f"a.tar breaks off after {cut.name}" in caplog.text
+        assert columns["id"].tolist() == [f"a/some.dir/{clip.name}" for clip in clips[:8]]
+        assert not any(name.startswith("@") for name in columns)
+    # What is cut and is not read does no harm.
+    reasons = {} if suffix == "npy" else {"truncated_part": 1}
+    register_asr("t", source=source, vocabulary=vocabulary_path, templates=("{speech}",))
+    lengths = {"speech": 99_999, "inputs": 40, "targets": 400}
+    assert build_index("t", "train", lengths, tmp_path / "index").report.rejected == reasons
+    entry = prepare(source, "train", tmp_path / "to", lambda f, jobs: [*map(f, jobs)], max_bad_share=1)
+    assert (entry.records, entry.rejected) == (8 - len(reasons), reasons)
+
+
+def test_a_text_alone_that_is_cut(tmp_path: Path):
+    data = tar_of({"a.txt": b"whole", "b.txt": "ü".encode() * 600})
+    (tmp_path / "a.tar").write_bytes(data[: 512 * 3 + 101])
+    source = WebDatasetSource({"train": tmp_path / "a.tar"})
+    assert source.columns("train")["reject"].tolist() == ["", "truncated_part"]
+    entry = prepare(source, "train", tmp_path / "to", lambda f, jobs: [*map(f, jobs)], max_bad_share=1)
+    assert (entry.records, entry.rejected) == (1, {"truncated_part": 1})
 
 
 def test_mistakes(tmp_path: Path, clips):
