@@ -65,9 +65,14 @@ class ParquetSource(ReferenceSource):
         return [self._files, self._audio, self._columns, self._language, self._rate]
 
     def content_fingerprint(self, split: str) -> str:
-        """Returns a SHA-256 of sizes and times of the files, and of the settings."""
+        """Returns a SHA-256 of sizes and times of the files, the settings, and lengths of files beside them."""
         files = self._files[self.check_split(split)]
-        return fields.joined_fingerprint([*stats_of(files, _WHAT), repr(self.definition()[1:])])
+        parts = [*stats_of(files, _WHAT), repr(self.definition()[1:])]
+        with ThreadPoolExecutor(8, "slm-parquet") as pool:
+            reads_others = any(pool.map(self._reads_others, files))
+        if reads_others:
+            parts.append(fields.fingerprint_of_samples(self.chunks(split)))
+        return fields.joined_fingerprint(parts)
 
     def num_input_examples(self, split: str) -> int:
         """Returns how many rows a split has, from the footers of its files."""
@@ -93,11 +98,24 @@ class ParquetSource(ReferenceSource):
         if is_empty:
             raise UserError(f"the parquet files of split {split!r} hold no rows")
 
+    def _reads_others(self, path: str) -> bool:
+        """Returns whether lengths may come from the headers of files that paths name, by the footer alone."""
+        if self._audio is None:
+            return False
+        with _opened(path) as file:
+            if {*self._names(file, path).values()} & {*fields.DURATION_FIELDS}:
+                return False
+            leaf = bytes_column(file.schema_arrow, self._audio)
+            groups = map(file.metadata.row_group, range(file.metadata.num_row_groups))
+            return leaf != self._audio and any(_nulls(group, leaf) != 0 for group in groups)
+
+    def _names(self, file: Any, path: str) -> dict[str, str]:
+        """Returns the field of each column that is one."""
+        return fields.field_names(self._columns, self._leaves(file.schema_arrow, path), f"{_WHAT} {path}")
+
     def _of_file(self, path: str) -> Iterator[Columns]:
         with _opened(path) as file:
-            names = fields.field_names(
-                self._columns, self._leaves(file.schema_arrow, path), f"{_WHAT} {path}"
-            )
+            names = self._names(file, path)
             first = 0
             for group in range(file.metadata.num_row_groups):
                 for table in self._tables(file, group, names):

@@ -109,6 +109,26 @@ def test_the_fingerprint_follows_the_files(tmp_path: Path, clips):
     np.testing.assert_array_equal(load_audio(tmp_path / "a.parquet", part=part), clips[4].samples)
 
 
+def test_the_fingerprint_sees_what_headers_of_other_files_say(tmp_path: Path, clips):
+    rows = [{"bytes": None, "path": f"clips/{clip.path.name}"} for clip in clips]
+    rows[3]["bytes"] = clips[3].path.read_bytes()
+    lengths = [clip.seconds for clip in clips]
+    pq.write_table(pa.table({"audio": rows, "length": lengths}), tmp_path / "a.parquet", row_group_size=3)
+    source = ParquetSource({"train": tmp_path / "a.parquet"})
+    written = ParquetSource({"train": tmp_path / "a.parquet"}, columns={"length": "duration"})
+    before, fixed = source.content_fingerprint("train"), written.content_fingerprint("train")
+    assert before == source.content_fingerprint("train")
+    clips[0].path.unlink()
+    assert before != source.content_fingerprint("train")
+    assert fixed == written.content_fingerprint("train")
+
+
+def test_the_fingerprint_of_audio_inside_reads_no_header(tmp_path: Path, clips, monkeypatch):
+    pq.write_table(table_of(clips), tmp_path / "a.parquet")
+    monkeypatch.setattr(durations, "count_samples", None)
+    ParquetSource({"train": tmp_path / "a.parquet"}).content_fingerprint("train")
+
+
 def test_mistakes(tmp_path: Path, clips):
     pq.write_table(table_of(clips), tmp_path / "a.parquet")
     pq.write_table(table_of(clips)[:0], tmp_path / "empty.parquet")
