@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 
 from slm_jax.data import ranges
-from slm_jax.data.audio_files import count_samples
 from slm_jax.data.parts import byte_range
 from slm_jax.data.references import SAMPLE_RATE
 from slm_jax.data.sources import fields
@@ -21,7 +20,7 @@ from slm_jax.data.sources.shard_tables import shard_columns, stats_of
 from slm_jax.data.sources.tar_index import Member, tar_members, warn_of_break
 from slm_jax.data.sources.text_files import naming_mistakes
 from slm_jax.data.storage import SharedFile
-from slm_jax.errors import BadExample, UserError, nearest
+from slm_jax.errors import UserError, nearest
 
 AUDIO = ("wav", "flac", "mp3", "ogg", "opus")
 
@@ -93,6 +92,7 @@ class WebDatasetSource(ReferenceSource):
             warn_of_break(path, columns.pop(_BROKEN_OFF)[-1])
             name = path.rpartition("/")[2].removesuffix(".tar")
             chunk = columns | {"audio": np.where(columns["part"] == "", "", path).astype(object)}
+            chunk["samples"] = fields.reread_samples(chunk, path, "tar shard")
             chunk["id"] = np.array([f"{name}/{key}" for key in columns["id"]], object)
             yield fields.completed(chunk, self._language)
 
@@ -118,7 +118,7 @@ class WebDatasetSource(ReferenceSource):
         samples = np.zeros(len(records), np.int32) if written is None else written
         for i in np.flatnonzero((samples == 0) & (columns["part"] != "")):
             if not any(records[i].get(name) for name in fields.DURATION_FIELDS):
-                samples[i] = _header_samples(path, columns["part"][i])
+                samples[i] = fields.samples_in_shard(path, columns["part"][i], "tar shard")
         broken_off = np.array([""] * (len(records) - 1) + [listed.broken_off], object)
         return columns | {"samples": samples, _BROKEN_OFF: broken_off}
 
@@ -171,12 +171,3 @@ def _object(file: SharedFile, member: Member, path: str) -> dict[str, str]:
         raise UserError(f"{path}, member {member.name}: found {type(value).__name__}, expected an object")
     own = {"id", "part", "audio", "samples"}
     return {name: fields.text_of(item) for name, item in value.items() if name not in own}
-
-
-def _header_samples(path: str, part: str) -> int:
-    try:
-        return min(count_samples(path, part), np.iinfo(np.int32).max)
-    except BadExample as bad:
-        if bad.reason == "unreachable_file":
-            raise UserError(f"tar shard {path} cannot be read: {bad.detail}") from None
-        return 0

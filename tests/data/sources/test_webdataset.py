@@ -105,6 +105,13 @@ def test_a_shard_is_passed_over_once(tmp_path: Path, shards, monkeypatch: pytest
     assert scanned == [str(path)]
 
 
+def test_a_header_that_could_not_be_read_is_read_again(tmp_path: Path, clips, shards, unreadable):
+    source = WebDatasetSource({"train": tmp_path / "shard-*.tar"})
+    with unreadable():
+        assert not source.columns("train")["samples"].any()
+    assert source.columns("train")["samples"].tolist() == [count_samples(clip.path) for clip in clips]
+
+
 def test_fields_and_durations_from_json(tmp_path: Path, clips):
     clip = clips[0]
     members = {
