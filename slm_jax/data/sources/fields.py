@@ -152,6 +152,14 @@ def completed(columns: Columns, language: str = "") -> Columns:
     return columns
 
 
+def check_unicode(value: Any, where: str) -> None:
+    """Raises UserError where a value of JSON holds half a surrogate pair, which no text file can."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{where}: half a surrogate pair stands in it, expected Unicode text") from None
+
+
 def text_of(value: Any) -> str:
     """Returns a value of JSON as text: nothing for null, JSON for what is no text."""
     if isinstance(value, str):

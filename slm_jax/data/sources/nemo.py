@@ -123,6 +123,7 @@ def _entry(line: str, where: str) -> dict[str, Any]:
         raise UserError(f"{where}: not JSON ({error})") from None
     if not isinstance(entry, dict):
         raise UserError(f"{where}: found {type(entry).__name__}, expected an object of fields")
+    fields.check_unicode(entry, where)
     for name in ("duration", "offset"):
         value = entry.get(name, 0.0)
         if isinstance(value, bool) or not isinstance(value, int | float):

@@ -43,7 +43,8 @@ def tar_members(path: str) -> Members:
     broken_off = ""
     with naming_mistakes(path, "tar shard"), storage.open_binary(path) as file:
         try:
-            with tarfile.open(fileobj=file, mode="r:") as archive:
+            # Names that are not UTF-8 are to be text that can be kept, and still differ.
+            with tarfile.open(fileobj=file, mode="r:", errors="backslashreplace") as archive:
                 for info in archive:
                     if info.isreg() and not info.issparse():
                         members.append(Member(info.name, info.offset_data, info.size))

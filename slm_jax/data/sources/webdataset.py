@@ -169,5 +169,6 @@ def _object(file: SharedFile, member: Member, path: str) -> dict[str, str]:
         raise UserError(f"{path}, member {member.name} is not JSON ({error})") from None
     if not isinstance(value, dict):
         raise UserError(f"{path}, member {member.name}: found {type(value).__name__}, expected an object")
+    fields.check_unicode(value, f"{path}, member {member.name}")
     own = {"id", "part", "audio", "samples"}
     return {name: fields.text_of(item) for name, item in value.items() if name not in own}

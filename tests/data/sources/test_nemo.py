@@ -119,6 +119,14 @@ def test_a_member_of_several_lines(tmp_path: Path, clips, load_all):
             "'audio_filepath' is missing; did you mean 'audio_file_path'?",
         ),
         ('{"audio_filepath": "a", "duration": 1, "id": ""}', "field 'id' is empty"),
+        (
+            '{"audio_filepath": "a", "duration": 1, "text": "a\\ud83d"}',
+            "m.json, line 1: half a surrogate pair stands in it, expected Unicode text",
+        ),
+        (
+            '{"audio_filepath": "a", "duration": 1, "note": {"\\udc00": 1}}',
+            "m.json, line 1: half a surrogate pair stands in it, expected Unicode text",
+        ),
         ("", "hold no references"),
     ],
 )

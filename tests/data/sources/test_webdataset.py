@@ -168,6 +168,14 @@ def test_a_shard_that_breaks_off_in_a_text(tmp_path: Path, clips, caplog, suffix
     assert (entry.records, entry.rejected) == (8 - len(reasons), reasons)
 
 
+def test_names_that_are_not_utf8(tmp_path: Path):
+    members = {"a\udcfe.txt": b"x", "a\udcff.txt": b"y"}
+    data = tar_of(members, format=tarfile.GNU_FORMAT, errors="surrogateescape")
+    (tmp_path / "a.tar").write_bytes(data)
+    source = WebDatasetSource({"train": tmp_path / "a.tar"})
+    assert [source.columns("train")["id"].tolist() for _ in range(2)] == [[r"a/a\xfe", r"a/a\xff"]] * 2
+
+
 def test_a_text_alone_that_is_cut(tmp_path: Path):
     data = tar_of({"a.txt": b"whole", "b.txt": "ü".encode() * 600})
     (tmp_path / "a.tar").write_bytes(data[: 512 * 3 + 101])
@@ -185,6 +193,7 @@ def test_mistakes(tmp_path: Path, clips):
     (tmp_path / "bare.tar").write_bytes(tar_of({"README": b"x"}))
     (tmp_path / "json.tar").write_bytes(tar_of({"a.json": b"[1]"}))
     (tmp_path / "text.tar").write_bytes(tar_of({"a.txt": b"\xff"}))
+    (tmp_path / "half.tar").write_bytes(tar_of({"a.json": b'{"text": "a\\ud83d"}'}))
     (tmp_path / "word.tar").write_bytes(tar_of({"a.json": b'{"duration": "long"}'}))
     for name, columns, sentence in (
         ("b.tar", {}, "tar shard .*b.tar does not exist; did you mean"),
@@ -193,6 +202,7 @@ def test_mistakes(tmp_path: Path, clips):
         ("bare.tar", {}, "tar shard .*bare.tar holds no examples"),
         ("json.tar", {}, "json.tar, member a.json: found list, expected an object"),
         ("text.tar", {}, "text.tar, member a.txt is not UTF-8 text"),
+        ("half.tar", {}, "half.tar, member a.json: half a surrogate pair stands in it, expected Unicode"),
         ("word.tar", {}, "word.tar, example a: field 'duration' is 'long', expected a number"),
         ("a.tar", {"speeker": "text"}, "has no suffix or field 'speeker'; did you mean 'speaker'"),
     ):
