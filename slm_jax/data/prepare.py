@@ -102,7 +102,7 @@ def prepare(
       What `shards.json` says of the split.
 
     Raises:
-      UserError: an id stands twice, the source is empty, the directory holds something else or was made from
+      UserError: an id stands twice, the source is empty or changes meanwhile, the directory holds something else or was made from
         another source or by other options, or more is left out than `max_bad_share` allows.
     """
     if codec not in shards.CODECS:
@@ -110,10 +110,11 @@ def prepare(
     if not 0 <= max_bad_share <= 1:
         raise UserError(f"--max_bad_share is {max_bad_share}, expected a share from 0 to 1")
     directory = storage.absolute(directory).rstrip("/")
+    fingerprint = source.content_fingerprint(split)
     survey = _survey(source, split)
     count = survey.number_of_shards(count)
     made_from = {
-        "source": source.content_fingerprint(split),
+        "source": fingerprint,
         "references": survey.references,
         "shards": count,
         "format": codec,
@@ -209,6 +210,9 @@ def _share_out(
 
     Returns:
       Number of a shard -> its files, in the order of the source.
+
+    Raises:
+      UserError: the source is another one than `made_from` says.
     """
     count = made_from["shards"]
     shard_of = _by_id(count) if made_from["shuffle"] else _by_position(made_from["references"], count)
@@ -224,8 +228,10 @@ def _share_out(
             lists[number].append(path)
         held.clear()
 
+    if not pending:
+        return lists
     start = holding = 0
-    for columns in source.chunks(split) if pending else ():
+    for columns in source.chunks(split):
         numbers = shard_of(start, columns)
         start += len(numbers)
         (wanted,) = np.nonzero(np.isin(numbers, pending))
@@ -239,6 +245,12 @@ def _share_out(
             put_down()
             holding = 0
     put_down()
+    # Shards of two states of a source would have references twice, or lack some.
+    if start != made_from["references"] or source.content_fingerprint(split) != made_from["source"]:
+        raise UserError(
+            f"split {split!r} of {_name(source, split)} changed while it was read ({made_from['references']} "
+            f"references at first, {start} then), expected one that stays as it is; run the command again"
+        )
     return lists
 
 

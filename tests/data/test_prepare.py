@@ -345,6 +345,26 @@ def test_an_id_that_stands_twice(tmp_path: Path):
     assert not (tmp_path / "to").exists()
 
 
+@pytest.mark.parametrize("then", [["a", "b", "c"], ["a"], ["a", "c"]])
+def test_a_source_that_changes_while_it_is_read(write_manifest, tmp_path: Path, monkeypatch, then: list[str]):
+    def write(ids: list[str]) -> Path:
+        return write_manifest([{"id": id_, "text": "x"} for id_ in ids])
+
+    source = ManifestSource({"train": write(["a", "b"])})
+    share_out = prepare_module._share_out
+
+    def late(*arguments: Any) -> Any:
+        write(then)
+        return share_out(*arguments)
+
+    monkeypatch.setattr(prepare_module, "_share_out", late)
+    with pytest.raises(UserError, match=rf"changed while it was read \(2 references at first, {len(then)} then"):
+        prepare(source, "train", tmp_path / "to", in_order, count=2)
+    monkeypatch.undo()
+    entry = prepare(source, "train", tmp_path / "to", in_order, count=1)
+    assert entry.records == len(then)
+
+
 def test_a_source_of_nothing(tmp_path: Path):
     with pytest.raises(UserError, match="split 'train' of Listed/train has no references"):
         prepare(Listed([]), "train", tmp_path / "to", in_order)
