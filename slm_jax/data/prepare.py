@@ -102,8 +102,9 @@ def prepare(
       What `shards.json` says of the split.
 
     Raises:
-      UserError: an id stands twice, the source is empty or changes meanwhile, the directory holds something else or was made from
-        another source or by other options, or more is left out than `max_bad_share` allows.
+      UserError: an id stands twice, the source is empty or changes meanwhile, the directory cannot be written,
+        holds something else or was made from another source or by other options, or more is left out than
+        `max_bad_share` allows.
     """
     if codec not in shards.CODECS:
         raise UserError(f"--format is {codec!r}{nearest(codec, shards.CODECS)}")
@@ -120,7 +121,7 @@ def prepare(
         "format": codec,
         "shuffle": shuffle,
     }
-    with _claimed(directory):
+    with _naming_trouble(directory), _claimed(directory):
         described = _described(directory)
         _check_same(directory, split, made_from, described)
         names = [shards.shard_name(split, number, count) for number in range(count)]
@@ -396,17 +397,44 @@ def _complete(
     return entry
 
 
+def read_rejects(directory: str) -> list[dict[str, str]]:
+    """Returns what was left out of a directory: `split`, `id`, `reason` and `detail` of each.
+
+    Raises:
+      UserError: the list is damaged.
+    """
+    path = f"{directory}/{REJECTS_FILE}"
+    found: list[dict[str, str]] = []
+    with contextlib.suppress(FileNotFoundError):
+        for number, line in enumerate(storage.read(path).splitlines(), 1):
+            reject: Any = None
+            with contextlib.suppress(ValueError):
+                reject = json.loads(line)
+            if not isinstance(reject, dict) or not {"split", "id", "reason"} <= reject.keys():
+                raise UserError(
+                    f"{path}, line {number} is damaged; remove the file and prepare its splits again"
+                )
+            found.append(reject)
+    return found
+
+
 def _write_rejects(directory: str, split: str, rejected: Sequence[Mapping[str, str]]) -> None:
     path = f"{directory}/{REJECTS_FILE}"
-    lines = []
-    with contextlib.suppress(FileNotFoundError):
-        lines = [json.loads(line) for line in storage.read(path).splitlines()]
-    lines = [line for line in lines if line["split"] != split]
+    lines = [line for line in read_rejects(directory) if line["split"] != split]
     lines += [{"split": split, **found} for found in rejected]
     # Lines of other splits stay; which of them was prepared first does not show.
     lines.sort(key=lambda line: line["split"])
     with shards.put_in_place(path) as file:
         file.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), "utf-8")
+
+
+@contextlib.contextmanager
+def _naming_trouble(directory: str) -> Iterator[None]:
+    """Turns an OSError, which is one of this directory, into a UserError that names it."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"--to {directory} cannot be written: {error.strerror or error}") from error
 
 
 @contextlib.contextmanager

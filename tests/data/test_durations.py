@@ -84,9 +84,9 @@ def test_a_failure_is_not_kept(corpus, tmp_path: Path, monkeypatch: pytest.Monke
         patch.setattr(durations, "count_samples", fail)
         assert not durations.samples_of(wanted, tmp_path / "cache").any()
     assert durations.samples_of(wanted, tmp_path / "cache").tolist() == lengths
-    with contextlib.closing(sqlite3.connect(tmp_path / "cache" / durations.FILE_NAME)) as connection:
-        with connection as transaction:
-            transaction.execute("UPDATE lengths SET samples = 0")
+    connection = sqlite3.connect(tmp_path / "cache" / durations.FILE_NAME)
+    with contextlib.closing(connection), connection:
+        connection.execute("UPDATE lengths SET samples = 0")
     assert durations.samples_of(wanted, tmp_path / "cache").tolist() == lengths
 
 

@@ -1,5 +1,6 @@
 """Any source becomes speech shards: what goes where, what is left out, and breaking off changes nothing."""
 
+import errno
 import functools
 import hashlib
 import io
@@ -358,7 +359,9 @@ def test_a_source_that_changes_while_it_is_read(write_manifest, tmp_path: Path, 
         return share_out(*arguments)
 
     monkeypatch.setattr(prepare_module, "_share_out", late)
-    with pytest.raises(UserError, match=rf"changed while it was read \(2 references at first, {len(then)} then"):
+    with pytest.raises(
+        UserError, match=rf"changed while it was read \(2 references at first, {len(then)} then"
+    ):
         prepare(source, "train", tmp_path / "to", in_order, count=2)
     monkeypatch.undo()
     entry = prepare(source, "train", tmp_path / "to", in_order, count=1)
@@ -431,6 +434,20 @@ def test_a_directory_of_something_else(tmp_path: Path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(UserError, match=r"--to .*/file cannot be made: File exists"):
         prepare(Listed(["a"]), "train", tmp_path / "file", in_order)
+
+
+@pytest.mark.parametrize("function", ["make_folder", "list_folder"])
+def test_a_directory_that_cannot_be_written(tmp_path: Path, monkeypatch, function: str):
+    real = getattr(prepare_module.storage, function)
+
+    def refuse(path: str) -> Any:
+        if path.endswith("to") and function == "make_folder":
+            return real(path)
+        raise PermissionError(errno.EACCES, "Permission denied", path)
+
+    monkeypatch.setattr(prepare_module.storage, function, refuse)
+    with pytest.raises(UserError, match=r"--to .*/to cannot be written: Permission denied$"):
+        prepare(Listed(["a"]), "train", tmp_path / "to", in_order)
 
 
 def test_a_directory_made_from_something_else(source: ManifestSource, write_manifest, tmp_path: Path):

@@ -182,7 +182,8 @@ def _in_archives(archives: list[str]) -> Any:
 
     def place(entry: Mapping[str, Any], where: str) -> dict[str, str | int]:
         shard = entry.get("shard_id")
-        path = archives[0] if len(archives) == 1 else by_number.get(shard) if shard is not None else None
+        numbered = by_number.get(shard) if isinstance(shard, int | float) else None
+        path = archives[0] if len(archives) == 1 else numbered
         if path is None:
             raise UserError(f"{where}: 'shard_id' is {shard!r}{nearest(shard, by_number)}")
         named, name = members(path), _audio(entry)

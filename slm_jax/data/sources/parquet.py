@@ -65,7 +65,7 @@ class ParquetSource(ReferenceSource):
         return [self._files, self._audio, self._columns, self._language, self._rate]
 
     def content_fingerprint(self, split: str) -> str:
-        """Returns a SHA-256 of sizes and times of the files, the settings, and lengths of files beside them."""
+        """Returns a SHA-256 of sizes and times of the files, the settings, and lengths of files beside."""
         files = self._files[self.check_split(split)]
         parts = [*stats_of(files, _WHAT), repr(self.definition()[1:])]
         with ThreadPoolExecutor(8, "slm-parquet") as pool:
@@ -105,9 +105,14 @@ class ParquetSource(ReferenceSource):
         with _opened(path) as file:
             if {*self._names(file, path).values()} & {*fields.DURATION_FIELDS}:
                 return False
-            leaf = bytes_column(file.schema_arrow, self._audio)
+            if not self._has_paths(file.schema_arrow):
+                return False
             groups = map(file.metadata.row_group, range(file.metadata.num_row_groups))
-            return leaf != self._audio and any(_nulls(group, leaf) != 0 for group in groups)
+            return any(_nulls(group, f"{self._audio}.bytes") != 0 for group in groups)
+
+    def _has_paths(self, schema: pa.Schema) -> bool:
+        """Returns whether rows without bytes may have a path."""
+        return f"{self._audio}.path" in (name for name, _ in _flat(schema))
 
     def _names(self, file: Any, path: str) -> dict[str, str]:
         """Returns the field of each column that is one."""
@@ -155,7 +160,7 @@ class ParquetSource(ReferenceSource):
             return pa.nulls(count, pa.string())
         leaf = bytes_column(file.schema_arrow, self._audio)
         missing = _nulls(file.metadata.row_group(group), leaf)
-        if missing == 0 or leaf == self._audio:
+        if missing == 0 or not self._has_paths(file.schema_arrow):
             return pa.nulls(count, pa.string())
         wanted = [f"{self._audio}.path"] + ([] if missing == count else [leaf])
         column = file.read_row_group(group, columns=wanted, use_threads=False).column(0).combine_chunks()
@@ -173,7 +178,10 @@ class ParquetSource(ReferenceSource):
         )
 
     def _chunk(self, table: pa.Table, path: str, first: int, names: Mapping[str, str]) -> Columns:
-        columns = {field: _texts(table.column(name)) for name, field in names.items()}
+        columns = {
+            field: _texts(table.column(name), f"{_WHAT} {path}: column {name!r}")
+            for name, field in names.items()
+        }
         rows = range(first, first + len(table))
         stem = path.rpartition("/")[2].removesuffix(".parquet")
         if "id" not in columns:
@@ -206,10 +214,9 @@ def _opened(path: str) -> Iterator[Any]:
     """Opens a parquet file; a mistake in it is named."""
     with naming_mistakes(path, _WHAT), storage.open_binary(path) as source:
         try:
-            file = pq.ParquetFile(source)
-        except pa.ArrowInvalid as error:
+            yield pq.ParquetFile(source)
+        except (pa.ArrowException, UnicodeDecodeError) as error:
             raise UserError(f"{_WHAT} {path} cannot be read: {error}") from None
-        yield file
 
 
 def _flat(schema: pa.Schema) -> Iterator[tuple[str, pa.DataType]]:
@@ -236,8 +243,11 @@ def _is_field(kind: pa.DataType) -> bool:
     return any(test(kind) for test in tests)
 
 
-def _texts(column: pa.ChunkedArray) -> np.ndarray:
-    return column.cast(pa.string()).fill_null("").to_numpy(zero_copy_only=False)
+def _texts(column: pa.ChunkedArray, where: str) -> np.ndarray:
+    try:
+        return column.cast(pa.string()).fill_null("").to_numpy(zero_copy_only=False)
+    except (UnicodeDecodeError, pa.ArrowException) as error:
+        raise UserError(f"{where} is not UTF-8 text: {error}") from None
 
 
 def _nulls(group: Any, leaf: str) -> int | None:

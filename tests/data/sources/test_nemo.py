@@ -149,6 +149,9 @@ def test_archives_out_of_step(tmp_path: Path, clips):
     write(tmp_path / "one.json", [entry_of(clips[0], shard_id=5)])
     with pytest.raises(UserError, match="'shard_id' is 5; choose from 0, 1"):
         NemoSource({"train": tmp_path / "one.json"}, tars=tars).columns("train")
+    write(tmp_path / "list.json", [entry_of(clips[0], shard_id=[1])])
+    with pytest.raises(UserError, match=r"'shard_id' is \[1\]; choose from 0, 1"):
+        NemoSource({"train": tmp_path / "list.json"}, tars=tars).columns("train")
     with pytest.raises(UserError, match="tars name split 'test'"):
         NemoSource({"train": tmp_path / "one.json"}, tars={"test": tmp_path})
     (tmp_path / "tarred" / "audio_0.tar").write_bytes(b"x" * 2_000)

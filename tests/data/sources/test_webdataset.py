@@ -169,7 +169,7 @@ def test_a_shard_that_breaks_off_in_a_text(tmp_path: Path, clips, caplog, suffix
 
 
 def test_names_that_are_not_utf8(tmp_path: Path):
-    members = {"a\udcfe.txt": b"x", "a\udcff.txt": b"y"}
+    members = {f"a{letter}.txt": b"x" for letter in ("\udcfe", "\udcff")}
     data = tar_of(members, format=tarfile.GNU_FORMAT, errors="surrogateescape")
     (tmp_path / "a.tar").write_bytes(data)
     source = WebDatasetSource({"train": tmp_path / "a.tar"})
