@@ -6,8 +6,9 @@ import contextlib
 import difflib
 import io
 import logging
+import re
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from slm_jax.errors import UserError, check_whole, nearest
@@ -17,6 +18,11 @@ logger = logging.getLogger(__name__)
 RUNNERS = ("DirectRunner", "FlinkRunner", "SparkRunner", "DataflowRunner", "PortableRunner")
 # Beam's DirectRunner fetches the binary of another one, Prism, unless a pipeline may do what Prism cannot.
 _WITHOUT_PRISM = {"allow_unsafe_triggers": True}
+
+
+# How an error of another process begins, and what Beam adds to its end.
+_USER_ERROR = f"{UserError.__module__}.{UserError.__name__}: "
+_STEP = re.compile(r" \[while running '[^']*'\]$")
 
 
 def check_runner(runner: str, workers: int | None, options: Mapping[str, Any]) -> None:
@@ -67,7 +73,7 @@ def run_on_beam(
       options: of Beam's pipelines, by name.
 
     Raises:
-      UserError: as `check_runner`, or a job failed.
+      UserError: as `check_runner`, that of a job, or a job failed.
     """
     check_runner(runner, workers, options or {})
     beam, PipelineOptions = _beam()
@@ -77,19 +83,43 @@ def run_on_beam(
         direct = {
             "direct_num_workers": count,
             "direct_running_mode": "multi_processing" if count > 1 else "in_memory",
-            "default_sdk_harness_log_level": "ERROR",
+            # What a job raises is told once, as a sentence.
+            "default_sdk_harness_log_level": "CRITICAL",
             **_WITHOUT_PRISM,
         }
         chosen = {**direct, **chosen}
     try:
-        with beam.Pipeline(options=PipelineOptions.from_dictionary(chosen)) as pipeline:
+        with _quiet(), beam.Pipeline(options=PipelineOptions.from_dictionary(chosen)) as pipeline:
             _ = pipeline | beam.Create(jobs) | beam.Reshuffle() | beam.Map(function)
     except Exception as error:
         logger.info("the pipeline failed", exc_info=True)
-        said = str(error).strip() or type(error).__name__
-        if "Traceback" in said:
-            said = said.splitlines()[-1]
-        raise UserError(f"--runner {runner}: the pipeline failed: {said}") from error
+        raise UserError(_sentence(error, runner)) from error
+
+
+def _sentence(error: Exception, runner: str) -> str:
+    """Returns what a failed pipeline says: what a job found wrong as the job says it."""
+    said = str(error).strip() or type(error).__name__
+    # Of another process there is text alone.
+    is_sentence = isinstance(error, UserError)
+    if "Traceback" in said:
+        said = said.splitlines()[-1]
+        is_sentence = said.startswith(_USER_ERROR)
+    said = said.removeprefix(_USER_ERROR)
+    if is_sentence:
+        return _STEP.sub("", said)
+    return f"--runner {runner}: the pipeline failed: {said}"
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps Beam from logging the errors that the pipeline raises, with their tracebacks."""
+    beam = logging.getLogger("apache_beam")
+    level = beam.level
+    beam.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        beam.setLevel(level)
 
 
 def _beam() -> tuple[Any, Any]:

@@ -102,14 +102,16 @@ def prepare(
       What `shards.json` says of the split.
 
     Raises:
-      UserError: an id stands twice, the source is empty or changes meanwhile, the directory cannot be written,
-        holds something else or was made from another source or by other options, or more is left out than
-        `max_bad_share` allows.
+      UserError: the split's name is none of files, an id stands twice, the source is empty or changes
+        meanwhile, the directory cannot be written, holds something else or was made from another source or by
+        other options, or more is left out than `max_bad_share` allows.
     """
     if codec not in shards.CODECS:
         raise UserError(f"--format is {codec!r}{nearest(codec, shards.CODECS)}")
     if not 0 <= max_bad_share <= 1:
         raise UserError(f"--max_bad_share is {max_bad_share}, expected a share from 0 to 1")
+    if "/" in split:
+        raise UserError(f"split {split!r} is to name files of shards, expected a name without '/'")
     directory = storage.absolute(directory).rstrip("/")
     fingerprint = source.content_fingerprint(split)
     survey = _survey(source, split)

@@ -5,6 +5,7 @@ import functools
 import hashlib
 import io
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -423,6 +424,29 @@ def test_a_job_that_fails_is_told_in_one_sentence(workers: int, tmp_path: Path):
     with pytest.raises(UserError, match=r"pipeline failed: .*No such file or directory: '.*/lost'") as error:
         run_on_beam(os.stat, jobs, workers=workers)
     assert "Traceback" not in str(error.value)
+
+
+def test_a_job_that_fails_is_told_once(tmp_path: Path, capfd: pytest.CaptureFixture[str], caplog):
+    with pytest.raises(UserError, match="pipeline failed"):
+        run_on_beam(os.stat, [str(tmp_path / "lost")])
+    assert "Traceback" not in capfd.readouterr().err
+    assert not [record for record in caplog.records if record.name.startswith("apache_beam")]
+    assert logging.getLogger("apache_beam").level == logging.NOTSET
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_what_a_job_finds_wrong_is_its_own_sentence(workers: int, tmp_path: Path):
+    jobs = [str(tmp_path / name) for name in "ab"]
+    with pytest.raises(UserError, match=r"^the directory of shards .*/[ab] does not exist$"):
+        run_on_beam(shards.read_description, jobs, workers=workers)
+
+
+def test_a_split_whose_name_is_none_of_files(tmp_path: Path):
+    with pytest.raises(
+        UserError, match="split 'a/b' is to name files of shards, expected a name without '/'"
+    ):
+        prepare(Listed(["a"]), "a/b", tmp_path / "to", in_order)
+    assert not (tmp_path / "to").exists()
 
 
 def test_a_directory_of_something_else(tmp_path: Path):
