@@ -12,6 +12,9 @@ from slm_jax.errors import UserError
 
 logger = logging.getLogger(__name__)
 
+# Column of kept tables: in its last row, the member after which the archive breaks off.
+BROKEN_OFF = "@broken_off"
+
 
 class Member(NamedTuple):
     """A file in an archive: its name, and where its bytes lie."""

@@ -17,7 +17,7 @@ from slm_jax.data.sources import fields
 from slm_jax.data.sources.base import Columns, ReferenceSource, count_of
 from slm_jax.data.sources.patterns import Paths, files_of
 from slm_jax.data.sources.shard_tables import shard_columns, stats_of
-from slm_jax.data.sources.tar_index import Member, tar_members, warn_of_break
+from slm_jax.data.sources.tar_index import BROKEN_OFF, Member, tar_members, warn_of_break
 from slm_jax.data.sources.text_files import naming_mistakes
 from slm_jax.data.storage import SharedFile
 from slm_jax.errors import UserError, nearest
@@ -28,8 +28,6 @@ AUDIO = ("wav", "flac", "mp3", "ogg", "opus")
 _TEXTS = {"txt": "text", "cls": "cls"}
 _NAME = re.compile(r"^((?:.*/|)[^./]+)\.([^/]+)$")
 _VERSION = 2
-# Column of kept tables: in the last row, the member after which the shard breaks off.
-_BROKEN_OFF = "@broken_off"
 
 
 class WebDatasetSource(ReferenceSource):
@@ -89,7 +87,7 @@ class WebDatasetSource(ReferenceSource):
         settings = [_VERSION, self._columns, self._audio, self._rate]
         for shard, _, columns in shard_columns(shards, "tar shard", settings, self._scan):
             path = shards[shard]
-            warn_of_break(path, columns.pop(_BROKEN_OFF)[-1])
+            warn_of_break(path, columns.pop(BROKEN_OFF)[-1])
             name = path.rpartition("/")[2].removesuffix(".tar")
             chunk = columns | {"audio": np.where(columns["part"] == "", "", path).astype(object)}
             chunk["samples"] = fields.reread_samples(chunk, path, "tar shard")
@@ -120,7 +118,7 @@ class WebDatasetSource(ReferenceSource):
             if not any(records[i].get(name) for name in fields.DURATION_FIELDS):
                 samples[i] = fields.samples_in_shard(path, columns["part"][i], "tar shard")
         broken_off = np.array([""] * (len(records) - 1) + [listed.broken_off], object)
-        return columns | {"samples": samples, _BROKEN_OFF: broken_off}
+        return columns | {"samples": samples, BROKEN_OFF: broken_off}
 
     def _record(
         self, file: SharedFile, group: dict[str, Any], path: str, found: set[str]

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import soundfile
 
-from slm_jax.data.sources import NemoSource
+from slm_jax.data.sources import NemoSource, nemo
+from slm_jax.data.sources.tar_index import tar_members
 from slm_jax.errors import UserError
 
 
@@ -92,6 +93,28 @@ def test_a_tarred_dataset(tmp_path: Path, clips, check_audio, load_all):
     loaded = load_all(whole)
     for (_, found), samples in zip(loaded.values(), expected.values(), strict=True):
         np.testing.assert_array_equal(found, samples[: len(found)])
+
+
+def test_an_archive_is_passed_over_once(tmp_path: Path, clips, rng, monkeypatch, caplog):
+    tarred(tmp_path / "tarred", clips, 5)
+    lines = (tmp_path / "tarred" / "tarred_audio_manifest.json").read_text().splitlines()
+    manifest, scanned = tmp_path / "shuffled.json", []
+    monkeypatch.setattr(nemo, "tar_members", lambda path: (scanned.append(path), tar_members(path))[1])
+    source = NemoSource({"train": manifest}, tars={"train": tmp_path / "tarred"})
+    places = set()
+    for _ in range(3):
+        manifest.write_text("\n".join(rng.permutation(lines).tolist()))
+        columns = source.columns("train")
+        places.add(frozenset(zip(columns["audio"], columns["part"], strict=True)))
+    archives = sorted(map(str, (tmp_path / "tarred").glob("*.tar")))
+    assert (sorted(scanned), len(places)) == (archives, 1)
+    path = Path(archives[0])
+    path.write_bytes(path.read_bytes().rstrip(b"\0")[:-1])
+    for _ in range(2):
+        caplog.clear()
+        source.columns("train")
+        assert f"{path} breaks off after" in caplog.text
+    assert scanned[5:] == [str(path)]
 
 
 def test_a_member_of_several_lines(tmp_path: Path, clips, load_all):

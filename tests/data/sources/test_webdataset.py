@@ -31,6 +31,11 @@ def tar_of(members: dict[str, bytes], **options: Any) -> bytes:
     return buffer.getvalue()
 
 
+def in_order(function: Any, jobs: Any) -> None:
+    for job in jobs:
+        function(job)
+
+
 def members_of(clips: list[Any]) -> dict[str, bytes]:
     members: dict[str, bytes] = {}
     for clip in clips:
@@ -164,7 +169,7 @@ def test_a_shard_that_breaks_off_in_a_text(tmp_path: Path, clips, caplog, suffix
     register_asr("t", source=source, vocabulary=vocabulary_path, templates=("{speech}",))
     lengths = {"speech": 99_999, "inputs": 40, "targets": 400}
     assert build_index("t", "train", lengths, tmp_path / "index").report.rejected == reasons
-    entry = prepare(source, "train", tmp_path / "to", lambda f, jobs: [*map(f, jobs)], max_bad_share=1)
+    entry = prepare(source, "train", tmp_path / "to", in_order, max_bad_share=1)
     assert (entry.records, entry.rejected) == (8 - len(reasons), reasons)
 
 
@@ -181,7 +186,7 @@ def test_a_text_alone_that_is_cut(tmp_path: Path):
     (tmp_path / "a.tar").write_bytes(data[: 512 * 3 + 101])
     source = WebDatasetSource({"train": tmp_path / "a.tar"})
     assert source.columns("train")["reject"].tolist() == ["", "truncated_part"]
-    entry = prepare(source, "train", tmp_path / "to", lambda f, jobs: [*map(f, jobs)], max_bad_share=1)
+    entry = prepare(source, "train", tmp_path / "to", in_order, max_bad_share=1)
     assert (entry.records, entry.rejected) == (1, {"truncated_part": 1})
 
 
