@@ -7,8 +7,12 @@ import difflib
 import io
 import logging
 import re
+import tempfile
+import traceback
+import uuid
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from slm_jax.errors import UserError, check_whole, nearest
@@ -89,11 +93,44 @@ def run_on_beam(
         }
         chosen = {**direct, **chosen}
     try:
-        with _quiet(), beam.Pipeline(options=PipelineOptions.from_dictionary(chosen)) as pipeline:
-            _ = pipeline | beam.Create(jobs) | beam.Reshuffle() | beam.Map(function)
+        with contextlib.ExitStack() as stack:
+            if runner == "DirectRunner":
+                function = stack.enter_context(_noting_errors(function))
+            stack.enter_context(_quiet())
+            with beam.Pipeline(options=PipelineOptions.from_dictionary(chosen)) as pipeline:
+                _ = pipeline | beam.Create(jobs) | beam.Reshuffle() | beam.Map(function)
     except Exception as error:
         logger.info("the pipeline failed", exc_info=True)
         raise UserError(_sentence(error, runner)) from error
+
+
+class _Noting:
+    """A function that notes what it raises in a folder of this machine, and then does nothing more.
+
+    Workers of Beam print the tracebacks of what is raised in them, whatever is logged.
+    """
+
+    def __init__(self, function: Callable[[Any], object], folder: str):
+        self._function, self._folder = function, Path(folder)
+        # Beam names steps so.
+        self.__name__ = getattr(function, "__name__", type(self).__name__)
+
+    def __call__(self, job: Any) -> None:
+        if any(self._folder.iterdir()):
+            return
+        try:
+            self._function(job)
+        except Exception:
+            (self._folder / uuid.uuid4().hex).write_text(traceback.format_exc(), "utf-8")
+
+
+@contextlib.contextmanager
+def _noting_errors(function: Callable[[Any], object]) -> Iterator[Callable[[Any], object]]:
+    """Yields a function for workers on this machine; raises RuntimeError with the first error of a job."""
+    with tempfile.TemporaryDirectory(prefix="slm-jobs-") as folder:
+        yield _Noting(function, folder)
+        for path in Path(folder).iterdir():
+            raise RuntimeError(path.read_text("utf-8"))
 
 
 def _sentence(error: Exception, runner: str) -> str:

@@ -426,9 +426,10 @@ def test_a_job_that_fails_is_told_in_one_sentence(workers: int, tmp_path: Path):
     assert "Traceback" not in str(error.value)
 
 
-def test_a_job_that_fails_is_told_once(tmp_path: Path, capfd: pytest.CaptureFixture[str], caplog):
-    with pytest.raises(UserError, match="pipeline failed"):
-        run_on_beam(os.stat, [str(tmp_path / "lost")])
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_job_that_fails_is_told_once(workers: int, tmp_path: Path, capfd, caplog):
+    with pytest.raises(UserError, match="pipeline failed: FileNotFoundError: "):
+        run_on_beam(os.stat, [str(tmp_path / name) for name in "ab"], workers=workers)
     assert "Traceback" not in capfd.readouterr().err
     assert not [record for record in caplog.records if record.name.startswith("apache_beam")]
     assert logging.getLogger("apache_beam").level == logging.NOTSET
