@@ -195,7 +195,7 @@ def _read(path: str, part: str, max_samples: int | None) -> tuple[np.ndarray, in
             wave = file.read(before + frames if frames >= 0 else -1, dtype=dtype, always_2d=True)
             return wave[before:], rate
         except (soundfile.SoundFileError, RuntimeError, MemoryError, ValueError) as error:
-            raise BadExample("unreadable_audio", f"{_name(path, part)}: {error}") from None
+            raise BadExample("unreadable_audio", f"{_name(path, part)}: {_said(error)}") from None
 
 
 def _lead(file: soundfile.SoundFile, first: int) -> int:
@@ -244,7 +244,13 @@ def _sound_file(path: str, source: str | BinaryIO) -> soundfile.SoundFile:
         raise BadExample("empty_audio", f"{path} has no bytes")
     if _wav_rate(head) == 0:
         raise BadExample("bad_sample_rate", f"{path} says 0 Hz")
-    raise BadExample("unreadable_audio", f"{path}: {said}")
+    raise BadExample("unreadable_audio", f"{path}: {_said(said)}")
+
+
+def _said(error: Exception) -> str:
+    """Returns what an error says, the same in every run."""
+    # The message names what was opened: of a file in memory its address.
+    return str(getattr(error, "error_string", error))
 
 
 def _head(path: str, source: str | BinaryIO) -> bytes:

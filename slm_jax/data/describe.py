@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from slm_jax.data import storage
 from slm_jax.data.histograms import Spread, spread
 from slm_jax.data.index_table import IndexTable
-from slm_jax.data.prepare import REJECTS_FILE
+from slm_jax.data.prepare import read_rejects
 from slm_jax.data.references import SAMPLE_RATE
 from slm_jax.data.sources import Columns, ReferenceSource, ShardSource
 
@@ -119,7 +116,7 @@ def describe_source(source: ReferenceSource, split: str) -> Description:
     what was left out when they were prepared.
 
     Raises:
-      UserError: as the source's `chunks`.
+      UserError: as the source's `chunks`, or the list of what shards left out is damaged.
     """
     languages, samples = _Languages(), [np.zeros(0, np.int32)]
     texts: dict[str, list[np.ndarray]] = defaultdict(list)
@@ -186,12 +183,10 @@ def _usable(columns: Columns, described: Description) -> Columns:
 
 def _add_rejects(source: ShardSource, split: str, described: Description) -> None:
     described.rejected |= source.entry(split).rejected
-    with contextlib.suppress(FileNotFoundError):
-        for line in storage.read(f"{source.audio_root(split)}/{REJECTS_FILE}").splitlines():
-            found: Mapping[str, str] = json.loads(line)
-            ids = described.rejected_ids.setdefault(found["reason"], [])
-            if found["split"] == split and len(ids) < _IDS:
-                ids.append(found["id"])
+    for found in read_rejects(source.audio_root(split)):
+        ids = described.rejected_ids.setdefault(found["reason"], [])
+        if found["split"] == split and len(ids) < _IDS:
+            ids.append(found["id"])
 
 
 def _seconds(samples: np.ndarray) -> Spread | None:

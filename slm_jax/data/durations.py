@@ -1,7 +1,8 @@
 """Lengths of audio from its headers, for corpora that are published without durations.
 
 A length is read once: it is kept in a SQLite file of the cache folder under the path, the part, and the size
-and time of change of the file. So a second look costs one `stat` for each file.
+and time of change of the file. So a second look costs one `stat` for each file. What could not be read is
+tried again.
 """
 
 from __future__ import annotations
@@ -85,12 +86,12 @@ def _stat(path: str) -> storage.FileStat | None:
 
 
 def _count(path: str, part: str) -> int | None:
-    """Returns a length, 0 where there is none, None where it may be had another time."""
+    """Returns a length; None where there is none, which is not kept: it may be had another time."""
     try:
         return min(count_samples(path, part), _LONGEST)
     except BadExample as bad:
         logger.info("length of %s cannot be read: %s", path, bad)
-        return None if bad.reason == "unreachable_file" else 0
+        return None
 
 
 def _key(path: str, part: str, stat: storage.FileStat | None) -> bytes | None:
@@ -111,7 +112,9 @@ class _Cache:
         for start in range(0, len(keys) if self._connection else 0, _QUESTION):
             some = keys[start : start + _QUESTION]
             marks = ",".join("?" * len(some))
-            found.update(self._do(f"SELECT key, samples FROM lengths WHERE key IN ({marks})", some))
+            # Earlier versions kept 0 for what they could not read.
+            known = f"SELECT key, samples FROM lengths WHERE samples > 0 AND key IN ({marks})"
+            found.update(self._do(known, some))
         return found
 
     def add(self, lengths: dict[bytes, int]) -> None:

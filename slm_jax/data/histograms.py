@@ -99,12 +99,20 @@ def draw(path: str | Path, spreads: Mapping[str, Spread], title: str) -> None:
 
     Args:
       path: of the picture; replaced as a whole.
-      spreads: name -> how it is spread; at least one.
+      spreads: name -> how it is spread.
       title: above all.
 
     Raises:
-      UserError: it cannot be written, or matplotlib is missing.
+      UserError: there is nothing to draw, its name has no ending, it cannot be written, or matplotlib is
+        missing.
     """
+    path = Path(path)
+    if not spreads:
+        raise UserError(
+            f"{path}: there are no lengths to draw, expected at least one example that can be used"
+        )
+    if not path.suffix:
+        raise UserError(f"{path}: a picture is PNG or SVG by its name; did you mean '{path}.png'?")
     try:
         # Not through pyplot, which looks for a display and keeps every figure.
         from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -127,7 +135,6 @@ def draw(path: str | Path, spreads: Mapping[str, Spread], title: str) -> None:
         axis.legend(fontsize=8)
         axis.grid(alpha=0.3)
     figure.suptitle(title, fontsize=11)
-    path = Path(path)
     unfinished = path.with_name(f".unfinished-{path.name}")
     try:
         figure.savefig(unfinished, dpi=110)

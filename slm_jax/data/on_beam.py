@@ -6,8 +6,13 @@ import contextlib
 import difflib
 import io
 import logging
+import re
+import tempfile
+import traceback
+import uuid
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from slm_jax.errors import UserError, check_whole, nearest
@@ -17,6 +22,11 @@ logger = logging.getLogger(__name__)
 RUNNERS = ("DirectRunner", "FlinkRunner", "SparkRunner", "DataflowRunner", "PortableRunner")
 # Beam's DirectRunner fetches the binary of another one, Prism, unless a pipeline may do what Prism cannot.
 _WITHOUT_PRISM = {"allow_unsafe_triggers": True}
+
+
+# How an error of another process begins, and what Beam adds to its end.
+_USER_ERROR = f"{UserError.__module__}.{UserError.__name__}: "
+_STEP = re.compile(r" \[while running '[^']*'\]$")
 
 
 def check_runner(runner: str, workers: int | None, options: Mapping[str, Any]) -> None:
@@ -67,7 +77,7 @@ def run_on_beam(
       options: of Beam's pipelines, by name.
 
     Raises:
-      UserError: as `check_runner`, or a job failed.
+      UserError: as `check_runner`, that of a job, or a job failed.
     """
     check_runner(runner, workers, options or {})
     beam, PipelineOptions = _beam()
@@ -77,19 +87,76 @@ def run_on_beam(
         direct = {
             "direct_num_workers": count,
             "direct_running_mode": "multi_processing" if count > 1 else "in_memory",
-            "default_sdk_harness_log_level": "ERROR",
+            # What a job raises is told once, as a sentence.
+            "default_sdk_harness_log_level": "CRITICAL",
             **_WITHOUT_PRISM,
         }
         chosen = {**direct, **chosen}
     try:
-        with beam.Pipeline(options=PipelineOptions.from_dictionary(chosen)) as pipeline:
-            _ = pipeline | beam.Create(jobs) | beam.Reshuffle() | beam.Map(function)
+        with contextlib.ExitStack() as stack:
+            if runner == "DirectRunner":
+                function = stack.enter_context(_noting_errors(function))
+            stack.enter_context(_quiet())
+            with beam.Pipeline(options=PipelineOptions.from_dictionary(chosen)) as pipeline:
+                _ = pipeline | beam.Create(jobs) | beam.Reshuffle() | beam.Map(function)
     except Exception as error:
         logger.info("the pipeline failed", exc_info=True)
-        said = str(error).strip() or type(error).__name__
-        if "Traceback" in said:
-            said = said.splitlines()[-1]
-        raise UserError(f"--runner {runner}: the pipeline failed: {said}") from error
+        raise UserError(_sentence(error, runner)) from error
+
+
+class _Noting:
+    """A function that notes what it raises in a folder of this machine, and then does nothing more.
+
+    Workers of Beam print the tracebacks of what is raised in them, whatever is logged.
+    """
+
+    def __init__(self, function: Callable[[Any], object], folder: str):
+        self._function, self._folder = function, Path(folder)
+        # Beam names steps so.
+        self.__name__ = getattr(function, "__name__", type(self).__name__)
+
+    def __call__(self, job: Any) -> None:
+        if any(self._folder.iterdir()):
+            return
+        try:
+            self._function(job)
+        except Exception:
+            (self._folder / uuid.uuid4().hex).write_text(traceback.format_exc(), "utf-8")
+
+
+@contextlib.contextmanager
+def _noting_errors(function: Callable[[Any], object]) -> Iterator[Callable[[Any], object]]:
+    """Yields a function for workers on this machine; raises RuntimeError with the first error of a job."""
+    with tempfile.TemporaryDirectory(prefix="slm-jobs-") as folder:
+        yield _Noting(function, folder)
+        for path in Path(folder).iterdir():
+            raise RuntimeError(path.read_text("utf-8"))
+
+
+def _sentence(error: Exception, runner: str) -> str:
+    """Returns what a failed pipeline says: what a job found wrong as the job says it."""
+    said = str(error).strip() or type(error).__name__
+    # Of another process there is text alone.
+    is_sentence = isinstance(error, UserError)
+    if "Traceback" in said:
+        said = said.splitlines()[-1]
+        is_sentence = said.startswith(_USER_ERROR)
+    said = said.removeprefix(_USER_ERROR)
+    if is_sentence:
+        return _STEP.sub("", said)
+    return f"--runner {runner}: the pipeline failed: {said}"
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps Beam from logging the errors that the pipeline raises, with their tracebacks."""
+    beam = logging.getLogger("apache_beam")
+    level = beam.level
+    beam.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        beam.setLevel(level)
 
 
 def _beam() -> tuple[Any, Any]:

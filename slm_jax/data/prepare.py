@@ -22,7 +22,7 @@ import numpy as np
 import pyarrow as pa
 
 from slm_jax.data import shards, storage
-from slm_jax.data.audio_files import load_utterance
+from slm_jax.data.audio_files import REASONS, load_utterance
 from slm_jax.data.duplicate_ids import find_duplicate, hashes_of
 from slm_jax.data.references import SAMPLE_RATE, Reference, audio_path
 from slm_jax.data.shards import Record, ShardEntry, SplitEntry
@@ -84,8 +84,8 @@ def prepare(
 ) -> SplitEntry:
     """Writes the references of a split with their audio as speech shards; goes on where it was broken off.
 
-    A reference whose audio cannot be used is left out, with one of the reasons of `audio_files` or
-    `non_positive_duration`, and listed in `rejects.jsonl`.
+    A reference whose audio cannot be used, or that its source rejects so, is left out with one of the reasons
+    of `audio_files` or `non_positive_duration`, and listed in `rejects.jsonl`.
 
     Args:
       source: of the references.
@@ -102,24 +102,28 @@ def prepare(
       What `shards.json` says of the split.
 
     Raises:
-      UserError: an id stands twice, the source is empty, the directory holds something else or was made from
-        another source or by other options, or more is left out than `max_bad_share` allows.
+      UserError: the split's name is none of files, an id stands twice, the source is empty or changes
+        meanwhile, the directory cannot be written, holds something else or was made from another source or by
+        other options, or more is left out than `max_bad_share` allows.
     """
     if codec not in shards.CODECS:
         raise UserError(f"--format is {codec!r}{nearest(codec, shards.CODECS)}")
     if not 0 <= max_bad_share <= 1:
         raise UserError(f"--max_bad_share is {max_bad_share}, expected a share from 0 to 1")
+    if "/" in split:
+        raise UserError(f"split {split!r} is to name files of shards, expected a name without '/'")
     directory = storage.absolute(directory).rstrip("/")
+    fingerprint = source.content_fingerprint(split)
     survey = _survey(source, split)
     count = survey.number_of_shards(count)
     made_from = {
-        "source": source.content_fingerprint(split),
+        "source": fingerprint,
         "references": survey.references,
         "shards": count,
         "format": codec,
         "shuffle": shuffle,
     }
-    with _claimed(directory):
+    with _naming_trouble(directory), _claimed(directory):
         described = _described(directory)
         _check_same(directory, split, made_from, described)
         names = [shards.shard_name(split, number, count) for number in range(count)]
@@ -209,6 +213,9 @@ def _share_out(
 
     Returns:
       Number of a shard -> its files, in the order of the source.
+
+    Raises:
+      UserError: the source is another one than `made_from` says.
     """
     count = made_from["shards"]
     shard_of = _by_id(count) if made_from["shuffle"] else _by_position(made_from["references"], count)
@@ -224,8 +231,10 @@ def _share_out(
             lists[number].append(path)
         held.clear()
 
+    if not pending:
+        return lists
     start = holding = 0
-    for columns in source.chunks(split) if pending else ():
+    for columns in source.chunks(split):
         numbers = shard_of(start, columns)
         start += len(numbers)
         (wanted,) = np.nonzero(np.isin(numbers, pending))
@@ -239,6 +248,12 @@ def _share_out(
             put_down()
             holding = 0
     put_down()
+    # Shards of two states of a source would have references twice, or lack some.
+    if start != made_from["references"] or source.content_fingerprint(split) != made_from["source"]:
+        raise UserError(
+            f"split {split!r} of {_name(source, split)} changed while it was read ({made_from['references']} "
+            f"references at first, {start} then), expected one that stays as it is; run the command again"
+        )
     return lists
 
 
@@ -272,6 +287,9 @@ def _record(row: Mapping[str, Any], job: ShardJob) -> Record:
     """Returns a reference with its speech; raises BadExample."""
     own = ("id", "audio", "part", "samples")
     fields = {name: text for name, text in row.items() if name not in own and text}
+    # Other reasons are of tasks, and go with the reference.
+    if (reason := row.get("reject")) in REASONS:
+        raise BadExample(reason, f"the source says so of {row['id']}")
     if not row.get("audio"):
         return Record(row["id"], "text", 0, fields)
     if row["samples"] <= 0:
@@ -381,17 +399,44 @@ def _complete(
     return entry
 
 
+def read_rejects(directory: str) -> list[dict[str, str]]:
+    """Returns what was left out of a directory: `split`, `id`, `reason` and `detail` of each.
+
+    Raises:
+      UserError: the list is damaged.
+    """
+    path = f"{directory}/{REJECTS_FILE}"
+    found: list[dict[str, str]] = []
+    with contextlib.suppress(FileNotFoundError):
+        for number, line in enumerate(storage.read(path).splitlines(), 1):
+            reject: Any = None
+            with contextlib.suppress(ValueError):
+                reject = json.loads(line)
+            if not isinstance(reject, dict) or not {"split", "id", "reason"} <= reject.keys():
+                raise UserError(
+                    f"{path}, line {number} is damaged; remove the file and prepare its splits again"
+                )
+            found.append(reject)
+    return found
+
+
 def _write_rejects(directory: str, split: str, rejected: Sequence[Mapping[str, str]]) -> None:
     path = f"{directory}/{REJECTS_FILE}"
-    lines = []
-    with contextlib.suppress(FileNotFoundError):
-        lines = [json.loads(line) for line in storage.read(path).splitlines()]
-    lines = [line for line in lines if line["split"] != split]
+    lines = [line for line in read_rejects(directory) if line["split"] != split]
     lines += [{"split": split, **found} for found in rejected]
     # Lines of other splits stay; which of them was prepared first does not show.
     lines.sort(key=lambda line: line["split"])
     with shards.put_in_place(path) as file:
         file.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), "utf-8")
+
+
+@contextlib.contextmanager
+def _naming_trouble(directory: str) -> Iterator[None]:
+    """Turns an OSError, which is one of this directory, into a UserError that names it."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"--to {directory} cannot be written: {error.strerror or error}") from error
 
 
 @contextlib.contextmanager

@@ -410,7 +410,7 @@ def read_description(directory: str) -> dict[str, SplitEntry]:
     """Returns the splits of a directory of shards.
 
     Raises:
-      UserError: there is no such directory, it is no finished one, or of a later version.
+      UserError: there is no such directory, it is no finished one, damaged, or of a later version.
     """
     path = f"{directory}/{SHARDS_FILE}"
     try:
@@ -421,18 +421,17 @@ def read_description(directory: str) -> dict[str, SplitEntry]:
         raise UserError(f"{path} cannot be read: {error}") from None
     if not isinstance(described, dict) or described.get("format") != FORMAT:
         raise UserError(f'{path} does not describe speech shards: expected "format": {FORMAT!r}')
-    if described["version"] != VERSION:
-        raise UserError(f"{path} has version {described['version']}, expected {VERSION}; write it anew")
-    return {
-        split: SplitEntry(
-            entry["kind"],
-            entry["encoding"],
-            entry["about"],
-            [ShardEntry(**shard) for shard in entry["shards"]],
-            entry["rejected"],
-        )
-        for split, entry in described["splits"].items()
-    }
+    if described.get("version") != VERSION:
+        raise UserError(f"{path} has version {described.get('version')}, expected {VERSION}; write it anew")
+    try:
+        return {split: _split_entry(entry) for split, entry in described["splits"].items()}
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is damaged ({error!r}); remove it and write it anew") from None
+
+
+def _split_entry(entry: Mapping[str, Any]) -> SplitEntry:
+    shards = [ShardEntry(**shard) for shard in entry["shards"]]
+    return SplitEntry(entry["kind"], entry["encoding"], entry["about"], shards, entry["rejected"])
 
 
 def _without_description(directory: str) -> str:

@@ -78,11 +78,12 @@ def tf_records(path: str) -> Iterator[tuple[str, bytes]]:
       OSError: it cannot be read.
       EOFError: it breaks off within a record.
     """
-    offset = 0
+    offset, size = 0, storage.stat(path).size
     with storage.open_binary(path) as file:
         while head := file.read(_HEAD):
             length = int.from_bytes(head[:8], "little")
-            data = file.read(length + _TAIL) if length < storage.stat(path).size else b""
+            # A damaged length may be more than there is memory.
+            data = file.read(length + _TAIL) if length < size else b""
             if len(data) < length + _TAIL:
                 raise EOFError(f"it breaks off in the record at byte {offset}")
             yield f"{offset + _HEAD},{length}", data[:length]

@@ -13,6 +13,7 @@ from slm_jax.data.describe import describe_source, describe_table
 from slm_jax.data.index import build_index
 from slm_jax.data.prepare import prepare
 from slm_jax.data.sources import ManifestSource, ShardSource
+from slm_jax.errors import UserError
 from slm_jax.tasks.asr import register_asr
 
 
@@ -78,6 +79,21 @@ def test_shards_know_what_was_left_out(write_manifest, tmp_path: Path):
     assert text[-1] == "\nrejected, missing_file 2: b0, ..."
     assert "\ntext: 2 characters, by frequency: ab" in text
     assert "\nspeech, seconds: shortest 1, median 1, 95 % up to 1, longest 1, in all 9" in text
+
+
+@pytest.mark.parametrize("line", ['{"split": "tr', '{"split": "train"}', "[]", "null"])
+def test_a_list_of_rejects_that_is_damaged(write_manifest, tmp_path: Path, line: str):
+    source = ManifestSource({"train": write_manifest([{"id": "a", "text": "x"}])})
+    prepare(source, "train", tmp_path / "to", in_order)
+    (tmp_path / "to/rejects.jsonl").write_text(line)
+    sentence = "rejects.jsonl, line 1 is damaged; remove the file and prepare its splits again"
+    with pytest.raises(UserError, match=sentence):
+        describe_source(ShardSource(tmp_path / "to"), "train")
+    with pytest.raises(UserError, match=sentence):
+        prepare(source, "train", tmp_path / "to", in_order)
+    (tmp_path / "to/rejects.jsonl").unlink()
+    prepare(source, "train", tmp_path / "to", in_order)
+    assert describe_source(ShardSource(tmp_path / "to"), "train").examples == 1
 
 
 def test_a_task_is_counted_from_its_index(

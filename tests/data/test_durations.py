@@ -1,5 +1,6 @@
 """Lengths from headers: those of the files, kept until a file changes."""
 
+import contextlib
 import logging
 import os
 import sqlite3
@@ -11,6 +12,7 @@ import soundfile
 
 from slm_jax.data import durations
 from slm_jax.data.audio_files import load_audio
+from slm_jax.errors import BadExample
 
 
 @pytest.fixture
@@ -70,6 +72,22 @@ def test_what_cannot_be_read_has_no_length(tmp_path: Path, caplog: pytest.LogCap
     # A file that comes later is seen.
     soundfile.write(tmp_path / "missing.wav", np.zeros(160, np.int16), 16_000)
     assert durations.samples_of(wanted, tmp_path / "cache").tolist() == [0, 160]
+
+
+def test_a_failure_is_not_kept(corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    wanted, lengths = corpus
+
+    def fail(path: str, part: str) -> int:
+        raise BadExample("unreadable_audio", f"{path}: too many open files")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(durations, "count_samples", fail)
+        assert not durations.samples_of(wanted, tmp_path / "cache").any()
+    assert durations.samples_of(wanted, tmp_path / "cache").tolist() == lengths
+    connection = sqlite3.connect(tmp_path / "cache" / durations.FILE_NAME)
+    with contextlib.closing(connection), connection:
+        connection.execute("UPDATE lengths SET samples = 0")
+    assert durations.samples_of(wanted, tmp_path / "cache").tolist() == lengths
 
 
 @pytest.mark.parametrize("harm", ["damaged", "a file"])

@@ -61,4 +61,8 @@ def test_a_picture_that_cannot_be_written(tmp_path: Path):
         draw(tmp_path / "a.jpgg", {"inputs": found}, "title")
     with pytest.raises(UserError, match=r"a.png: the picture cannot be written \(No such file"):
         draw(tmp_path / "none/a.png", {"inputs": found}, "title")
+    with pytest.raises(UserError, match=r"did you mean '.*/picture.png'\?"):
+        draw(tmp_path / "picture", {"inputs": found}, "title")
+    with pytest.raises(UserError, match=r"a.png: there are no lengths to draw"):
+        draw(tmp_path / "a.png", {}, "title")
     assert [path.name for path in tmp_path.iterdir()] == ["a.png"]

@@ -1,8 +1,11 @@
 """Any source becomes speech shards: what goes where, what is left out, and breaking off changes nothing."""
 
+import errno
 import functools
 import hashlib
+import io
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -12,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import soundfile
 
@@ -21,7 +26,7 @@ from slm_jax.data.audio_files import load_utterance
 from slm_jax.data.index import build_index
 from slm_jax.data.on_beam import run_on_beam
 from slm_jax.data.prepare import ShardJob, prepare
-from slm_jax.data.sources import ManifestSource, ReferenceSource, ShardSource
+from slm_jax.data.sources import ManifestSource, ParquetSource, ReferenceSource, ShardSource
 from slm_jax.errors import UserError
 from slm_jax.tasks.asr import register_asr
 
@@ -290,6 +295,22 @@ def test_what_is_left_out_is_counted_and_listed(broken: ManifestSource, tmp_path
     assert ShardSource(tmp_path / "to").columns("train")["id"].tolist() == [f"g{i}" for i in range(6)]
 
 
+def test_junk_inside_a_container_leaves_the_same_bytes_again(tmp_path: Path):
+    good = shards.encode_speech(np.ones(1_600, np.int16), "pcm16")
+    rows = [{"bytes": data, "path": ""} for data in (good, b"junk", b"RIFF" + bytes(60))]
+    table = pa.table({"audio": rows, "text": ["a", "b", "c"], "duration": [0.1] * 3})
+    pq.write_table(table, tmp_path / "a.parquet")
+    source = ParquetSource({"train": tmp_path / "a.parquet"})
+    for to in ("one", "two"):
+        # What is opened lies at another address each time.
+        kept = [io.BytesIO(bytes(size)) for size in range(50)]
+        prepare(source, "train", tmp_path / to, in_order, count=1, max_bad_share=1)
+        assert kept
+    assert files_of(tmp_path / "one") == files_of(tmp_path / "two")
+    rejects = (tmp_path / "one" / "rejects.jsonl").read_text()
+    assert rejects.count("a.parquet") == 2 and "object at" not in rejects
+
+
 def test_where_all_is_left_out_there_are_no_shards(write_manifest, tmp_path: Path):
     source = ManifestSource({"train": write_manifest([{"audio": "none.wav", "duration": 1, "text": "x"}])})
     with pytest.raises(UserError, match=r"1 of 1 references are rejected \(missing_file 1\)"):
@@ -324,6 +345,28 @@ def test_an_id_that_stands_twice(tmp_path: Path):
     with pytest.raises(UserError, match="id 'b' stands for two references, numbers 2 and 4 of split"):
         prepare(Listed(["a", "b", "c", "b"]), "train", tmp_path / "to", in_order)
     assert not (tmp_path / "to").exists()
+
+
+@pytest.mark.parametrize("then", [["a", "b", "c"], ["a"], ["a", "c"]])
+def test_a_source_that_changes_while_it_is_read(write_manifest, tmp_path: Path, monkeypatch, then: list[str]):
+    def write(ids: list[str]) -> Path:
+        return write_manifest([{"id": id_, "text": "x"} for id_ in ids])
+
+    source = ManifestSource({"train": write(["a", "b"])})
+    share_out = prepare_module._share_out
+
+    def late(*arguments: Any) -> Any:
+        write(then)
+        return share_out(*arguments)
+
+    monkeypatch.setattr(prepare_module, "_share_out", late)
+    with pytest.raises(
+        UserError, match=rf"changed while it was read \(2 references at first, {len(then)} then"
+    ):
+        prepare(source, "train", tmp_path / "to", in_order, count=2)
+    monkeypatch.undo()
+    entry = prepare(source, "train", tmp_path / "to", in_order, count=1)
+    assert entry.records == len(then)
 
 
 def test_a_source_of_nothing(tmp_path: Path):
@@ -383,6 +426,30 @@ def test_a_job_that_fails_is_told_in_one_sentence(workers: int, tmp_path: Path):
     assert "Traceback" not in str(error.value)
 
 
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_job_that_fails_is_told_once(workers: int, tmp_path: Path, capfd, caplog):
+    with pytest.raises(UserError, match="pipeline failed: FileNotFoundError: "):
+        run_on_beam(os.stat, [str(tmp_path / name) for name in "ab"], workers=workers)
+    assert "Traceback" not in capfd.readouterr().err
+    assert not [record for record in caplog.records if record.name.startswith("apache_beam")]
+    assert logging.getLogger("apache_beam").level == logging.NOTSET
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_what_a_job_finds_wrong_is_its_own_sentence(workers: int, tmp_path: Path):
+    jobs = [str(tmp_path / name) for name in "ab"]
+    with pytest.raises(UserError, match=r"^the directory of shards .*/[ab] does not exist$"):
+        run_on_beam(shards.read_description, jobs, workers=workers)
+
+
+def test_a_split_whose_name_is_none_of_files(tmp_path: Path):
+    with pytest.raises(
+        UserError, match="split 'a/b' is to name files of shards, expected a name without '/'"
+    ):
+        prepare(Listed(["a"]), "a/b", tmp_path / "to", in_order)
+    assert not (tmp_path / "to").exists()
+
+
 def test_a_directory_of_something_else(tmp_path: Path):
     (tmp_path / "to").mkdir()
     (tmp_path / "to/thesis.tex.partial").write_text("x")
@@ -392,6 +459,20 @@ def test_a_directory_of_something_else(tmp_path: Path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(UserError, match=r"--to .*/file cannot be made: File exists"):
         prepare(Listed(["a"]), "train", tmp_path / "file", in_order)
+
+
+@pytest.mark.parametrize("function", ["make_folder", "list_folder"])
+def test_a_directory_that_cannot_be_written(tmp_path: Path, monkeypatch, function: str):
+    real = getattr(prepare_module.storage, function)
+
+    def refuse(path: str) -> Any:
+        if path.endswith("to") and function == "make_folder":
+            return real(path)
+        raise PermissionError(errno.EACCES, "Permission denied", path)
+
+    monkeypatch.setattr(prepare_module.storage, function, refuse)
+    with pytest.raises(UserError, match=r"--to .*/to cannot be written: Permission denied$"):
+        prepare(Listed(["a"]), "train", tmp_path / "to", in_order)
 
 
 def test_a_directory_made_from_something_else(source: ManifestSource, write_manifest, tmp_path: Path):

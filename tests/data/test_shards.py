@@ -227,6 +227,18 @@ def test_a_later_version(folder: Path):
     refused(folder, "shards.json has version 2, expected 1")
 
 
+def test_a_description_that_is_damaged(folder: Path):
+    described = json.loads((folder / "shards.json").read_text())
+    for text, sentence in (
+        ({"version": None}, "shards.json has version None, expected 1"),
+        ({"splits": {"train": {}}}, "shards.json is damaged .KeyError"),
+        ({"splits": ["train"]}, "shards.json is damaged .AttributeError"),
+        ({"splits": {"train": {"shards": [{"name": "x"}]}}}, "shards.json is damaged .TypeError"),
+    ):
+        (folder / "shards.json").write_text(json.dumps(described | text))
+        refused(folder, sentence)
+
+
 def test_a_shard_or_an_index_that_is_missing(folder: Path):
     shard, index = (first(folder, end) for end in ("array_record", "parquet"))
     shard.rename(folder / "aside")

@@ -1,5 +1,6 @@
 """Manifests: what they yield, and one sentence for each mistake in them."""
 
+import codecs
 import gzip
 import json
 import re
@@ -12,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from slm_jax.data.host_tensorflow import tf
-from slm_jax.data.sources import ManifestSource, text_files
+from slm_jax.data.sources import ManifestSource, NemoSource, TableSource, text_files
 from slm_jax.errors import UserError
 
 
@@ -107,10 +108,26 @@ def test_a_manifest_longer_than_a_block(tmp_path: Path, rng: np.random.Generator
         ManifestSource({"train": tmp_path / "a.jsonl.gz"}).columns("train")
 
 
-def test_half_a_character_is_named_by_its_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("block", [2, 64, 4 << 20])
+def test_a_byte_order_mark_is_no_part_of_the_text(tmp_path: Path, monkeypatch, block: int):
+    monkeypatch.setattr(text_files, "_BLOCK", block)
+    for name, text, source_of in (
+        ("a.csv", "audio,duration,text\n0.wav,1,hello\n", TableSource),
+        ("a.tsv", "audio\tduration\ttext\n0.wav\t1\thello\n", TableSource),
+        ("a.jsonl", '{"audio": "0.wav", "duration": 1, "text": "hello"}\n', ManifestSource),
+        ("a.json", '{"audio_filepath": "0.wav", "duration": 1, "text": "hello"}', NemoSource),
+    ):
+        (tmp_path / name).write_text(text, "utf-8-sig")
+        columns = source_of({"train": tmp_path / name}).columns("train")
+        assert columns["audio"][0].rpartition("/")[2] == "0.wav", name
+        assert (columns["text"][0], columns["samples"][0]) == ("hello", 16_000), name
+
+
+@pytest.mark.parametrize("mark", [b"", codecs.BOM_UTF8])
+def test_half_a_character_is_named_by_its_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mark: bytes):
     monkeypatch.setattr(text_files, "_BLOCK", 64)
-    good = b'{"text": "abc"}\n' * 20
-    (tmp_path / "a.jsonl").write_bytes(good + b'{"text": "\xff"}\n' + good)
+    good = mark + b'{"text": "abc"}\n' * 20
+    (tmp_path / "a.jsonl").write_bytes(good + b'{"text": "\xff"}\n')
     with pytest.raises(UserError, match=f"byte {len(good) + 10} is"):
         ManifestSource({"train": tmp_path / "a.jsonl"}).columns("train")
 

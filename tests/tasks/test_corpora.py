@@ -384,6 +384,10 @@ def test_gigaspeech(tmp_path, task_vocabulary, write_audio, monkeypatch):
         (whole[:-400], "GigaSpeech.json breaks off or is no JSON"),
         ('{"audio": []}', "has no list 'audios'"),
         ('{"audios": [{"segments": [{"sid": "a"}]}]}', "audio 0 is not as published .KeyError"),
+        (
+            '{"audios": [{"segments": [{"subsets": ["{XL}"], "begin_time": "", "end_time": 1}]}]}',
+            "audio 0 is not as published .ValueError.*could not convert string to float",
+        ),
     ):
         lay(root / "GigaSpeech.json", text)
         with pytest.raises(UserError, match=told):

@@ -10,12 +10,15 @@ from typing import Any
 import numpy as np
 
 from slm_jax.data import durations
+from slm_jax.data.audio_files import count_samples
 from slm_jax.data.references import SAMPLE_RATE, audio_path
 from slm_jax.data.sources.base import TEXT_FIELDS, Columns, count_of
-from slm_jax.errors import UserError, nearest
+from slm_jax.errors import BadExample, UserError, nearest
 
 # Fields that say how long the audio is; the reference has samples in their place.
 DURATION_FIELDS = ("duration", "duration_ms", "duration_samples")
+# Samples, in kept tables, of audio whose header could not be read.
+UNREAD = -1
 
 
 def field_names(columns: Mapping[str, str], found: Sequence[str], where: str) -> dict[str, str]:
@@ -102,6 +105,42 @@ def header_samples(columns: Columns, root: str) -> np.ndarray:
     return samples
 
 
+def samples_in_shard(path: str, part: str, what: str) -> int:
+    """Returns the length of audio inside a shard from its header, `UNREAD` where it cannot be read.
+
+    Args:
+      path: of the shard.
+      part: of it.
+      what: the shard is, for errors.
+
+    Raises:
+      UserError: the shard cannot be reached.
+    """
+    try:
+        return min(count_samples(path, part), np.iinfo(np.int32).max)
+    except BadExample as bad:
+        if bad.reason == "unreachable_file":
+            raise UserError(f"{what} {path} cannot be read: {bad.detail}") from None
+        return UNREAD
+
+
+def reread_samples(columns: Columns, path: str, what: str) -> np.ndarray:
+    """Returns lengths of a kept table, int32 [n], those `UNREAD` asked for once more; 0 where in vain.
+
+    Args:
+      columns: `samples` and `part` of rows.
+      path: of the shard.
+      what: the shard is, for errors.
+
+    Raises:
+      UserError: the shard cannot be reached.
+    """
+    samples = columns["samples"].copy()
+    for i in np.flatnonzero(samples == UNREAD).tolist():
+        samples[i] = max(0, samples_in_shard(path, columns["part"][i], what))
+    return samples
+
+
 def completed(columns: Columns, language: str = "") -> Columns:
     """Returns columns with all of `TEXT_FIELDS`, and a language where a reference has none of its own."""
     count = count_of(columns)
@@ -111,6 +150,14 @@ def completed(columns: Columns, language: str = "") -> Columns:
     if language:
         columns["language"] = np.where(columns["language"] == "", language, columns["language"])
     return columns
+
+
+def check_unicode(value: Any, where: str) -> None:
+    """Raises UserError where a value of JSON holds half a surrogate pair, which no text file can."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{where}: half a surrogate pair stands in it, expected Unicode text") from None
 
 
 def text_of(value: Any) -> str:

@@ -57,7 +57,7 @@ class KaldiSource(ReferenceSource):
         """Returns a SHA-256 of the files, the settings, and the lengths that headers tell."""
         files = self._files(split)
         parts = [f"{name} {text_files.fingerprint(path, name)}" for name, path in files.items()]
-        if not {"segments", "utt2dur", "reco2dur"} & files.keys():
+        if any(record["samples"] == -1 for record in self._records(files)):
             parts.append(fields.fingerprint_of_samples(self.chunks(split)))
         return fields.joined_fingerprint([*parts, repr(self.definition()[1:])])
 
@@ -76,7 +76,7 @@ class KaldiSource(ReferenceSource):
           UserError: a file is missing, unsorted or has a wrong line, or `wav.scp` names a command.
         """
         files = self._files(split)
-        records = self._segments(files) if "segments" in files else self._recordings(files)
+        records = self._records(files)
         is_empty = True
         while some := list(itertools.islice(records, CHUNK)):
             is_empty = False
@@ -101,8 +101,11 @@ class KaldiSource(ReferenceSource):
             raise UserError(f"Kaldi directory {folder} has no wav.scp, expected wav.scp and text")
         return {name: f"{folder}/{name}" for name in _FILES if name in there}
 
+    def _records(self, files: Mapping[str, str]) -> Iterator[dict[str, str | int]]:
+        """Yields the utterances; their samples are -1 where the header of the audio tells them."""
+        return self._segments(files) if "segments" in files else self._recordings(files)
+
     def _recordings(self, files: Mapping[str, str]) -> Iterator[dict[str, str | int]]:
-        """Yields the recordings as utterances; their samples are -1 where no file tells them."""
         beside = _Beside(files, ("utt2dur", "reco2dur"))
         for number, id_, path in _lines(files["wav.scp"]):
             yield beside.of(id_) | {"id": id_, "audio": _audio(path, files["wav.scp"], number)}

@@ -17,7 +17,7 @@ from pyarrow import json as pa_json
 from slm_jax.data import storage
 from slm_jax.data.sources import text_files
 from slm_jax.data.sources.base import CHUNK, TEXT_FIELDS, Columns, ReferenceSource
-from slm_jax.data.sources.fields import samples_of_seconds
+from slm_jax.data.sources.fields import check_unicode, samples_of_seconds
 from slm_jax.errors import UserError
 
 # Fields with a type of their own; every other field is a string.
@@ -217,10 +217,7 @@ def _check_line(line: str, where: str) -> None:
         types, expected = _TYPES.get(name, ((str,), "a string"))
         if value is None or isinstance(value, bool) or not isinstance(value, types):
             raise UserError(f"{where}: field {name!r} is {brief(value)}, expected {expected}")
-    try:
-        json.dumps(fields, ensure_ascii=False).encode()
-    except UnicodeEncodeError:
-        raise UserError(f"{where}: half a surrogate pair stands in it, expected Unicode text") from None
+    check_unicode(fields, where)
     for language, text in fields.get("translations", {}).items():
         if not isinstance(text, str):
             raise UserError(f"{where}: field 'translations.{language}' is {brief(text)}, expected a string")

@@ -10,16 +10,20 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import numpy as np
+
 from slm_jax.data import storage
 from slm_jax.data.parts import byte_range, seconds
 from slm_jax.data.sources import fields, text_files
 from slm_jax.data.sources.base import CHUNK, Columns, ReferenceSource
 from slm_jax.data.sources.patterns import Paths, files_of
-from slm_jax.data.sources.tar_index import Member, tar_members
+from slm_jax.data.sources.shard_tables import columns_of
+from slm_jax.data.sources.tar_index import BROKEN_OFF, Member, tar_members, warn_of_break
 from slm_jax.errors import UserError, nearest
 
 _AUDIO_FIELDS = ("audio_filepath", "audio_file")
 _LANGUAGE_FIELDS = ("source_lang", "lang")
+_VERSION = 1
 _NUMBER = re.compile(r"(\d+)\.tar$")
 # A member that several lines are stretches of is named anew in all of them but the first.
 _REPEATED = re.compile(r"-sub\d+(?=(\.\w+)?$)")
@@ -36,7 +40,8 @@ class NemoSource(ReferenceSource):
     Args:
       manifests: split -> manifests: paths, `manifest__OP_0..127_CL_.json`, `{0..127}`, `*` or a folder.
       tars: split -> the tar archives of a tarred dataset (`audio__OP_0..127_CL_.tar`), which lines name
-        members of; one for each manifest, or one for each `shard_id` where there is one manifest.
+        members of; one for each manifest, or one for each `shard_id` where there is one manifest. What is in
+        them is kept in the cache folder.
       language: of lines that have none.
     """
 
@@ -123,6 +128,7 @@ def _entry(line: str, where: str) -> dict[str, Any]:
         raise UserError(f"{where}: not JSON ({error})") from None
     if not isinstance(entry, dict):
         raise UserError(f"{where}: found {type(entry).__name__}, expected an object of fields")
+    fields.check_unicode(entry, where)
     for name in ("duration", "offset"):
         value = entry.get(name, 0.0)
         if isinstance(value, bool) or not isinstance(value, int | float):
@@ -165,21 +171,40 @@ def _in_folder(folder: str, entry: Mapping[str, Any], where: str) -> dict[str, s
     return {"audio": path if is_whole else f"{folder}/{path}", "part": _stretch(entry)}
 
 
+def _members(path: str) -> dict[str, Member]:
+    """Returns the files of an archive by their names, whole and without suffix."""
+    columns = columns_of(path, "tar shard", ["NeMo", _VERSION], _scan)
+    warn_of_break(path, "".join(columns[BROKEN_OFF]))
+    values = (columns[name].tolist() for name in ("id", "offset", "length"))
+    named = {member.name.removeprefix("./"): member for member in map(Member, *values)}
+    # Audio that was encoded anew has another suffix than the manifest says.
+    return {name.rpartition(".")[0]: member for name, member in named.items()} | named
+
+
+def _scan(path: str) -> Columns:
+    """Returns the files of an archive as the columns of a table to be kept."""
+    files, broken_off = tar_members(path)
+    return {
+        "id": np.array([member.name for member in files], object),
+        "offset": np.array([member.offset for member in files], np.int64),
+        "length": np.array([member.length for member in files], np.int64),
+        BROKEN_OFF: np.array([""] * (len(files) - 1) + [broken_off] * bool(files), object),
+    }
+
+
 def _in_archives(archives: list[str]) -> Any:
     """Returns the function from a line to its member of one of the archives."""
-    by_number = {
+    by_number: dict[float, str] = {
         int(found[1]) if (found := _NUMBER.search(path)) else i: path for i, path in enumerate(archives)
     }
 
-    @functools.lru_cache(maxsize=4)
-    def members(path: str) -> dict[str, Member]:
-        named = {member.name.removeprefix("./"): member for member in tar_members(path)}
-        # Audio that was encoded anew has another suffix than the manifest says.
-        return {name.rpartition(".")[0]: member for name, member in named.items()} | named
+    # Lines may name the archives in any order, so all that were named stay.
+    members = functools.cache(_members)
 
     def place(entry: Mapping[str, Any], where: str) -> dict[str, str | int]:
         shard = entry.get("shard_id")
-        path = archives[0] if len(archives) == 1 else by_number.get(shard) if shard is not None else None
+        numbered = by_number.get(shard) if isinstance(shard, int | float) else None
+        path = archives[0] if len(archives) == 1 else numbered
         if path is None:
             raise UserError(f"{where}: 'shard_id' is {shard!r}{nearest(shard, by_number)}")
         named, name = members(path), _audio(entry)

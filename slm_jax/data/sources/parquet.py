@@ -65,9 +65,14 @@ class ParquetSource(ReferenceSource):
         return [self._files, self._audio, self._columns, self._language, self._rate]
 
     def content_fingerprint(self, split: str) -> str:
-        """Returns a SHA-256 of sizes and times of the files, and of the settings."""
+        """Returns a SHA-256 of sizes and times of the files, the settings, and lengths of files beside."""
         files = self._files[self.check_split(split)]
-        return fields.joined_fingerprint([*stats_of(files, _WHAT), repr(self.definition()[1:])])
+        parts = [*stats_of(files, _WHAT), repr(self.definition()[1:])]
+        with ThreadPoolExecutor(8, "slm-parquet") as pool:
+            reads_others = any(pool.map(self._reads_others, files))
+        if reads_others:
+            parts.append(fields.fingerprint_of_samples(self.chunks(split)))
+        return fields.joined_fingerprint(parts)
 
     def num_input_examples(self, split: str) -> int:
         """Returns how many rows a split has, from the footers of its files."""
@@ -93,11 +98,29 @@ class ParquetSource(ReferenceSource):
         if is_empty:
             raise UserError(f"the parquet files of split {split!r} hold no rows")
 
+    def _reads_others(self, path: str) -> bool:
+        """Returns whether lengths may come from the headers of files that paths name, by the footer alone."""
+        if self._audio is None:
+            return False
+        with _opened(path) as file:
+            if {*self._names(file, path).values()} & {*fields.DURATION_FIELDS}:
+                return False
+            if not self._has_paths(file.schema_arrow):
+                return False
+            groups = map(file.metadata.row_group, range(file.metadata.num_row_groups))
+            return any(_nulls(group, f"{self._audio}.bytes") != 0 for group in groups)
+
+    def _has_paths(self, schema: pa.Schema) -> bool:
+        """Returns whether rows without bytes may have a path."""
+        return f"{self._audio}.path" in (name for name, _ in _flat(schema))
+
+    def _names(self, file: Any, path: str) -> dict[str, str]:
+        """Returns the field of each column that is one."""
+        return fields.field_names(self._columns, self._leaves(file.schema_arrow, path), f"{_WHAT} {path}")
+
     def _of_file(self, path: str) -> Iterator[Columns]:
         with _opened(path) as file:
-            names = fields.field_names(
-                self._columns, self._leaves(file.schema_arrow, path), f"{_WHAT} {path}"
-            )
+            names = self._names(file, path)
             first = 0
             for group in range(file.metadata.num_row_groups):
                 for table in self._tables(file, group, names):
@@ -137,7 +160,7 @@ class ParquetSource(ReferenceSource):
             return pa.nulls(count, pa.string())
         leaf = bytes_column(file.schema_arrow, self._audio)
         missing = _nulls(file.metadata.row_group(group), leaf)
-        if missing == 0 or leaf == self._audio:
+        if missing == 0 or not self._has_paths(file.schema_arrow):
             return pa.nulls(count, pa.string())
         wanted = [f"{self._audio}.path"] + ([] if missing == count else [leaf])
         column = file.read_row_group(group, columns=wanted, use_threads=False).column(0).combine_chunks()
@@ -155,7 +178,10 @@ class ParquetSource(ReferenceSource):
         )
 
     def _chunk(self, table: pa.Table, path: str, first: int, names: Mapping[str, str]) -> Columns:
-        columns = {field: _texts(table.column(name)) for name, field in names.items()}
+        columns = {
+            field: _texts(table.column(name), f"{_WHAT} {path}: column {name!r}")
+            for name, field in names.items()
+        }
         rows = range(first, first + len(table))
         stem = path.rpartition("/")[2].removesuffix(".parquet")
         if "id" not in columns:
@@ -188,10 +214,9 @@ def _opened(path: str) -> Iterator[Any]:
     """Opens a parquet file; a mistake in it is named."""
     with naming_mistakes(path, _WHAT), storage.open_binary(path) as source:
         try:
-            file = pq.ParquetFile(source)
-        except pa.ArrowInvalid as error:
+            yield pq.ParquetFile(source)
+        except (pa.ArrowException, UnicodeDecodeError) as error:
             raise UserError(f"{_WHAT} {path} cannot be read: {error}") from None
-        yield file
 
 
 def _flat(schema: pa.Schema) -> Iterator[tuple[str, pa.DataType]]:
@@ -218,8 +243,11 @@ def _is_field(kind: pa.DataType) -> bool:
     return any(test(kind) for test in tests)
 
 
-def _texts(column: pa.ChunkedArray) -> np.ndarray:
-    return column.cast(pa.string()).fill_null("").to_numpy(zero_copy_only=False)
+def _texts(column: pa.ChunkedArray, where: str) -> np.ndarray:
+    try:
+        return column.cast(pa.string()).fill_null("").to_numpy(zero_copy_only=False)
+    except (UnicodeDecodeError, pa.ArrowException) as error:
+        raise UserError(f"{where} is not UTF-8 text: {error}") from None
 
 
 def _nulls(group: Any, leaf: str) -> int | None:

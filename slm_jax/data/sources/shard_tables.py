@@ -47,7 +47,7 @@ def shard_columns(
     with ThreadPoolExecutor(THREADS, "slm-shards") as pool:
         try:
             for i, path in enumerate(shards):
-                waiting.append((i, pool.submit(_columns_of, path, what, settings, scan)))
+                waiting.append((i, pool.submit(columns_of, path, what, settings, scan)))
                 if len(waiting) > 2 * THREADS:
                     yield from _finished(*waiting.popleft())
             while waiting:
@@ -68,7 +68,8 @@ def stats_of(shards: Sequence[str], what: str) -> list[str]:
         return list(pool.map(stat_of, shards))
 
 
-def _columns_of(path: str, what: str, settings: Any, scan: Callable[[str], Columns]) -> Columns:
+def columns_of(path: str, what: str, settings: Any, scan: Callable[[str], Columns]) -> Columns:
+    """Returns the columns of one shard; arguments and errors are those of `shard_columns`."""
     key = json.dumps([what, settings, stats_of([path], what)])
     name = f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.arrow"
     file = default_cache_dir() / FOLDER / name

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import gzip
 import hashlib
@@ -55,7 +56,7 @@ def blocks(path: str, what: str = "manifest") -> Iterator[Block]:
     """Yields the lines of a file in runs of some megabytes.
 
     Args:
-      path: local or remote, in UTF-8; gzipped where it ends in `.gz`.
+      path: local or remote, in UTF-8, with a byte order mark or without; gzipped where it ends in `.gz`.
       what: the file is, for errors.
 
     Raises:
@@ -64,7 +65,12 @@ def blocks(path: str, what: str = "manifest") -> Iterator[Block]:
     number, offset, rest = 1, 0, b""
     with naming_mistakes(path, what), _open(path) as file:
         while data := file.read(_BLOCK):
-            data, feed, rest = (rest + data).rpartition(b"\n")
+            data = rest + data
+            # Spreadsheets begin UTF-8 with a mark, which is no part of the first field's name.
+            if not offset and data.startswith(codecs.BOM_UTF8):
+                offset = len(codecs.BOM_UTF8)
+                data = data[offset:]
+            data, feed, rest = data.rpartition(b"\n")
             if feed:
                 yield Block(number, _decoded(data, offset, path, what))
                 number += data.count(b"\n") + 1

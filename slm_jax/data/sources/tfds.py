@@ -11,17 +11,16 @@ from typing import Any
 import numpy as np
 
 from slm_jax.data import storage
-from slm_jax.data.audio_files import count_samples
 from slm_jax.data.references import SAMPLE_RATE
 from slm_jax.data.sources import fields
 from slm_jax.data.sources.base import Columns, ReferenceSource
 from slm_jax.data.sources.shard_tables import shard_columns, stats_of
 from slm_jax.data.sources.text_files import naming_mistakes
 from slm_jax.data.tfds_examples import AudioFeature, array_records, tf_records
-from slm_jax.errors import BadExample, UserError, nearest
+from slm_jax.errors import UserError, nearest
 
 _WHAT = "TFDS shard"
-_VERSION = 1
+_VERSION = 2
 
 
 class TfdsSource(ReferenceSource):
@@ -98,6 +97,7 @@ class TfdsSource(ReferenceSource):
             stem = files[shard].rpartition("/")[2]
             if "id" not in chunk or not chunk["id"].any():
                 chunk["id"] = np.array([f"{stem}-{number}" for number in numbers], object)
+            chunk["samples"] = fields.reread_samples(chunk, files[shard], _WHAT)
             chunk["audio"] = np.full(len(numbers), files[shard], object)
             yield fields.completed(chunk, self._language)
 
@@ -175,7 +175,7 @@ class TfdsSource(ReferenceSource):
         part = self._feature.part(place)
         numbers = _numbers(values[self._feature.name])
         if numbers is None:
-            samples = _header_samples(path, part)
+            samples = fields.samples_in_shard(path, part, _WHAT)
         else:
             samples = -(-numbers // self._feature.channels * SAMPLE_RATE // self._feature.rate)
         return record | {"part": part, "samples": min(samples, np.iinfo(np.int32).max)}
@@ -231,12 +231,3 @@ def _numbers(value: Any) -> int | None:
     """Returns how many numbers a feature holds; None where it holds bytes."""
     kind = value.WhichOneof("kind")
     return None if kind == "bytes_list" else len(getattr(value, kind).value) if kind else 0
-
-
-def _header_samples(path: str, part: str) -> int:
-    try:
-        return count_samples(path, part)
-    except BadExample as bad:
-        if bad.reason == "unreachable_file":
-            raise UserError(f"{_WHAT} {path} cannot be read: {bad.detail}") from None
-        return 0

@@ -11,24 +11,23 @@ from typing import Any
 import numpy as np
 
 from slm_jax.data import ranges
-from slm_jax.data.audio_files import count_samples
 from slm_jax.data.parts import byte_range
 from slm_jax.data.references import SAMPLE_RATE
 from slm_jax.data.sources import fields
 from slm_jax.data.sources.base import Columns, ReferenceSource, count_of
 from slm_jax.data.sources.patterns import Paths, files_of
 from slm_jax.data.sources.shard_tables import shard_columns, stats_of
-from slm_jax.data.sources.tar_index import Member, tar_members
+from slm_jax.data.sources.tar_index import BROKEN_OFF, Member, tar_members, warn_of_break
 from slm_jax.data.sources.text_files import naming_mistakes
 from slm_jax.data.storage import SharedFile
-from slm_jax.errors import BadExample, UserError, nearest
+from slm_jax.errors import UserError, nearest
 
 AUDIO = ("wav", "flac", "mp3", "ogg", "opus")
 
 # Suffix -> field, of members that are read as text without being asked for.
 _TEXTS = {"txt": "text", "cls": "cls"}
 _NAME = re.compile(r"^((?:.*/|)[^./]+)\.([^/]+)$")
-_VERSION = 1
+_VERSION = 2
 
 
 class WebDatasetSource(ReferenceSource):
@@ -37,7 +36,8 @@ class WebDatasetSource(ReferenceSource):
     Members that stand together and have one name up to the first dot are one example: its audio
     (`.wav`, `.flac`, `.mp3`, `.ogg`, `.opus`), its text (`.txt`), its label (`.cls`), and a `.json` whose
     fields are fields of the reference. Example ids are `<shard>/<name>`. One pass over the headers and texts
-    of a shard is kept in the cache folder; lengths are the fields `duration` (seconds), `duration_ms` or
+    of a shard is kept in the cache folder. An example that a shard breaks off in is rejected as
+    `truncated_part`. Lengths are the fields `duration` (seconds), `duration_ms` or
     `duration_samples`, or else those of the audio's headers.
 
     Args:
@@ -87,14 +87,17 @@ class WebDatasetSource(ReferenceSource):
         settings = [_VERSION, self._columns, self._audio, self._rate]
         for shard, _, columns in shard_columns(shards, "tar shard", settings, self._scan):
             path = shards[shard]
+            warn_of_break(path, columns.pop(BROKEN_OFF)[-1])
             name = path.rpartition("/")[2].removesuffix(".tar")
             chunk = columns | {"audio": np.where(columns["part"] == "", "", path).astype(object)}
+            chunk["samples"] = fields.reread_samples(chunk, path, "tar shard")
             chunk["id"] = np.array([f"{name}/{key}" for key in columns["id"]], object)
             yield fields.completed(chunk, self._language)
 
     def _scan(self, path: str) -> Columns:
         found: set[str] = set()
-        groups = itertools.groupby(_named(tar_members(path)), key=lambda named: named[0])
+        listed = tar_members(path)
+        groups = itertools.groupby(_named(listed.files), key=lambda named: named[0])
         members = [{suffix: member for _, suffix, member in group} | {"": key} for key, group in groups]
         with naming_mistakes(path, "tar shard"):
             file = ranges.shared_file(path)
@@ -113,23 +116,27 @@ class WebDatasetSource(ReferenceSource):
         samples = np.zeros(len(records), np.int32) if written is None else written
         for i in np.flatnonzero((samples == 0) & (columns["part"] != "")):
             if not any(records[i].get(name) for name in fields.DURATION_FIELDS):
-                samples[i] = _header_samples(path, columns["part"][i])
-        return columns | {"samples": samples}
+                samples[i] = fields.samples_in_shard(path, columns["part"][i], "tar shard")
+        broken_off = np.array([""] * (len(records) - 1) + [listed.broken_off], object)
+        return columns | {"samples": samples, BROKEN_OFF: broken_off}
 
     def _record(
         self, file: SharedFile, group: dict[str, Any], path: str, found: set[str]
     ) -> dict[str, str | int]:
         key = group.pop("")
         record: dict[str, str | int] = {}
-        if "json" in group:
-            for name, value in _object(file, group.pop("json"), path).items():
+        found.update(group.keys() - {"json"})
+        audio = next((group[suffix] for suffix in self._audio if suffix in group), None)
+        read = {name: group[name] for name in group if name == "json" or name in self._columns | _TEXTS}
+        whole = {name: member for name, member in read.items() if _is_whole(file, member)}
+        if "json" in whole:
+            for name, value in _object(file, whole.pop("json"), path).items():
                 found.add(name)
                 record[self._columns.get(name, name)] = value
-        for suffix, member in group.items():
-            found.add(suffix)
-            if suffix in self._columns or suffix in _TEXTS:
-                record[self._columns.get(suffix, _TEXTS.get(suffix, suffix))] = _text(file, member, path)
-        audio = next((group[suffix] for suffix in self._audio if suffix in group), None)
+        for suffix, member in whole.items():
+            record[self._columns.get(suffix, _TEXTS.get(suffix, suffix))] = _text(file, member, path)
+        if not all(_is_whole(file, member) for member in (*read.values(), *filter(None, [audio]))):
+            record["reject"] = "truncated_part"
         part = byte_range(audio.offset, audio.length) if audio is not None else ""
         return record | {"id": key, "part": part}
 
@@ -139,6 +146,10 @@ def _named(members: Sequence[Member]) -> Iterator[tuple[str, str, Member]]:
     for member in members:
         if found := _NAME.match(member.name.removeprefix("./")):
             yield found[1], found[2].lower(), member
+
+
+def _is_whole(file: SharedFile, member: Member) -> bool:
+    return member.offset + member.length <= file.size
 
 
 def _text(file: SharedFile, member: Member, path: str) -> str:
@@ -156,14 +167,6 @@ def _object(file: SharedFile, member: Member, path: str) -> dict[str, str]:
         raise UserError(f"{path}, member {member.name} is not JSON ({error})") from None
     if not isinstance(value, dict):
         raise UserError(f"{path}, member {member.name}: found {type(value).__name__}, expected an object")
+    fields.check_unicode(value, f"{path}, member {member.name}")
     own = {"id", "part", "audio", "samples"}
     return {name: fields.text_of(item) for name, item in value.items() if name not in own}
-
-
-def _header_samples(path: str, part: str) -> int:
-    try:
-        return min(count_samples(path, part), np.iinfo(np.int32).max)
-    except BadExample as bad:
-        if bad.reason == "unreachable_file":
-            raise UserError(f"tar shard {path} cannot be read: {bad.detail}") from None
-        return 0

@@ -1,7 +1,8 @@
 """Real audio, and the way from a source through the index to samples."""
 
+import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,7 +15,8 @@ from slm_jax.data import preprocessors
 from slm_jax.data.audio_files import load_audio, load_utterance
 from slm_jax.data.index import build_index
 from slm_jax.data.references import Reference
-from slm_jax.data.sources import ReferenceSource
+from slm_jax.data.sources import ReferenceSource, fields
+from slm_jax.errors import BadExample
 
 FORMATS = {"wav": {}, "flac": {}, "ogg": {}, "mp3": {}, "opus": {"format": "OGG", "subtype": "OPUS"}}
 
@@ -52,6 +54,22 @@ def clips(tmp_path: Path, rng: np.random.Generator) -> list[Clip]:
         soundfile.write(path, wave, rate, **options)
         found.append(Clip(path.stem, path, f"said in {path.name} ü", rate, soundfile.info(path).duration))
     return found
+
+
+@pytest.fixture
+def unreadable(monkeypatch: pytest.MonkeyPatch) -> Callable[[], contextlib.AbstractContextManager[None]]:
+    """A stretch of time in which no header inside a shard can be read."""
+
+    def fail(path: str, part: str) -> int:
+        raise BadExample("unreadable_audio", f"{path}: too many open files")
+
+    @contextlib.contextmanager
+    def stretch() -> Iterator[None]:
+        with monkeypatch.context() as patch:
+            patch.setattr(fields, "count_samples", fail)
+            yield
+
+    return stretch
 
 
 Loaded = dict[str, tuple[Reference, np.ndarray]]

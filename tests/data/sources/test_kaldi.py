@@ -48,6 +48,30 @@ def test_durations_that_are_written(tmp_path: Path, clips, check_audio, file: st
     check_audio(KaldiSource({"train": folder}), {clip.name: clip.samples for clip in clips})
 
 
+@pytest.mark.parametrize(
+    "files",
+    [
+        {},
+        {"utt2dur": ["a 0.1"]},
+        {"reco2dur": ["a 0.1"]},
+        {"segments": ["a a 0 0.1", "b b 0.05 -1"], "utt2dur": ["a 0.1", "b 0.1"]},
+    ],
+)
+def test_the_fingerprint_sees_what_headers_say(tmp_path: Path, files: dict[str, list[str]]):
+    source = KaldiSource({"train": write(tmp_path, wav_scp=["a a.wav", "b b.wav"], **files)})
+    before = source.content_fingerprint("train")
+    for samples in (1_600, 3_200):
+        soundfile.write(tmp_path / "b.wav", np.zeros(samples, np.int16), 16_000)
+        assert before != (before := source.content_fingerprint("train"))
+    assert before == source.content_fingerprint("train")
+
+
+def test_the_fingerprint_of_lengths_that_are_written_reads_no_header(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(durations, "count_samples", None)
+    directory = write(tmp_path, wav_scp=["a a.wav"], segments=["a a 0 0.1"])
+    KaldiSource({"train": directory}).content_fingerprint("train")
+
+
 def test_segments_are_stretches(tmp_path: Path, rng: np.random.Generator, load_all):
     waves = {name: rng.integers(-9_000, 9_000, 64_000).astype(np.int16) for name in ("r1", "r2")}
     for name, wave in waves.items():

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import soundfile
 
-from slm_jax.data.sources import NemoSource
+from slm_jax.data.sources import NemoSource, nemo
+from slm_jax.data.sources.tar_index import tar_members
 from slm_jax.errors import UserError
 
 
@@ -94,6 +95,28 @@ def test_a_tarred_dataset(tmp_path: Path, clips, check_audio, load_all):
         np.testing.assert_array_equal(found, samples[: len(found)])
 
 
+def test_an_archive_is_passed_over_once(tmp_path: Path, clips, rng, monkeypatch, caplog):
+    tarred(tmp_path / "tarred", clips, 5)
+    lines = (tmp_path / "tarred" / "tarred_audio_manifest.json").read_text().splitlines()
+    manifest, scanned = tmp_path / "shuffled.json", []
+    monkeypatch.setattr(nemo, "tar_members", lambda path: (scanned.append(path), tar_members(path))[1])
+    source = NemoSource({"train": manifest}, tars={"train": tmp_path / "tarred"})
+    places = set()
+    for _ in range(3):
+        manifest.write_text("\n".join(rng.permutation(lines).tolist()))
+        columns = source.columns("train")
+        places.add(frozenset(zip(columns["audio"], columns["part"], strict=True)))
+    archives = sorted(map(str, (tmp_path / "tarred").glob("*.tar")))
+    assert (sorted(scanned), len(places)) == (archives, 1)
+    path = Path(archives[0])
+    path.write_bytes(path.read_bytes().rstrip(b"\0")[:-1])
+    for _ in range(2):
+        caplog.clear()
+        source.columns("train")
+        assert f"{path} breaks off after" in caplog.text
+    assert scanned[5:] == [str(path)]
+
+
 def test_a_member_of_several_lines(tmp_path: Path, clips, load_all):
     flac = next(clip for clip in clips if clip.path.suffix == ".flac")
     tarred(tmp_path / "tarred", [flac], 1)
@@ -119,6 +142,14 @@ def test_a_member_of_several_lines(tmp_path: Path, clips, load_all):
             "'audio_filepath' is missing; did you mean 'audio_file_path'?",
         ),
         ('{"audio_filepath": "a", "duration": 1, "id": ""}', "field 'id' is empty"),
+        (
+            '{"audio_filepath": "a", "duration": 1, "text": "a\\ud83d"}',
+            "m.json, line 1: half a surrogate pair stands in it, expected Unicode text",
+        ),
+        (
+            '{"audio_filepath": "a", "duration": 1, "note": {"\\udc00": 1}}',
+            "m.json, line 1: half a surrogate pair stands in it, expected Unicode text",
+        ),
         ("", "hold no references"),
     ],
 )
@@ -141,6 +172,9 @@ def test_archives_out_of_step(tmp_path: Path, clips):
     write(tmp_path / "one.json", [entry_of(clips[0], shard_id=5)])
     with pytest.raises(UserError, match="'shard_id' is 5; choose from 0, 1"):
         NemoSource({"train": tmp_path / "one.json"}, tars=tars).columns("train")
+    write(tmp_path / "list.json", [entry_of(clips[0], shard_id=[1])])
+    with pytest.raises(UserError, match=r"'shard_id' is \[1\]; choose from 0, 1"):
+        NemoSource({"train": tmp_path / "list.json"}, tars=tars).columns("train")
     with pytest.raises(UserError, match="tars name split 'test'"):
         NemoSource({"train": tmp_path / "one.json"}, tars={"test": tmp_path})
     (tmp_path / "tarred" / "audio_0.tar").write_bytes(b"x" * 2_000)

@@ -14,7 +14,7 @@ from slm_jax.data import durations
 from slm_jax.data.audio_files import load_audio
 from slm_jax.data.host_tensorflow import tf
 from slm_jax.data.sources import ParquetSource
-from slm_jax.errors import UserError
+from slm_jax.errors import BadExample, UserError
 
 
 def table_of(clips: list[Any], **more: list[Any]) -> pa.Table:
@@ -78,6 +78,16 @@ def test_paths_in_place_of_bytes(tmp_path: Path, clips, check_audio):
     assert [bool(part) for part in columns["part"]] == [i == 3 for i in range(10)]
 
 
+def test_a_struct_of_bytes_alone(tmp_path: Path, clips):
+    rows = [{"bytes": clip.path.read_bytes()} for clip in clips[:2]] + [{"bytes": None}]
+    pq.write_table(pa.table({"audio": rows}), tmp_path / "a.parquet")
+    columns = ParquetSource({"train": tmp_path / "a.parquet"}).columns("train")
+    assert columns["samples"][:2].all() and not columns["samples"][2]
+    np.testing.assert_array_equal(load_audio(columns["audio"][1], part=columns["part"][1]), clips[1].samples)
+    with pytest.raises(BadExample, match="missing_part"):
+        load_audio(columns["audio"][2], part=columns["part"][2])
+
+
 def test_a_column_of_plain_bytes_in_a_bucket(clips, check_audio):
     rows = [clip.path.read_bytes() for clip in clips]
     buffer = io.BytesIO()
@@ -109,17 +119,41 @@ def test_the_fingerprint_follows_the_files(tmp_path: Path, clips):
     np.testing.assert_array_equal(load_audio(tmp_path / "a.parquet", part=part), clips[4].samples)
 
 
+def test_the_fingerprint_sees_what_headers_of_other_files_say(tmp_path: Path, clips):
+    rows = [{"bytes": None, "path": f"clips/{clip.path.name}"} for clip in clips]
+    rows[3]["bytes"] = clips[3].path.read_bytes()
+    lengths = [clip.seconds for clip in clips]
+    pq.write_table(pa.table({"audio": rows, "length": lengths}), tmp_path / "a.parquet", row_group_size=3)
+    source = ParquetSource({"train": tmp_path / "a.parquet"})
+    written = ParquetSource({"train": tmp_path / "a.parquet"}, columns={"length": "duration"})
+    before, fixed = source.content_fingerprint("train"), written.content_fingerprint("train")
+    assert before == source.content_fingerprint("train")
+    clips[0].path.unlink()
+    assert before != source.content_fingerprint("train")
+    assert fixed == written.content_fingerprint("train")
+
+
+def test_the_fingerprint_of_audio_inside_reads_no_header(tmp_path: Path, clips, monkeypatch):
+    pq.write_table(table_of(clips), tmp_path / "a.parquet")
+    monkeypatch.setattr(durations, "count_samples", None)
+    ParquetSource({"train": tmp_path / "a.parquet"}).content_fingerprint("train")
+
+
 def test_mistakes(tmp_path: Path, clips):
     pq.write_table(table_of(clips), tmp_path / "a.parquet")
     pq.write_table(table_of(clips)[:0], tmp_path / "empty.parquet")
     (tmp_path / "bad.parquet").write_bytes(b"PAR1 this is none PAR1")
     (tmp_path / "folder").mkdir()
+    offsets, letters = pa.py_buffer(np.array([0, 2, 4], np.int32)), pa.py_buffer(b"ab\xff\xfe")
+    broken = pa.StringArray.from_buffers(2, offsets, letters)
+    pq.write_table(table_of(clips[:2], note=broken), tmp_path / "latin.parquet")
     for options, sentence in (
         ({"files": "b.parquet"}, "b.parquet does not exist; did you mean"),
         ({"files": "bad.parquet"}, "parquet file .*bad.parquet cannot be read"),
         ({"files": "empty.parquet"}, "hold no rows"),
         ({"files": "folder"}, r"folder .*folder holds no parquet file \(\*.parquet\)"),
         ({"files": "c*.parquet"}, r"no parquet file matches .*c\*.parquet"),
+        ({"files": "latin.parquet"}, "latin.parquet: column 'note' is not UTF-8 text"),
         ({"audio": "adio"}, "has no column 'adio' of audio; did you mean 'audio'"),
         ({"audio": "sentence"}, "has no column 'sentence' of audio"),
         ({"columns": {"sentense": "text"}}, "has no column 'sentense'; did you mean 'sentence'"),

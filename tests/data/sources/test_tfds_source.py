@@ -9,7 +9,9 @@ import pytest
 import soxr
 import tensorflow_datasets
 
+from slm_jax.data import storage, tfds_examples
 from slm_jax.data.audio_files import decode, load_utterance
+from slm_jax.data.host_tensorflow import tf
 from slm_jax.data.references import SPEECH, Reference
 from slm_jax.data.sources import TfdsSource, shard_tables
 from slm_jax.data.sources import tfds as tfds_source
@@ -153,11 +155,14 @@ def test_samples_are_those_that_tfds_reads(tmp_path: Path, rng, name: str, file_
 
 
 @pytest.mark.filterwarnings("ignore:Using lazy encoding")
-def test_audio_that_tfds_keeps_as_files(tmp_path: Path, clips, check_audio, monkeypatch):
+def test_audio_that_tfds_keeps_as_files(tmp_path: Path, clips, check_audio, unreadable, monkeypatch):
     audio = AUDIO(lazy_decode=True, sample_rate=16_000)
     monkeypatch.setitem(FEATURES, "files", ("audio", 0, "text", {"audio": audio, "text": np.str_}))
     folder = prepare(tmp_path / "tfds", "files", [str(clip.path) for clip in clips], "tfrecord")
     source = TfdsSource(folder)
+    # What cannot be read now may be at the next look.
+    with unreadable():
+        assert not source.columns("train")["samples"].any()
     order = [int(text.removeprefix("said ")) for text in source.columns("train")["text"]]
     ids = source.columns("train")["id"]
     check_audio(source, {id_: clips[i].samples for id_, i in zip(ids, order, strict=True)})
@@ -229,6 +234,18 @@ def test_records_that_cannot_be_read_have_a_reason(tmp_path: Path, rng, file_for
     assert error.value.reason in ("damaged_container", "missing_part")
     with pytest.raises(UserError, match=r"TFDS shard .* is damaged"):
         TfdsSource(folder, columns={"transcription": "text"}).columns("train")
+
+
+def test_the_size_of_a_file_is_asked_for_once(tmp_path: Path, monkeypatch):
+    path = str(tmp_path / "a.tfrecord")
+    with tf.io.TFRecordWriter(path) as writer:
+        for i in range(50):
+            writer.write(bytes(i))
+    asked: list[str] = []
+    stat = storage.stat
+    monkeypatch.setattr(storage, "stat", lambda path: (asked.append(path), stat(path))[1])
+    assert [data for _, data in tfds_examples.tf_records(path)] == [bytes(i) for i in range(50)]
+    assert asked == [path]
 
 
 def test_a_shard_that_breaks_off(tmp_path: Path, rng):

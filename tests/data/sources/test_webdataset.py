@@ -13,9 +13,12 @@ import pytest
 
 from slm_jax.data.audio_files import count_samples, load_utterance
 from slm_jax.data.host_tensorflow import tf
+from slm_jax.data.index import build_index
+from slm_jax.data.prepare import prepare
 from slm_jax.data.references import SPEECH, Reference
 from slm_jax.data.sources import WebDatasetSource, shard_tables, webdataset
 from slm_jax.errors import BadExample, UserError
+from slm_jax.tasks.asr import register_asr
 
 
 def tar_of(members: dict[str, bytes], **options: Any) -> bytes:
@@ -26,6 +29,11 @@ def tar_of(members: dict[str, bytes], **options: Any) -> bytes:
             info.size = len(data)
             archive.addfile(info, io.BytesIO(data))
     return buffer.getvalue()
+
+
+def in_order(function: Any, jobs: Any) -> None:
+    for job in jobs:
+        function(job)
 
 
 def members_of(clips: list[Any]) -> dict[str, bytes]:
@@ -102,6 +110,13 @@ def test_a_shard_is_passed_over_once(tmp_path: Path, shards, monkeypatch: pytest
     assert scanned == [str(path)]
 
 
+def test_a_header_that_could_not_be_read_is_read_again(tmp_path: Path, clips, shards, unreadable):
+    source = WebDatasetSource({"train": tmp_path / "shard-*.tar"})
+    with unreadable():
+        assert not source.columns("train")["samples"].any()
+    assert source.columns("train")["samples"].tolist() == [count_samples(clip.path) for clip in clips]
+
+
 def test_fields_and_durations_from_json(tmp_path: Path, clips):
     clip = clips[0]
     members = {
@@ -136,6 +151,45 @@ def test_a_shard_that_breaks_off_has_examples_up_to_there(tmp_path: Path, clips,
     assert error.value.reason == "truncated_part"
 
 
+@pytest.mark.parametrize("suffix", ["txt", "json", "npy"])
+def test_a_shard_that_breaks_off_in_a_text(tmp_path: Path, clips, caplog, suffix: str, vocabulary_path):
+    data = tar_of(members_of(clips))
+    with tarfile.open(fileobj=io.BytesIO(data)) as archive:
+        cut = archive.getmember(f"./some.dir/{clips[7].name}.{suffix}")
+    (tmp_path / "a.tar").write_bytes(data[: cut.offset_data + 1])
+    source = WebDatasetSource({"train": tmp_path / "a.tar"}, language="en")
+    for _ in range(2):
+        caplog.clear()
+        columns = source.columns("train")
+        assert f"a.tar breaks off after {cut.name}" in caplog.text
+        assert columns["id"].tolist() == [f"a/some.dir/{clip.name}" for clip in clips[:8]]
+        assert not any(name.startswith("@") for name in columns)
+    # What is cut and is not read does no harm.
+    reasons = {} if suffix == "npy" else {"truncated_part": 1}
+    register_asr("t", source=source, vocabulary=vocabulary_path, templates=("{speech}",))
+    lengths = {"speech": 99_999, "inputs": 40, "targets": 400}
+    assert build_index("t", "train", lengths, tmp_path / "index").report.rejected == reasons
+    entry = prepare(source, "train", tmp_path / "to", in_order, max_bad_share=1)
+    assert (entry.records, entry.rejected) == (8 - len(reasons), reasons)
+
+
+def test_names_that_are_not_utf8(tmp_path: Path):
+    members = {f"a{letter}.txt": b"x" for letter in ("\udcfe", "\udcff")}
+    data = tar_of(members, format=tarfile.GNU_FORMAT, errors="surrogateescape")
+    (tmp_path / "a.tar").write_bytes(data)
+    source = WebDatasetSource({"train": tmp_path / "a.tar"})
+    assert [source.columns("train")["id"].tolist() for _ in range(2)] == [[r"a/a\xfe", r"a/a\xff"]] * 2
+
+
+def test_a_text_alone_that_is_cut(tmp_path: Path):
+    data = tar_of({"a.txt": b"whole", "b.txt": "ü".encode() * 600})
+    (tmp_path / "a.tar").write_bytes(data[: 512 * 3 + 101])
+    source = WebDatasetSource({"train": tmp_path / "a.tar"})
+    assert source.columns("train")["reject"].tolist() == ["", "truncated_part"]
+    entry = prepare(source, "train", tmp_path / "to", in_order, max_bad_share=1)
+    assert (entry.records, entry.rejected) == (1, {"truncated_part": 1})
+
+
 def test_mistakes(tmp_path: Path, clips):
     good = members_of(clips)
     (tmp_path / "a.tar").write_bytes(tar_of(good))
@@ -144,6 +198,7 @@ def test_mistakes(tmp_path: Path, clips):
     (tmp_path / "bare.tar").write_bytes(tar_of({"README": b"x"}))
     (tmp_path / "json.tar").write_bytes(tar_of({"a.json": b"[1]"}))
     (tmp_path / "text.tar").write_bytes(tar_of({"a.txt": b"\xff"}))
+    (tmp_path / "half.tar").write_bytes(tar_of({"a.json": b'{"text": "a\\ud83d"}'}))
     (tmp_path / "word.tar").write_bytes(tar_of({"a.json": b'{"duration": "long"}'}))
     for name, columns, sentence in (
         ("b.tar", {}, "tar shard .*b.tar does not exist; did you mean"),
@@ -152,6 +207,7 @@ def test_mistakes(tmp_path: Path, clips):
         ("bare.tar", {}, "tar shard .*bare.tar holds no examples"),
         ("json.tar", {}, "json.tar, member a.json: found list, expected an object"),
         ("text.tar", {}, "text.tar, member a.txt is not UTF-8 text"),
+        ("half.tar", {}, "half.tar, member a.json: half a surrogate pair stands in it, expected Unicode"),
         ("word.tar", {}, "word.tar, example a: field 'duration' is 'long', expected a number"),
         ("a.tar", {"speeker": "text"}, "has no suffix or field 'speeker'; did you mean 'speaker'"),
     ):

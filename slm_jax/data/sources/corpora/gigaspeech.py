@@ -64,7 +64,7 @@ class GigaSpeechSource(CorpusSource):
         for number, audio in enumerate(_audios(path)):
             try:
                 yield from self._segments(audio, part)
-            except (KeyError, TypeError, AttributeError) as error:
+            except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
                 raise UserError(
                     f"GigaSpeech: {path}: audio {number} is not as published ({error!r})"
                 ) from None
