@@ -48,7 +48,7 @@ class StopRequests:
 def stop_requests() -> Iterator[StopRequests]:
     """Watches for SIGTERM and SIGINT; gives what says after a step whether to stop there.
 
-    A second SIGINT is Python's KeyboardInterrupt. With several processes all of them stop after the same step,
+    A second SIGINT is Python's KeyboardInterrupt. Several processes stop after the same step, all of them,
     as JAX's preemption service agrees on it at a SIGTERM.
     """
     if jax.process_count() > 1:
