@@ -175,6 +175,12 @@ def add_task(
     if (source is None) == (manifests is None):
         raise UserError(f"task {name!r}: give either `manifests` or `source`")
     source = ManifestSource(manifests or {}) if source is None else source
+    if not isinstance(source, seqio.DataSource):
+        raise UserError(f"task {name!r}: source is {source!r}, expected one of slm_jax.data.sources")
+    if not isinstance(vocabulary, str | Path | seqio.Vocabulary):
+        raise UserError(
+            f"task {name!r}: vocabulary is {vocabulary!r}, expected the path of a SentencePiece model"
+        )
     if not isinstance(vocabulary, seqio.Vocabulary) and "://" not in str(vocabulary):
         vocabulary = Path(vocabulary).absolute()
     definition = (

@@ -94,41 +94,36 @@ def run_on_beam(
         chosen = {**direct, **chosen}
     try:
         with contextlib.ExitStack() as stack:
+            step = beam.Map(function)
             if runner == "DirectRunner":
-                function = stack.enter_context(_noting_errors(function))
+                step = beam.Map(_note_errors, function, stack.enter_context(_notes_folder()))
             stack.enter_context(_quiet())
             with beam.Pipeline(options=PipelineOptions.from_dictionary(chosen)) as pipeline:
-                _ = pipeline | beam.Create(jobs) | beam.Reshuffle() | beam.Map(function)
+                _ = pipeline | beam.Create(jobs) | beam.Reshuffle() | step
     except Exception as error:
         logger.info("the pipeline failed", exc_info=True)
         raise UserError(_sentence(error, runner)) from error
 
 
-class _Noting:
-    """A function that notes what it raises in a folder of this machine, and then does nothing more.
+def _note_errors(job: Any, function: Callable[[Any], object], folder: str) -> None:
+    """Applies a function; notes what it raises in a folder of this machine, and then does nothing more.
 
     Workers of Beam print the tracebacks of what is raised in them, whatever is logged.
     """
-
-    def __init__(self, function: Callable[[Any], object], folder: str):
-        self._function, self._folder = function, Path(folder)
-        # Beam names steps so.
-        self.__name__ = getattr(function, "__name__", type(self).__name__)
-
-    def __call__(self, job: Any) -> None:
-        if any(self._folder.iterdir()):
-            return
-        try:
-            self._function(job)
-        except Exception:
-            (self._folder / uuid.uuid4().hex).write_text(traceback.format_exc(), "utf-8")
+    notes = Path(folder)
+    if any(notes.iterdir()):
+        return
+    try:
+        function(job)
+    except Exception:
+        (notes / uuid.uuid4().hex).write_text(traceback.format_exc(), "utf-8")
 
 
 @contextlib.contextmanager
-def _noting_errors(function: Callable[[Any], object]) -> Iterator[Callable[[Any], object]]:
-    """Yields a function for workers on this machine; raises RuntimeError with the first error of a job."""
+def _notes_folder() -> Iterator[str]:
+    """Yields a folder for workers on this machine; raises RuntimeError with the first error noted there."""
     with tempfile.TemporaryDirectory(prefix="slm-jobs-") as folder:
-        yield _Noting(function, folder)
+        yield folder
         for path in Path(folder).iterdir():
             raise RuntimeError(path.read_text("utf-8"))
 

@@ -12,9 +12,29 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from slm_jax.data import sources
 from slm_jax.data.host_tensorflow import tf
 from slm_jax.data.sources import ManifestSource, NemoSource, TableSource, text_files
 from slm_jax.errors import UserError
+
+
+@pytest.mark.parametrize(
+    ("kind", "argument"),
+    [
+        (sources.ManifestSource, "manifests"),
+        (sources.TableSource, "tables"),
+        (sources.KaldiSource, "directories"),
+        (sources.NemoSource, "manifests"),
+        (sources.ParquetSource, "files"),
+        (sources.WebDatasetSource, "shards"),
+    ],
+)
+@pytest.mark.parametrize("given", ["data/train.jsonl", {}, None, 3, ["a"]])
+def test_what_is_no_mapping_of_splits_is_one_sentence(kind, argument, given):
+    with pytest.raises(
+        UserError, match=rf"{kind.__name__}.{argument} is .*expected splits and what each has"
+    ):
+        kind(given)
 
 
 def test_fields_of_a_manifest(write_manifest):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -109,6 +110,22 @@ class ReferenceSource(seqio.DataSource, abc.ABC):
             count = int(dataset.cardinality())
             dataset = dataset.shuffle(count, seed=seed, reshuffle_each_iteration=False)
         return dataset
+
+
+def by_split(given: Any, what: str) -> dict[str, Any]:
+    """Returns what a source was given for each split.
+
+    Args:
+      given: split -> anything.
+      what: the argument, such as `ManifestSource.manifests`, for errors.
+
+    Raises:
+      UserError: it is no mapping, or an empty one.
+    """
+    if not isinstance(given, Mapping) or not given:
+        instead = repr(str(given)) if isinstance(given, str | os.PathLike) else "..."
+        raise UserError(f"{what} is {given!r}, expected splits and what each has, as {{'train': {instead}}}")
+    return dict(given)
 
 
 def count_of(columns: Mapping[str, np.ndarray]) -> int:

@@ -10,7 +10,7 @@ from typing import Any
 from slm_jax.data import storage
 from slm_jax.data.parts import seconds
 from slm_jax.data.sources import fields, text_files
-from slm_jax.data.sources.base import CHUNK, Columns, ReferenceSource
+from slm_jax.data.sources.base import CHUNK, Columns, ReferenceSource, by_split
 from slm_jax.errors import UserError
 
 # File -> field of its values.
@@ -39,7 +39,10 @@ class KaldiSource(ReferenceSource):
         audio_folder: str | os.PathLike[str] | None = None,
         language: str = "",
     ):
-        self._directories = {split: storage.absolute(path) for split, path in directories.items()}
+        self._directories = {
+            split: storage.absolute(path)
+            for split, path in by_split(directories, "KaldiSource.directories").items()
+        }
         self._folder = None if audio_folder is None else storage.absolute(audio_folder)
         self._language = language
         self._counts: dict[str, int] = {}

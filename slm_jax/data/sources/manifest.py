@@ -16,7 +16,7 @@ from pyarrow import json as pa_json
 
 from slm_jax.data import storage
 from slm_jax.data.sources import text_files
-from slm_jax.data.sources.base import CHUNK, TEXT_FIELDS, Columns, ReferenceSource
+from slm_jax.data.sources.base import CHUNK, TEXT_FIELDS, Columns, ReferenceSource, by_split
 from slm_jax.data.sources.fields import check_unicode, samples_of_seconds
 from slm_jax.errors import UserError
 
@@ -42,7 +42,10 @@ class ManifestSource(ReferenceSource):
     """
 
     def __init__(self, manifests: Mapping[str, str | os.PathLike[str]]):
-        self._manifests = {split: storage.absolute(path) for split, path in manifests.items()}
+        self._manifests = {
+            split: storage.absolute(path)
+            for split, path in by_split(manifests, "ManifestSource.manifests").items()
+        }
         self._counts: dict[str, int] = {}
         super().__init__(tuple(self._manifests))
 

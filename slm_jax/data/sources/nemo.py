@@ -15,7 +15,7 @@ import numpy as np
 from slm_jax.data import storage
 from slm_jax.data.parts import byte_range, seconds
 from slm_jax.data.sources import fields, text_files
-from slm_jax.data.sources.base import CHUNK, Columns, ReferenceSource
+from slm_jax.data.sources.base import CHUNK, Columns, ReferenceSource, by_split
 from slm_jax.data.sources.patterns import Paths, files_of
 from slm_jax.data.sources.shard_tables import columns_of
 from slm_jax.data.sources.tar_index import BROKEN_OFF, Member, tar_members, warn_of_break
@@ -48,8 +48,11 @@ class NemoSource(ReferenceSource):
     def __init__(
         self, manifests: Mapping[str, Paths], *, tars: Mapping[str, Paths] | None = None, language: str = ""
     ):
-        self._given = {split: _plain(paths) for split, paths in manifests.items()}
-        self._tars = {split: _plain(paths) for split, paths in (tars or {}).items()}
+        self._given = {
+            split: _plain(paths) for split, paths in by_split(manifests, "NemoSource.manifests").items()
+        }
+        given_tars = {} if tars is None else by_split(tars, "NemoSource.tars")
+        self._tars = {split: _plain(paths) for split, paths in given_tars.items()}
         for split in self._tars:
             if split not in self._given:
                 raise UserError(f"tars name split {split!r}{nearest(split, self._given)}")

@@ -17,7 +17,7 @@ from slm_jax.data.containers import bytes_column
 from slm_jax.data.parts import parquet_row
 from slm_jax.data.references import SAMPLE_RATE
 from slm_jax.data.sources import fields
-from slm_jax.data.sources.base import CHUNK, Columns, ReferenceSource
+from slm_jax.data.sources.base import CHUNK, Columns, ReferenceSource, by_split
 from slm_jax.data.sources.patterns import Paths, files_of
 from slm_jax.data.sources.shard_tables import stats_of
 from slm_jax.data.sources.text_files import naming_mistakes
@@ -55,7 +55,10 @@ class ParquetSource(ReferenceSource):
         language: str = "",
         sample_rate: int = SAMPLE_RATE,
     ):
-        self._files = {split: files_of(paths, ".parquet", _WHAT) for split, paths in files.items()}
+        self._files = {
+            split: files_of(paths, ".parquet", _WHAT)
+            for split, paths in by_split(files, "ParquetSource.files").items()
+        }
         self._audio, self._columns = audio, dict(columns or {})
         self._language, self._rate = language, sample_rate
         super().__init__(tuple(self._files))

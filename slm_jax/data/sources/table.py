@@ -13,7 +13,7 @@ from slm_jax.data import storage
 from slm_jax.data.parts import seconds
 from slm_jax.data.references import SAMPLE_RATE
 from slm_jax.data.sources import fields, text_files
-from slm_jax.data.sources.base import CHUNK, Columns, ReferenceSource
+from slm_jax.data.sources.base import CHUNK, Columns, ReferenceSource, by_split
 from slm_jax.errors import UserError
 
 
@@ -48,7 +48,9 @@ class TableSource(ReferenceSource):
         quoted: bool | None = None,
         sample_rate: int = SAMPLE_RATE,
     ):
-        self._tables = {split: storage.absolute(path) for split, path in tables.items()}
+        self._tables = {
+            split: storage.absolute(path) for split, path in by_split(tables, "TableSource.tables").items()
+        }
         self._columns = dict(columns or {})
         self._folder = None if audio_folder is None else storage.absolute(audio_folder)
         self._suffix, self._language = audio_suffix, language

@@ -14,7 +14,7 @@ from slm_jax.data import ranges
 from slm_jax.data.parts import byte_range
 from slm_jax.data.references import SAMPLE_RATE
 from slm_jax.data.sources import fields
-from slm_jax.data.sources.base import Columns, ReferenceSource, count_of
+from slm_jax.data.sources.base import Columns, ReferenceSource, by_split, count_of
 from slm_jax.data.sources.patterns import Paths, files_of
 from slm_jax.data.sources.shard_tables import shard_columns, stats_of
 from slm_jax.data.sources.tar_index import BROKEN_OFF, Member, tar_members, warn_of_break
@@ -58,7 +58,10 @@ class WebDatasetSource(ReferenceSource):
         language: str = "",
         sample_rate: int = SAMPLE_RATE,
     ):
-        self._shards = {split: files_of(paths, ".tar", "tar shard") for split, paths in shards.items()}
+        self._shards = {
+            split: files_of(paths, ".tar", "tar shard")
+            for split, paths in by_split(shards, "WebDatasetSource.shards").items()
+        }
         self._columns = dict(columns or {})
         self._audio = [suffix.removeprefix(".").lower() for suffix in audio]
         self._language, self._rate = language, sample_rate
