@@ -39,6 +39,15 @@ logger = logging.getLogger(__name__)
 _REPORT_SECONDS = 10.0
 
 
+# What is usually amiss where all references of a task are rejected.
+_HINTS = {
+    "empty_target": "no target has text: do the source's fields have the names that the task reads?",
+    "non_positive_duration": "no length is known: do the files of audio lie where the references say, and is "
+    "`duration` in seconds?",
+    "speech_too_long": "TASK_FEATURE_LENGTHS['speech'] counts samples at 16 kHz, and `duration` seconds",
+}
+
+
 def build_index(
     task_or_name: seqio.Task | str,
     split: str,
@@ -90,7 +99,10 @@ def build_index(
             table = IndexTable(path, root)
     logger.info("index of task %s, split %s: %s", task.name, split, table.report)
     if not len(table):
-        raise UserError(f"task {task.name!r}, split {split!r} yields nothing: {table.report}")
+        hints = [_HINTS[reason] for reason in sorted(table.report.rejected) if reason in _HINTS]
+        raise UserError(
+            "; ".join([f"task {task.name!r}, split {split!r} yields nothing: {table.report}", *hints])
+        )
     return table
 
 

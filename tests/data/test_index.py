@@ -273,7 +273,10 @@ def test_failed_build_leaves_nothing(write_manifest, vocabulary_path, tmp_path, 
 @pytest.mark.parametrize(
     ("lines", "sentence"),
     [
-        ([{"id": "a", **GOOD, "duration": 9}], "yields nothing: 0 references; rejected: speech_too_long 1"),
+        (
+            [{"id": "a", **GOOD, "duration": 9}],
+            "yields nothing: 0 references; rejected: speech_too_long 1; TASK_FEATURE_LENGTHS['speech'] counts",
+        ),
         (
             [{"id": "b", **GOOD}, {"id": "a", **GOOD}, {"id": "b", **GOOD}],
             "id 'b' stands for two examples, references 1 and 3 of",
