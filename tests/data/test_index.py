@@ -275,7 +275,7 @@ def test_failed_build_leaves_nothing(write_manifest, vocabulary_path, tmp_path, 
     [
         (
             [{"id": "a", **GOOD, "duration": 9}],
-            "yields nothing: 0 references; rejected: speech_too_long 1; TASK_FEATURE_LENGTHS['speech'] counts",
+            "yields nothing: 0 references; rejected: speech_too_long 1; TASK_FEATURE_LENGTHS['speech']",
         ),
         (
             [{"id": "b", **GOOD}, {"id": "a", **GOOD}, {"id": "b", **GOOD}],
