@@ -1,5 +1,7 @@
 """Gin files and flags: what resolves, and what a user is told when something does not."""
 
+import dataclasses
+
 import gin
 import pytest
 
@@ -65,6 +67,18 @@ def test_every_packaged_file_is_covered():
 def test_model_files_are_the_presets(size):
     gin_config.parse([f"models/slm_{size}.gin"])
     assert gin_config.build(slm.SLM).config == slm.preset(size)
+
+
+def test_hardware_files_change_how_a_model_runs_and_not_what_it_is():
+    files = ["models/slm_xxl.gin", "runs/train.gin", "hardware/nvidia_gpu.gin"]
+    gin_config.parse(files, _bindings(files))
+    found, preset = gin_config.build(Run).objective.model.config, slm.preset("xxl")
+    assert (found.llm.attention_kernel, found.llm.remat, found.adapter.remat) == ("cudnn", "frozen", "none")
+    assert found.speech_encoder.attention_kernel == "cudnn"
+    as_it_runs = {"attention_kernel": "plain", "remat": "full"}
+    assert dataclasses.replace(found.llm, **as_it_runs) == preset.llm
+    assert dataclasses.replace(found.speech_encoder, **as_it_runs) == preset.speech_encoder
+    assert dataclasses.replace(found.adapter, remat="full") == preset.adapter
 
 
 def test_files_are_found_in_any_order_and_overridden_by_flags():
