@@ -164,7 +164,6 @@ def shift_within_segments(
 
 
 def _constrain(x_BLD: jax.Array) -> jax.Array:
-    x_BLD = kept_when_frozen(x_BLD)
     return with_logical_constraint(x_BLD, ("activation_batch", "activation_length", "activation_embed"))
 
 
@@ -227,7 +226,7 @@ class EncoderLayer(_Layer):
         bias = self.bias(bias, positions, bidirectional=True)
         y = self.norm("pre_attention_layer_norm")(x_BLD)
         y = self.attention("attention")(y, y, mask, bias, self.deterministic)
-        x_BLD = _constrain(x_BLD + self.drop(y))
+        x_BLD = _constrain(kept_when_frozen(x_BLD + self.drop(y)))
         y = self.norm("pre_mlp_layer_norm")(x_BLD)
         return _constrain(x_BLD + self.drop(self.mlp()(y, self.deterministic))), None
 
@@ -258,11 +257,11 @@ class DecoderLayer(_Layer):
         y = self.norm("pre_self_attention_layer_norm")(x_BTD)
         attention = self.attention("self_attention", "append" if stepping else "none", self.cache_length)
         y = attention(y, y, self_mask, bias, self.deterministic, position)
-        x_BTD = _constrain(x_BTD + self.drop(y))
+        x_BTD = _constrain(kept_when_frozen(x_BTD + self.drop(y)))
         y = self.norm("pre_cross_attention_layer_norm")(x_BTD)
         attention = self.attention("encoder_decoder_attention", "keep" if stepping else "none")
         y = attention(y, encoded_BLD, cross_mask, None, self.deterministic)
-        x_BTD = _constrain(x_BTD + self.drop(y))
+        x_BTD = _constrain(kept_when_frozen(x_BTD + self.drop(y)))
         y = self.norm("pre_mlp_layer_norm")(x_BTD)
         return _constrain(x_BTD + self.drop(self.mlp()(y, self.deterministic))), None
 
