@@ -44,24 +44,18 @@ def step_flops(config: SLMConfig, shapes: Mapping[str, jax.ShapeDtypeStruct]) ->
     llm_trains = "llm" in config.trainable
     rows, length = shapes["layout"].shape
     tokens = shapes["targets"].shape[1]
-    positions = encoder = 0
+    slots = positions = encoder = 0
     if "speech" in shapes:
         _, slots, samples = shapes["speech"].shape
         frames = samples // _conformer(config).samples_per_frame
-        positions = slots * math.ceil(frames / config.reducer.factor)
+        positions = math.ceil(frames / config.reducer.factor)
         passes = TRAINED if speech_trains else FORWARD
         encoder = _conformer_flops(_conformer(config), rows * slots, samples, passes)
     elif "speech_frames" in shapes:
         slots, positions = shapes["speech_frames"].shape[1:3]
-        positions *= slots
-    slots = shapes["speech_segments"].shape[1] if positions else 1
-    adapter = 0
-    if positions:
-        passes = TRAINED if adapter_trains else FORWARD_AND_INPUT if speech_trains else FORWARD
-        dims = config.reducer.out_dim(config.speech_encoder.dim), config.llm.emb_dim
-        adapter = (
-            rows * slots * _adapter_flops(config.adapter, *dims, positions // slots, passes, speech_trains)
-        )
+    passes = TRAINED if adapter_trains else FORWARD_AND_INPUT if speech_trains else FORWARD
+    dims = config.reducer.out_dim(config.speech_encoder.dim), config.llm.emb_dim
+    adapter = rows * slots * _adapter_flops(config.adapter, *dims, positions, passes, speech_trains)
     reached = positions and (adapter_trains or speech_trains)
     passes = TRAINED if llm_trains else FORWARD_AND_INPUT if reached else FORWARD
     llm = config.llm
