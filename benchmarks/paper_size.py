@@ -26,18 +26,16 @@ import numpy as np
 
 from slm_jax.models import slm
 from slm_jax.models.slm import SLM
+from slm_jax.partitioning.device_kinds import DEVICE_KINDS
 from slm_jax.partitioning.mesh import make_mesh
-from slm_jax.partitioning.rules import DEFAULT_RULES
 from slm_jax.partitioning.sharding import batch_sharding, partitioned
 from slm_jax.training.flops import step_flops, traced_flops
-from slm_jax.training.initialisation import make_state, optimizer_of, run_shapes, shardings_of
+from slm_jax.training.initialisation import make_state
 from slm_jax.training.objectives.slm import SLMObjective
-from slm_jax.training.optimizers import AdamWConfig, make_schedule
-from slm_jax.training.step import jit_train_step, make_train_step
+from slm_jax.training.optimizers import AdamWConfig
+from slm_jax.training.program import make_train_program
 
 RATE = 16_000
-# Dense bfloat16 products a second by the makers' data sheets, in FLOP/s; H100 and H200 are the SXM parts.
-PEAK_FLOPS = {"NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H200": 989e12}
 
 
 def main() -> None:
@@ -70,25 +68,14 @@ def measured(args: argparse.Namespace, remat: str) -> dict[str, object]:
     objective = SLMObjective(SLM(config))
     batch = batch_of(args, objective.samples_per_position, mesh)
     shapes_of_batch = jax.tree.map(lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype), batch)
-    optimizer_config = AdamWConfig()
-    optimizer = optimizer_of(optimizer_config, objective, shapes_of_batch)
-    shapes = run_shapes(objective, optimizer, shapes_of_batch, mesh, DEFAULT_RULES)
-    state = make_state(random_like(shapes.state.params, jnp.float32), optimizer, shapes.state)
+    program = make_train_program(objective, AdamWConfig(), shapes_of_batch, seed=0, mesh=mesh)
+    shapes = program.shapes
+    state = make_state(random_like(shapes.state.params, jnp.float32), program.optimizer, shapes.state)
     frozen = random_like(shapes.frozen, jnp.bfloat16 if args.model == "xxl" else jnp.float32)
-    step = make_train_step(
-        objective, optimizer, make_schedule(optimizer_config.schedule), seed=0, mesh=mesh, rules=DEFAULT_RULES
-    )
-    jitted = jit_train_step(
-        step,
-        shardings_of(shapes.state),
-        shardings_of(frozen),
-        dict.fromkeys(batch, batch_sharding(mesh)),
-        mesh,
-    )
     with partitioned(mesh):
-        hardware_flops = traced_flops(jax.make_jaxpr(step)(state, frozen, batch))
+        hardware_flops = traced_flops(jax.make_jaxpr(program.step)(state, frozen, batch))
         began = time.monotonic()
-        compiled = jitted.lower(state, frozen, batch).compile()
+        compiled = program.jitted.lower(state, frozen, batch).compile()
         compile_seconds = time.monotonic() - began
         seconds = []
         for number in range(args.steps + 3):
@@ -103,7 +90,8 @@ def measured(args: argparse.Namespace, remat: str) -> dict[str, object]:
             jax.block_until_ready(state)
     flops = step_flops(config, shapes_of_batch)
     median, devices = statistics.median(seconds), jax.device_count()
-    peak = PEAK_FLOPS.get(jax.devices()[0].device_kind)
+    kind = DEVICE_KINDS.get(jax.devices()[0].device_kind)
+    peak = kind and kind.flops
     memory, planned = jax.devices()[0].memory_stats() or {}, compiled.memory_analysis()
     return {
         "remat": remat,

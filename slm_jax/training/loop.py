@@ -16,12 +16,7 @@ from slm_jax.checkpoints.manager import BestMode, RunCheckpoints, claim_run_dire
 from slm_jax.checkpoints.provenance import Provenance, make_provenance
 from slm_jax.errors import UserError, check_whole
 from slm_jax.partitioning.rules import DEFAULT_RULES, LogicalRules
-from slm_jax.partitioning.sharding import (
-    batch_sharding,
-    check_batch_rows,
-    partitioned,
-    plan_text,
-)
+from slm_jax.partitioning.sharding import check_batch_rows, plan_text
 from slm_jax.training.batches import BatchSource, PlacedBatch
 from slm_jax.training.evaluation_mark import EvaluationMark
 from slm_jax.training.initialisation import (
@@ -29,16 +24,13 @@ from slm_jax.training.initialisation import (
     RunShapes,
     make_state,
     make_variables,
-    optimizer_of,
-    run_shapes,
-    shardings_of,
 )
 from slm_jax.training.objectives.base import Objective
-from slm_jax.training.optimizers import OptimizerConfig, make_schedule
+from slm_jax.training.optimizers import OptimizerConfig
 from slm_jax.training.preemption import StopRequests, StopWaiting, stop_requests
+from slm_jax.training.program import make_train_program
 from slm_jax.training.progress import Reporter, StepRecord, Throughput, Writer, log_line, summarise
 from slm_jax.training.state import DataCursor, TrainState
-from slm_jax.training.step import jit_train_step, make_train_step
 from slm_jax.training.step_log import StepLog
 
 # The host dispatches at most so many steps ahead of the devices: enough to hide its own work, and few
@@ -148,8 +140,16 @@ def train(
     reporter = Reporter(config.train_steps)
     check_batch_rows(source.rows_per_step, mesh, rules)
     _check_same_plan(source.fingerprint)
-    transformation = optimizer_of(optimizer, objective, source.shapes)
-    shapes = run_shapes(objective, transformation, source.shapes, mesh, rules)
+    program = make_train_program(
+        objective,
+        optimizer,
+        source.shapes,
+        seed=config.seed,
+        microbatches=config.microbatches,
+        mesh=mesh,
+        rules=rules,
+    )
+    shapes = program.shapes
     _say_start(reporter, shapes, mesh)
 
     given = provenance or make_provenance("", {})
@@ -177,27 +177,12 @@ def train(
         reporter.say(f"going on from step {first_step}" + "".join(f"; {note}" for note in restored.notes))
     else:
         first_step, rows_consumed, anchor = 0, 0, None
-        state = make_state(variables["params"], transformation, shapes.state)
+        state = make_state(variables["params"], program.optimizer, shapes.state)
     if jax.process_index() == 0:
         (model_dir / "sharding_plan.txt").write_text(plan_text(shapes.boxed, mesh, rules), encoding="utf-8")
     if on_start:
         on_start()
 
-    train_step = jit_train_step(
-        make_train_step(
-            objective,
-            transformation,
-            make_schedule(optimizer.schedule),
-            seed=config.seed,
-            microbatches=config.microbatches,
-            mesh=mesh,
-            rules=rules,
-        ),
-        shardings_of(shapes.state),
-        shardings_of(variables["frozen"]),
-        dict.fromkeys(source.shapes, batch_sharding(mesh, rules)),
-        mesh,
-    )
     process = jax.process_index()
     run = _Run(
         config=config,
@@ -217,7 +202,7 @@ def train(
         with stop_requests() as stop_after:
             return run.go(
                 batches,
-                lambda state, arrays: _take(train_step, state, variables["frozen"], arrays, mesh, rules),
+                lambda state, arrays: program.take(state, variables["frozen"], arrays),
                 stop_after,
                 state,
                 variables["frozen"],
@@ -420,18 +405,6 @@ class _Run:
     def _write(self, step: int, group: str, scalars: dict[str, float]) -> None:
         if self._writer and jax.process_index() == 0:
             self._writer.write_scalars(step, {f"{group}/{name}": value for name, value in scalars.items()})
-
-
-def _take(
-    train_step: Any,
-    state: TrainState,
-    frozen: Any,
-    arrays: dict[str, jax.Array],
-    mesh: Mesh,
-    rules: LogicalRules,
-) -> tuple[TrainState, dict[str, Any]]:
-    with partitioned(mesh, rules):
-        return train_step(state, frozen, arrays)
 
 
 def _say_start(reporter: Reporter, shapes: RunShapes, mesh: Mesh) -> None:

@@ -1,0 +1,88 @@
+"""The program of a run: its train step with all that decides how it is compiled.
+
+Training runs it, and what plans a run compiles it without data, weights or devices.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import optax
+from jax.sharding import Mesh
+
+from slm_jax.partitioning.rules import DEFAULT_RULES, LogicalRules
+from slm_jax.partitioning.sharding import batch_sharding, partitioned
+from slm_jax.training.initialisation import RunShapes, optimizer_of, run_shapes, shardings_of
+from slm_jax.training.objectives.base import Batch, Objective
+from slm_jax.training.optimizers import OptimizerConfig, make_schedule
+from slm_jax.training.state import TrainState
+from slm_jax.training.step import StepMetrics, TrainStep, jit_train_step, make_train_step
+
+
+@dataclass(frozen=True)
+class TrainProgram:
+    """What a run computes in a step, and where.
+
+    Attributes:
+      shapes: of all variables, with shardings.
+      optimizer: makes the state's slots.
+      step: the pure function `(state, frozen, batch) -> (state, metrics)`.
+      jitted: the same with every sharding pinned; call or lower it inside `partitioned(mesh, rules)`.
+      mesh, rules: where arrays lie.
+    """
+
+    shapes: RunShapes
+    optimizer: optax.GradientTransformation
+    step: TrainStep
+    jitted: Any
+    mesh: Mesh
+    rules: LogicalRules
+
+    def take(self, state: TrainState, frozen: Any, batch: Batch) -> tuple[TrainState, StepMetrics]:
+        """Takes a step; the state that is given is used up."""
+        with partitioned(self.mesh, self.rules):
+            return self.jitted(state, frozen, batch)
+
+
+def make_train_program(
+    objective: Objective,
+    optimizer: OptimizerConfig,
+    batch_shapes: dict[str, jax.ShapeDtypeStruct],
+    *,
+    seed: int,
+    microbatches: int = 1,
+    mesh: Mesh,
+    rules: LogicalRules = DEFAULT_RULES,
+) -> TrainProgram:
+    """Makes a run's program; computes nothing.
+
+    Args:
+      objective: what to minimise.
+      optimizer: its configuration.
+      batch_shapes: of the global batch, the largest where there are several.
+      seed: of dropout.
+      microbatches: parts of a batch whose gradients are added up.
+      mesh, rules: where arrays lie.
+
+    Raises:
+      UserError: from the partitioning rules, or the objective has nothing to train.
+    """
+    transformation = optimizer_of(optimizer, objective, batch_shapes)
+    shapes = run_shapes(objective, transformation, batch_shapes, mesh, rules)
+    step = make_train_step(
+        objective,
+        transformation,
+        make_schedule(optimizer.schedule),
+        seed=seed,
+        microbatches=microbatches,
+        mesh=mesh,
+        rules=rules,
+    )
+    jitted = jit_train_step(
+        step,
+        shardings_of(shapes.state),
+        shardings_of(shapes.frozen),
+        dict.fromkeys(batch_shapes, batch_sharding(mesh, rules)),
+        mesh,
+    )
+    return TrainProgram(shapes, transformation, step, jitted, mesh, rules)
