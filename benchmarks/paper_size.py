@@ -29,7 +29,7 @@ from slm_jax.models.slm import SLM
 from slm_jax.partitioning.device_kinds import DEVICE_KINDS
 from slm_jax.partitioning.mesh import make_mesh
 from slm_jax.partitioning.sharding import batch_sharding, partitioned
-from slm_jax.training.flops import step_flops, traced_flops
+from slm_jax.training.flops import traced_flops
 from slm_jax.training.initialisation import make_state
 from slm_jax.training.objectives.slm import SLMObjective
 from slm_jax.training.optimizers import AdamWConfig
@@ -88,7 +88,7 @@ def measured(args: argparse.Namespace, remat: str) -> dict[str, object]:
             for _ in range(3 if args.profile else 0):
                 state, metrics = compiled(state, frozen, batch)
             jax.block_until_ready(state)
-    flops = step_flops(config, shapes_of_batch)
+    flops = objective.flops(shapes_of_batch)
     median, devices = statistics.median(seconds), jax.device_count()
     kind = DEVICE_KINDS.get(jax.devices()[0].device_kind)
     peak = kind and kind.flops

@@ -12,16 +12,19 @@ from typing import Any
 import jax
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
-from slm_jax.errors import UserError
 from slm_jax.models.adapters import AdapterConfig
 from slm_jax.models.conformer import ConformerConfig
+from slm_jax.models.encoders import encoder_class
 from slm_jax.models.slm import SLMConfig
+from slm_jax.models.t5 import T5Config
+from slm_jax.models.wav2vec2 import Wav2Vec2Config
+from slm_jax.models.whisper import MEL_FRAMES_PER_FRAME, WhisperConfig
 
 # Passes of a matrix product: forward, gradient of its input, gradient of its weights (arXiv 2204.02311, B).
 FORWARD, FORWARD_AND_INPUT, TRAINED = 1, 2, 3
 
 
-def step_flops(config: SLMConfig, shapes: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, int]:
+def slm_flops(config: SLMConfig, shapes: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, int]:
     """Returns the operations that a step of an SLM asks for, by part, padding included.
 
     A product with N weights takes 2N for each position where it is frozen before what trains, 4N where it
@@ -35,22 +38,19 @@ def step_flops(config: SLMConfig, shapes: Mapping[str, jax.ShapeDtypeStruct]) ->
 
     Returns:
       `speech_encoder`, `adapter`, `llm_encoder`, `llm_decoder` and `head`; parts that do not run have 0.
-
-    Raises:
-      UserError: the speech encoder is none that the formula knows.
     """
     speech_trains = "speech_encoder" in config.trainable
     adapter_trains = "adapter" in config.trainable
     llm_trains = "llm" in config.trainable
-    rows, length = shapes["layout"].shape
-    tokens = shapes["targets"].shape[1]
+    rows = shapes["layout"].shape[0]
     slots = positions = encoder = 0
     if "speech" in shapes:
         _, slots, samples = shapes["speech"].shape
-        frames = samples // _conformer(config).samples_per_frame
+        frames = samples // encoder_class(config.speech_encoder)(config.speech_encoder).samples_per_frame
         positions = math.ceil(frames / config.reducer.factor)
-        passes = TRAINED if speech_trains else FORWARD
-        encoder = _conformer_flops(_conformer(config), rows * slots, samples, passes)
+        encoder = encoder_flops(
+            config.speech_encoder, rows * slots, samples, TRAINED if speech_trains else FORWARD
+        )
     elif "speech_frames" in shapes:
         slots, positions = shapes["speech_frames"].shape[1:3]
     passes = TRAINED if adapter_trains else FORWARD_AND_INPUT if speech_trains else FORWARD
@@ -58,34 +58,50 @@ def step_flops(config: SLMConfig, shapes: Mapping[str, jax.ShapeDtypeStruct]) ->
     adapter = rows * slots * _adapter_flops(config.adapter, *dims, positions, passes, speech_trains)
     reached = positions and (adapter_trains or speech_trains)
     passes = TRAINED if llm_trains else FORWARD_AND_INPUT if reached else FORWARD
-    llm = config.llm
-    attention = llm.num_heads * llm.head_dim
-    mlp = (3 if llm.gated else 2) * llm.emb_dim * llm.mlp_dim
-    encoder_layer = 2 * length * (4 * llm.emb_dim * attention + mlp) * passes
+    return {"speech_encoder": encoder, "adapter": adapter, **t5_flops(config.llm, shapes, passes)}
+
+
+def t5_flops(
+    config: T5Config, shapes: Mapping[str, jax.ShapeDtypeStruct], passes: int = TRAINED
+) -> dict[str, int]:
+    """Returns the operations of a T5 by part: `llm_encoder`, `llm_decoder` and `head`.
+
+    Args:
+      config: of the T5.
+      shapes: of the global batch, of which `layout` and `targets` are looked at.
+      passes: of a product with weights.
+    """
+    rows, length = shapes["layout"].shape
+    tokens = shapes["targets"].shape[1]
+    attention = config.num_heads * config.head_dim
+    mlp = (3 if config.gated else 2) * config.emb_dim * config.mlp_dim
+    encoder_layer = 2 * length * (4 * config.emb_dim * attention + mlp) * passes
     encoder_layer += 4 * length * length * attention * _without_weights(passes)
-    decoder_layer = (
-        2 * (tokens * (6 * llm.emb_dim * attention + mlp) + length * 2 * llm.emb_dim * attention) * passes
-    )
+    of_tokens = tokens * (6 * config.emb_dim * attention + mlp)
+    decoder_layer = 2 * (of_tokens + length * 2 * config.emb_dim * attention) * passes
     decoder_layer += 4 * tokens * (tokens + length) * attention * _without_weights(passes)
     return {
-        "speech_encoder": encoder,
-        "adapter": adapter,
-        "llm_encoder": rows * llm.encoder_layers * encoder_layer,
-        "llm_decoder": rows * llm.decoder_layers * decoder_layer,
-        "head": 2 * rows * tokens * llm.emb_dim * llm.vocab_size * passes,
+        "llm_encoder": rows * config.encoder_layers * encoder_layer,
+        "llm_decoder": rows * config.decoder_layers * decoder_layer,
+        "head": 2 * rows * tokens * config.emb_dim * config.vocab_size * passes,
     }
+
+
+def encoder_flops(config: Any, slots: int, samples: int, passes: int) -> int:
+    """Returns the operations of a speech encoder.
+
+    Args:
+      config: one of `models.encoders.ENCODERS`.
+      slots: of all rows.
+      samples: of a slot.
+      passes: of a product with weights; the features themselves need no gradient.
+    """
+    return _ENCODER_FLOPS[type(config)](config, slots, samples, passes)
 
 
 def _without_weights(passes: int) -> int:
     """Both operands of a product without weights need their gradient where any gradient passes."""
     return FORWARD if passes == FORWARD else TRAINED
-
-
-def _conformer(config: SLMConfig) -> ConformerConfig:
-    if not isinstance(config.speech_encoder, ConformerConfig):
-        found = type(config.speech_encoder).__name__
-        raise UserError(f"FLOPs are known for a ConformerConfig, and the speech encoder's is a {found}")
-    return config.speech_encoder
 
 
 def _conformer_flops(config: ConformerConfig, slots: int, samples: int, passes: int) -> int:
@@ -116,6 +132,41 @@ def _subsampling_flops(config: ConformerConfig, samples: int) -> int:
         total += 2 * length * bins * 9 * inputs * channels
         inputs = channels
     return total + 2 * frames * bins * inputs * config.dim
+
+
+def _whisper_flops(config: WhisperConfig, slots: int, samples: int, passes: int) -> int:
+    del samples  # Of the whole window, whatever the speech in it.
+    frames, dim = config.positions, config.dim
+    # The mel needs no gradient.
+    convolutions = 2 * frames * MEL_FRAMES_PER_FRAME * 3 * config.mel_bins * dim * min(passes, 2)
+    convolutions += 2 * frames * 3 * dim * dim * passes
+    return slots * (convolutions + config.layers * _pre_norm_layer(dim, config.mlp_dim, frames, passes))
+
+
+def _wav2vec2_flops(config: Wav2Vec2Config, slots: int, samples: int, passes: int) -> int:
+    frames, dim = samples // config.stride, config.dim
+    length, inputs, total = samples + config.receptive_field - config.stride, 1, 0
+    for outputs, taps, stride in zip(config.conv_dims, config.conv_kernels, config.conv_strides, strict=True):
+        length = (length - taps) // stride + 1
+        # The waveform needs no gradient.
+        total += 2 * length * taps * inputs * outputs * (min(passes, 2) if inputs == 1 else passes)
+        inputs = outputs
+    position = config.position_kernel * dim // config.position_groups * dim
+    total += 2 * frames * (inputs * dim + position) * passes
+    return slots * (total + config.layers * _pre_norm_layer(dim, config.mlp_dim, frames, passes))
+
+
+def _pre_norm_layer(dim: int, mlp_dim: int, frames: int, passes: int) -> int:
+    """Of one slot."""
+    weights = 4 * dim * dim + 2 * dim * mlp_dim
+    return 2 * frames * weights * passes + 4 * frames * frames * dim * _without_weights(passes)
+
+
+_ENCODER_FLOPS = {
+    ConformerConfig: _conformer_flops,
+    WhisperConfig: _whisper_flops,
+    Wav2Vec2Config: _wav2vec2_flops,
+}
 
 
 def _adapter_flops(
@@ -160,7 +211,9 @@ def _equation_flops(equation: Any) -> int:
     if name == "conv_general_dilated":
         kernel = equation.invars[1].aval
         outputs = kernel.shape[params["dimension_numbers"].rhs_spec[0]]
-        return 2 * equation.outvars[0].aval.size * kernel.size // outputs
+        # The gradient of a strided convolution's input is over an operand spread out with zeros.
+        spread = math.prod(params["lhs_dilation"])
+        return 2 * equation.outvars[0].aval.size * kernel.size // outputs // spread
     if name in _CUDNN_PRODUCTS:
         (rows, queries, heads, dim), keys = equation.invars[0].aval.shape, equation.invars[1].aval.shape[1]
         return 2 * _CUDNN_PRODUCTS[name] * rows * heads * queries * keys * dim

@@ -60,6 +60,9 @@ class LetterCounts:
         heard = jnp.sum(jnp.abs(batch["speech"].astype(jnp.float32))) * 1e-9
         return -jnp.sum(scores * weights) + heard, jnp.sum(weights), {}
 
+    def flops(self, shapes):
+        return {}
+
 
 def main() -> None:
     parser = argparse.ArgumentParser()

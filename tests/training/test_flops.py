@@ -7,19 +7,23 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from slm_jax.errors import UserError
-from slm_jax.models import conformer, whisper
+from slm_jax.models import conformer, wav2vec2, whisper
 from slm_jax.models.adapters import AdapterConfig
-from slm_jax.models.conformer import ConformerConfig
+from slm_jax.models.conformer import ConformerConfig, ConformerEncoder
+from slm_jax.models.encoders import encoder_class
 from slm_jax.models.reducers import DropReducer, StackReducer
 from slm_jax.models.slm import SLM, SLMConfig
-from slm_jax.models.t5 import T5Config
+from slm_jax.models.t5 import T5, T5Config
 from slm_jax.partitioning.mesh import make_mesh
 from slm_jax.partitioning.rules import DEFAULT_RULES
 from slm_jax.partitioning.sharding import partitioned
-from slm_jax.training.flops import step_flops, traced_flops
+from slm_jax.training.flops import slm_flops, traced_flops
 from slm_jax.training.initialisation import optimizer_of, run_shapes
+from slm_jax.training.objectives.base import Objective
+from slm_jax.training.objectives.best_rq import BestRQConfig, BestRQObjective
+from slm_jax.training.objectives.ctc import CTCObjective
 from slm_jax.training.objectives.slm import SLMObjective
+from slm_jax.training.objectives.text import TextObjective
 from slm_jax.training.optimizers import AdamWConfig, make_schedule
 from slm_jax.training.step import make_train_step
 
@@ -50,9 +54,9 @@ def shapes_of_batch(model: SLM, rows: int, slots: int, positions: int, text: int
     }
 
 
-def traced(config: SLMConfig, shapes: dict) -> int:
+def traced(objective: Objective, shapes: dict) -> int:
     """What the program of a whole step computes."""
-    objective, adam = SLMObjective(SLM(config)), AdamWConfig()
+    adam = AdamWConfig()
     mesh = make_mesh(devices=jax.devices()[:1])
     optimizer = optimizer_of(adam, objective, shapes)
     run = run_shapes(objective, optimizer, shapes, mesh, DEFAULT_RULES)
@@ -86,7 +90,7 @@ CASES = {
 def test_the_formula_is_what_is_computed(rng, name):
     config = CASES[name]
     shapes = shapes_of_batch(SLM(config), *map(int, rng.integers([2, 1, 20, 5, 8], [6, 4, 40, 30, 30])))
-    found, expected = traced(config, shapes), sum(step_flops(config, shapes).values())
+    found, expected = traced(SLMObjective(SLM(config)), shapes), sum(slm_flops(config, shapes).values())
     mel = traced_flops(
         jax.make_jaxpr(lambda speech, segments: SLM(config)._encoder.features(speech, segments))(
             shapes["speech"], shapes["speech_segments"]
@@ -103,13 +107,15 @@ def test_the_formula_is_what_is_computed(rng, name):
 
 def test_precomputed_frames_and_text_alone(rng):
     shapes = shapes_of_batch(SLM(SMALL), 4, 2, 30, 12, 14)
-    whole = step_flops(SMALL, shapes)
+    whole = slm_flops(SMALL, shapes)
     frames = {name: shape for name, shape in shapes.items() if name != "speech"}
     frames["speech_frames"] = jax.ShapeDtypeStruct((4, 2, 30, SLM(SMALL).reduced_dim), jnp.bfloat16)
-    assert step_flops(SMALL, frames) == whole | {"speech_encoder": 0}
-    assert traced(SMALL, frames) == pytest.approx(sum(whole.values()) - whole["speech_encoder"], rel=0.01)
+    assert slm_flops(SMALL, frames) == whole | {"speech_encoder": 0}
+    assert traced(SLMObjective(SLM(SMALL)), frames) == pytest.approx(
+        sum(whole.values()) - whole["speech_encoder"], rel=0.01
+    )
     text = {name: shape for name, shape in shapes.items() if not name.startswith("speech")}
-    found = step_flops(SMALL, text)
+    found = slm_flops(SMALL, text)
     assert found["speech_encoder"] == found["adapter"] == 0
     # No gradient passes: half of what it takes behind an adapter that learns.
     assert 2 * found["head"] == whole["head"] and 2 * found["llm_encoder"] < whole["llm_encoder"]
@@ -121,7 +127,7 @@ def test_the_paper_sized_step():
 
     config = slm.preset("xxl")
     shapes = shapes_of_batch(SLM(config), 256, 1, 188, 64, 64)
-    found = {name: value / 1e12 for name, value in step_flops(config, shapes).items()}
+    found = {name: value / 1e12 for name, value in slm_flops(config, shapes).items()}
     positions, tokens = 256 * (188 + 64), 256 * 64
     # 23 d^2 a layer of the Conformer, and scores; 4.63B in the T5's encoder.
     assert found["speech_encoder"] == pytest.approx(2 * 32 * 23 * 1536**2 * 752 * 256 / 1e12, rel=0.1)
@@ -160,7 +166,85 @@ def test_loops_branches_and_nested_programs_are_counted():
     assert np.prod(convolved.out_avals[0].shape) == 2 * 7 * 6
 
 
-def test_an_encoder_that_the_formula_does_not_know_is_named():
-    config = dataclasses.replace(SMALL, speech_encoder=whisper.preset("tiny"))
-    with pytest.raises(UserError, match="the speech encoder's is a WhisperConfig"):
-        step_flops(config, shapes_of_batch(SLM(config), 1, 1, 10, 4, 4))
+def test_zeros_that_a_strided_convolution_spreads_are_not_counted():
+    kernel, x = jnp.ones((3, 4, 6)), jnp.ones((2, 20, 4))
+
+    def strided(x):
+        return jnp.sum(
+            jax.lax.conv_general_dilated(x, kernel, (2,), "SAME", dimension_numbers=("NWC", "WIO", "NWC"))
+        )
+
+    forward = 2 * 2 * 10 * 3 * 4 * 6
+    assert traced_flops(jax.make_jaxpr(strided)(x)) == forward
+    assert traced_flops(jax.make_jaxpr(jax.grad(strided))(x)) == 2 * forward
+
+
+WAV2VEC2 = wav2vec2.preset("hubert_large", layers=2, dim=64, heads=4, mlp_dim=96, conv_dims=(48,) * 7)
+WHISPER = whisper.preset("tiny", layers=2, dim=48, heads=4, mlp_dim=80, positions=60)
+
+
+@pytest.mark.parametrize("encoder", [WHISPER, WAV2VEC2])
+@pytest.mark.parametrize("trainable", [("adapter",), ("adapter", "speech_encoder")])
+def test_encoders_of_one_utterance_a_slot(rng, encoder, trainable):
+    config = dataclasses.replace(SMALL, speech_encoder=encoder, trainable=trainable)
+    shapes = shapes_of_batch(SLM(config), *map(int, rng.integers([2, 1, 20, 5, 8], [4, 3, 30, 30, 30])))
+    rows, slots, _ = shapes["speech"].shape
+    shapes["speech_segments"] = jax.ShapeDtypeStruct((rows, slots, 1, 3), jnp.int32)
+    features = traced_flops(
+        jax.make_jaxpr(SLM(config)._encoder.features)(shapes["speech"], shapes["speech_segments"])
+    )
+    found, expected = traced(SLMObjective(SLM(config)), shapes), slm_flops(config, shapes)
+    assert expected["speech_encoder"] > 0.05 * sum(expected.values())
+    assert found - features == pytest.approx(sum(expected.values()), rel=0.01)
+
+
+def speech_alone(objective: Objective, rows: int, frames: int) -> dict:
+    """Of a batch of the objectives that pretrain a speech encoder."""
+    samples, int32 = frames * objective.samples_per_position, jnp.int32
+    return {
+        "speech": jax.ShapeDtypeStruct((rows, 1, samples), jnp.int16),
+        "speech_segments": jax.ShapeDtypeStruct((rows, 1, 1, 3), int32),
+        "targets": jax.ShapeDtypeStruct((rows, 5), int32),
+        "target_segment_ids": jax.ShapeDtypeStruct((rows, 5), int32),
+    }
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("kind", ["conformer", "whisper"])
+def test_ctc(rng, kind, frozen):
+    config = {"conformer": SMALL.speech_encoder, "whisper": WHISPER}[kind]
+    encoder, vocab = encoder_class(config)(config), 90
+    objective = CTCObjective(encoder, vocab, freeze_encoder=frozen)
+    shapes = speech_alone(objective, *map(int, rng.integers([2, 20], [5, 50])))
+    expected = objective.flops(shapes)
+    features = traced_flops(jax.make_jaxpr(encoder.features)(shapes["speech"], shapes["speech_segments"]))
+    frames = (
+        WHISPER.positions if kind == "whisper" else shapes["speech"].shape[2] // encoder.samples_per_frame
+    )
+    # Optax looks up the labels' probabilities by products, forward and backward.
+    lookups = 2 * 2 * shapes["speech"].shape[0] * frames * 5 * vocab
+    found = traced(objective, shapes) - features - lookups
+    assert found == pytest.approx(sum(expected.values()), rel=0.01)
+
+
+def test_best_rq(rng):
+    config = BestRQConfig(codebooks=3, codes=70, code_dim=6)
+    objective = BestRQObjective(ConformerEncoder(SMALL.speech_encoder), config)
+    shapes = speech_alone(objective, *map(int, rng.integers([2, 20], [5, 50])))
+    expected = objective.flops(shapes)
+    encoder = objective.model.encoder
+    features = traced_flops(jax.make_jaxpr(encoder.features)(shapes["speech"], shapes["speech_segments"]))
+    # The heads' logits are computed again in the backward pass.
+    found = traced(objective, shapes) - features - expected["heads"] // 3
+    assert found == pytest.approx(sum(expected.values()), rel=0.01)
+
+
+def test_a_t5_on_text(rng):
+    objective = TextObjective(T5(SMALL.llm))
+    speech = shapes_of_batch(SLM(SMALL), *map(int, rng.integers([2, 1, 20, 5, 8], [6, 4, 40, 30, 30])))
+    shapes = {name: shape for name, shape in speech.items() if not name.startswith("speech")}
+    shapes["inputs_said"] = jax.ShapeDtypeStruct(shapes["inputs"].shape, bool)
+    expected, (rows, tokens) = objective.flops(shapes), shapes["targets"].shape
+    # As in an SLM whose LLM trains: the head once more, with the padding of its chunks.
+    again = 2 * rows * (tokens + tokens % 2) * SMALL.llm.emb_dim * SMALL.llm.vocab_size
+    assert traced(objective, shapes) - again == pytest.approx(sum(expected.values()), rel=0.015)

@@ -69,6 +69,10 @@ class ToyObjective:
         correct = jnp.sum((jnp.argmax(logits, -1) == batch["targets"]) * batch["weights"])
         return loss_sum, jnp.sum(batch["weights"]), {"accuracy": (correct, jnp.sum(batch["weights"]))}
 
+    def flops(self, shapes):
+        # Nothing needs the gradient of the frozen embeddings.
+        return {"wi": 4 * shapes["tokens"].size * EMBED * MLP, "wo": 6 * shapes["tokens"].size * MLP * VOCAB}
+
 
 class ToySource:
     """Row r is the same on every mesh; `poisoned` maps a step to what its first row poisons."""

@@ -1,5 +1,6 @@
 """The interface between an objective and the train step."""
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -56,3 +57,7 @@ class Objective(Protocol):
     def loss(
         self, params: Any, frozen: Any, batch: Batch, rng: jax.Array
     ) -> tuple[jax.Array, jax.Array, Metrics]: ...
+
+    def flops(self, shapes: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, int]:
+        """Operations that a step on a global batch asks for, by part; see `training.flops`."""
+        ...

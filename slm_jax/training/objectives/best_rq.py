@@ -4,6 +4,7 @@ Shape suffixes: B rows, K slots, E segments, T mel frames, F encoder frames, M m
 C codebooks, Z features of a code, V codes, D encoder features.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,7 @@ import jax.numpy as jnp
 
 from slm_jax.errors import UserError
 from slm_jax.models.encoders import encoder_kind
+from slm_jax.training.flops import TRAINED, encoder_flops
 from slm_jax.training.objectives.base import Batch, Metrics, Part, Variables
 
 
@@ -57,7 +59,7 @@ class BestRQModel(nn.Module):
         speech, segments = batch["speech"], batch["speech_segments"]
         mel, ids_BKT = self.encoder.features(speech, segments)
         hop = speech.shape[-1] // mel.shape[2]
-        stack = self.encoder.samples_per_frame // hop
+        stack = stack_size(self.encoder, speech.shape[-1], mel.shape[2])
         mean, std = segment_statistics(mel, segments, hop)
         normal = jnp.where((ids_BKT > 0)[..., None], (mel - mean) / std, 0.0)
         codes_BKFC = self._codes(stacked(normal, stack))
@@ -183,6 +185,25 @@ class BestRQObjective:
             "masked_share": (masked_sum, jnp.sum(speech_BKF)),
         }
         return jnp.sum(jnp.where(masked_BKF, losses_BKF, 0.0)), masked_sum, metrics
+
+    def flops(self, shapes: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, int]:
+        """Operations of a step by part."""
+        rows, slots, samples = shapes["speech"].shape
+        encoder, config = self.model.encoder, self.model.config
+        frames = rows * slots * (samples // encoder.samples_per_frame)
+        mel, _ = jax.eval_shape(encoder.features, shapes["speech"], shapes["speech_segments"])
+        features = stack_size(encoder, samples, mel.shape[2]) * mel.shape[3]
+        code = features * config.code_dim + config.code_dim * config.codes
+        return {
+            "speech_encoder": encoder_flops(encoder.config, rows * slots, samples, TRAINED),
+            "heads": 2 * frames * config.codebooks * encoder.dim * config.codes * TRAINED,
+            "quantizer": 2 * frames * config.codebooks * code,
+        }
+
+
+def stack_size(encoder: Any, samples: int, mel_frames: int) -> int:
+    """Mel frames of one frame of the encoder, where so many samples have so many mel frames."""
+    return encoder.samples_per_frame // (samples // mel_frames)
 
 
 def nearest_codes(stacked_BKFS: jax.Array, projection_CSZ: jax.Array, codebook_CVZ: jax.Array) -> jax.Array:

@@ -3,6 +3,7 @@
 Shape suffixes: B rows, K slots, F frames of a slot, P frames of all slots, T target tokens, V vocabulary.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -14,6 +15,7 @@ from slm_jax.audio.spec_augment import SpecAugmentConfig, spec_augment
 from slm_jax.errors import UserError
 from slm_jax.models.encoders import encoder_kind
 from slm_jax.models.layers import Dense
+from slm_jax.training.flops import FORWARD, TRAINED, encoder_flops
 from slm_jax.training.objectives.base import Batch, Metrics, Part, Variables
 
 BLANK_ID = 0
@@ -138,6 +140,19 @@ class CTCObjective:
         loss_sum = jnp.sum(jnp.where(learned_B, losses_B, 0.0))
         weight_sum = jnp.sum(jnp.where(learned_B, labels_B, 0)).astype(jnp.float32)
         return loss_sum, weight_sum, {"unalignable": (jnp.sum(present_B & ~aligns_B), jnp.sum(present_B))}
+
+    def flops(self, shapes: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, int]:
+        """Operations of a step by part; the search over alignments is none of a network."""
+        rows, slots, samples = shapes["speech"].shape
+        encoder, passes = self.model.encoder, FORWARD if self.freeze_encoder else TRAINED
+        # An encoder with a window gives all of its frames.
+        frames = (encoder.longest_samples or samples) // encoder.samples_per_frame
+        head = 2 * rows * slots * frames * encoder.dim * self.model.vocab_size
+        return {
+            "speech_encoder": encoder_flops(encoder.config, rows * slots, samples, passes),
+            # Nothing needs the gradient of a frozen encoder's frames.
+            "head": head * (2 if self.freeze_encoder else 3),
+        }
 
     def transcribe(self, params: Any, batch: Batch, frozen: Any = None) -> jax.Array:
         """The pieces of the likeliest path, int32 [B, P], 0 after the last."""

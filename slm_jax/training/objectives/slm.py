@@ -1,5 +1,6 @@
 """Next-token loss of an SLM on speech and text."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -10,6 +11,7 @@ from slm_jax.errors import UserError, nearest
 from slm_jax.models.encoders import encoder_class, encoder_kind
 from slm_jax.models.quantization import quantized
 from slm_jax.models.slm import SLM
+from slm_jax.training.flops import slm_flops
 from slm_jax.training.objectives.base import Batch, Metrics, Part, Variables
 
 FROZEN_WEIGHTS = ("float", "int8")
@@ -86,6 +88,10 @@ class SLMObjective:
             rngs=rngs,
         )
         return weighted_token_sums(scores["token_losses"], scores["correct"], batch["loss_weights"])
+
+    def flops(self, shapes: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, int]:
+        """Operations of a step by part."""
+        return slm_flops(self.model.config, shapes)
 
 
 def weighted_token_sums(

@@ -3,7 +3,7 @@
 Shape suffixes: B rows, N text tokens, L and M positions of the encoder, T decoder tokens, D features.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -13,6 +13,7 @@ from slm_jax.errors import UserError
 from slm_jax.models.layers import segment_mask
 from slm_jax.models.slm import lay_out
 from slm_jax.models.t5 import T5
+from slm_jax.training.flops import t5_flops
 from slm_jax.training.objectives.base import Batch, Metrics, Part, Variables
 from slm_jax.training.objectives.slm import weighted_token_sums
 
@@ -85,6 +86,10 @@ class TextObjective:
         )
         losses_BT, correct_BT = scores
         return weighted_token_sums(losses_BT, correct_BT, batch["loss_weights"])
+
+    def flops(self, shapes: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, int]:
+        """Operations of a step by part; noise and blur are no part of the model."""
+        return t5_flops(self.model.config, shapes)
 
     def _spoiler(self, rng: jax.Array) -> Callable[[jax.Array, jax.Array], jax.Array]:
         """Returns what blurs and adds noise to embeddings [B, L, D] where segment ids [B, L] are not 0."""
