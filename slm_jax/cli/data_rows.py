@@ -52,7 +52,8 @@ def main(args: argparse.Namespace) -> int:
     from slm_jax.partitioning.sharding import batch_sharding
 
     plan, rows = wired.plan(), wired.run.data.batch_size
-    mesh = make_mesh(**sizes, devices=jax.devices()[:devices])
+    slices = sizes.pop("slice")
+    mesh = make_mesh(**sizes, slices=slices, devices=jax.devices()[:devices])
     each = devices // args.hosts
     own = set(jax.devices()[args.host * each : (args.host + 1) * each])
     local = rows_of_devices(batch_sharding(mesh, wired.run.mesh.rules), rows, own)
@@ -75,7 +76,7 @@ def main(args: argparse.Namespace) -> int:
 
 def mesh_sizes(text: str) -> dict[str, int]:
     """Returns the sizes that `data=4,fsdp=2` means; raises UserError where it means nothing."""
-    axes = ("data", "fsdp", "tensor")
+    axes = ("slice", "data", "fsdp", "tensor")
     sizes: dict[str, int] = dict.fromkeys(axes, 1)
     for part in text.split(","):
         name, _, size = part.strip().partition("=")

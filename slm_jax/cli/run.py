@@ -157,10 +157,12 @@ class MeshConfig:
     """Sizes of the mesh axes; -1 takes the devices that the others leave.
 
     Attributes:
+      slices: of the axis `slice`: TPU slices, or groups of hosts, with a slow network between them.
       data, fsdp, tensor: of the axes of that name.
       rules: logical axis -> mesh axis.
     """
 
+    slices: int = 1
     data: int = -1
     fsdp: int = 1
     tensor: int = 1

@@ -46,7 +46,8 @@ class Wiring:
     @functools.cached_property
     def mesh(self) -> Mesh:
         """The devices of the run; raises UserError where its axes do not fit them."""
-        return make_mesh(self.run.mesh.data, self.run.mesh.fsdp, self.run.mesh.tensor)
+        sizes = self.run.mesh
+        return make_mesh(sizes.data, sizes.fsdp, sizes.tensor, slices=sizes.slices)
 
     # ---- data
 

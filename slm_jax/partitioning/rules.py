@@ -21,7 +21,7 @@ DEFAULT_RULES: LogicalRules = (
     ("codebooks", None),
     ("norm", None),
     # Activations
-    ("activation_batch", ("data", "fsdp")),
+    ("activation_batch", ("slice", "data", "fsdp")),
     ("activation_vocab", "tensor"),
     ("activation_heads", "tensor"),
     ("activation_mlp", "tensor"),

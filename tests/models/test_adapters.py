@@ -14,6 +14,7 @@ from transformers.models.t5.modeling_t5 import T5Stack
 
 from slm_jax.errors import UserError
 from slm_jax.models.adapters import AdapterConfig, TransformerAdapter
+from slm_jax.partitioning.mesh import make_mesh
 from slm_jax.partitioning.rules import DEFAULT_RULES
 
 # heads * head_dim differs from dim on purpose.
@@ -197,7 +198,7 @@ def test_shards_on_a_mesh_with_the_same_output(rng):
         assert len(leaf.names) == leaf.value.ndim and None not in leaf.names
     variables = nn.unbox(boxed)
     single = jax.jit(adapter.apply)(variables, frames, ids)
-    mesh = jax.make_mesh((2, 2, 2), ("data", "fsdp", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 3)
+    mesh = make_mesh(2, 2, 2)
     shardings = logical_to_mesh_sharding(nn.get_partition_spec(boxed), mesh, list(DEFAULT_RULES))
     with jax.set_mesh(mesh), nn.logical_axis_rules(list(DEFAULT_RULES)):
         placed = jax.device_put(variables, shardings)

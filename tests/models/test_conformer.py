@@ -14,6 +14,7 @@ from slm_jax.audio.log_mel import LogMelConfig
 from slm_jax.errors import UserError
 from slm_jax.models import conformer
 from slm_jax.models.conformer import ConformerConfig, ConformerEncoder, attention_mask, relative_shift
+from slm_jax.partitioning.mesh import make_mesh
 from slm_jax.partitioning.rules import DEFAULT_RULES
 
 SMALL = ConformerConfig(
@@ -363,7 +364,7 @@ def test_every_parameter_names_its_axes_and_shards_on_a_mesh(rng):
     # Unboxed before the mesh is set: inside, `unbox` would constrain arrays that are not on the mesh yet.
     variables = nn.unbox(boxed)
     single, _ = jax.jit(encoder.apply)(variables, speech, segments)
-    mesh = jax.make_mesh((2, 2, 2), ("data", "fsdp", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 3)
+    mesh = make_mesh(2, 2, 2)
     shardings = logical_to_mesh_sharding(nn.get_partition_spec(boxed), mesh, list(DEFAULT_RULES))
     with jax.set_mesh(mesh), nn.logical_axis_rules(list(DEFAULT_RULES)):
         placed = jax.device_put(variables, shardings)

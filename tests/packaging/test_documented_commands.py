@@ -278,7 +278,7 @@ EXERCISES = [
     Exercise(
         ".venv/bin/slm train --gin_file mine.gin --gin.run.MeshConfig.fsdp=4 --gin.run.MeshConfig.tensor=2",
         "--dry_run",
-        says(r"mesh: data=1, fsdp=4, tensor=2"),
+        says(r"mesh: slice=1, data=1, fsdp=4, tensor=2"),
         devices=8,
     ),
     Exercise(

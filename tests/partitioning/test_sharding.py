@@ -1,5 +1,7 @@
 """Mesh, rules and sharding plan."""
 
+import dataclasses
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -8,7 +10,7 @@ from flax.linen.spmd import with_logical_constraint
 from jax.sharding import NamedSharding, PartitionSpec
 
 from slm_jax.errors import UserError
-from slm_jax.partitioning.mesh import make_mesh
+from slm_jax.partitioning.mesh import MESH_AXES, make_mesh
 from slm_jax.partitioning.rules import DEFAULT_RULES
 from slm_jax.partitioning.sharding import (
     batch_sharding,
@@ -53,8 +55,29 @@ def box(shape, axes):
 )
 def test_mesh_fills_the_open_axis(asked, found):
     mesh = make_mesh(*asked)
-    assert tuple(mesh.shape.items()) == tuple(zip(("data", "fsdp", "tensor"), found, strict=True))
+    assert tuple(mesh.shape.items()) == tuple(zip(MESH_AXES, (1, *found), strict=True))
     assert [device.id for device in mesh.devices.ravel()] == list(range(8))
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+    """What a mesh asks of a device."""
+
+    id: int
+    process_index: int
+    platform: str = "cpu"
+
+
+def test_slices_are_groups_of_processes():
+    # As jax.devices() may list them: not in the order of processes.
+    devices = [Device(number, process_index=number % 4) for number in range(8)]
+    mesh = make_mesh(fsdp=2, slices=2, devices=devices)
+    assert dict(mesh.shape) == {"slice": 2, "data": 2, "fsdp": 2, "tensor": 1}
+    assert [{d.process_index for d in part.ravel()} for part in mesh.devices] == [{0, 1}, {2, 3}]
+    with pytest.raises(UserError, match=r"slice=8, .*: 4 processes cannot be divided into 8 slices"):
+        make_mesh(slices=8, devices=devices)
+    # One process stands in for several.
+    assert make_mesh(tensor=2, slices=2).devices.shape == (2, 2, 1, 2)
 
 
 @pytest.mark.parametrize(
@@ -119,7 +142,7 @@ def test_axes_and_dims_must_agree():
 
 def test_rows_of_a_batch_lie_over_data_and_fsdp():
     mesh = make_mesh(2, 2, 2)
-    assert batch_sharding(mesh).spec == PartitionSpec(("data", "fsdp"))
+    assert batch_sharding(mesh).spec == PartitionSpec(("slice", "data", "fsdp"))
     assert batch_shards(mesh) == 4
     check_batch_rows(8, mesh)
     with pytest.raises(UserError, match=r"10 .* 4 batch shards; the nearest is 8 or 12"):
@@ -173,12 +196,13 @@ def test_constraints_inside_a_model_take_hold():
 
     with partitioned(mesh):
         result = jax.jit(constrained)(jnp.zeros((8, 4)))
-    assert result.sharding.spec == PartitionSpec(("data", "fsdp"), "tensor")
+    split = NamedSharding(mesh, PartitionSpec(("slice", "data", "fsdp"), "tensor"))
+    assert result.sharding.is_equivalent_to(split, result.ndim)
 
 
 GOLDEN = {
     (8, 1, 1): """\
-mesh: data=8, fsdp=1, tensor=1
+mesh: slice=1, data=8, fsdp=1, tensor=1
 
 params:
   embedding  [64,16]     bfloat16  (vocab,embed)            (tensor,fsdp)      2,048
@@ -189,7 +213,7 @@ params:
   total: 3,091 parameters, 10,316 bytes, 10,316 bytes per device
 """,
     (2, 2, 2): """\
-mesh: data=2, fsdp=2, tensor=2
+mesh: slice=1, data=2, fsdp=2, tensor=2
 
 params:
   embedding  [64,16]     bfloat16  (vocab,embed)            (tensor,fsdp)      512
@@ -200,7 +224,7 @@ params:
   total: 3,091 parameters, 10,316 bytes, 2,636 bytes per device
 """,
     (1, 2, 4): """\
-mesh: data=1, fsdp=2, tensor=4
+mesh: slice=1, data=1, fsdp=2, tensor=4
 
 params:
   embedding  [64,16]     bfloat16  (vocab,embed)            (tensor,fsdp)      256

@@ -276,7 +276,7 @@ def test_says_what_it_does(tmp_path, capfd):
     toy_train(tmp_path, 8, writer=writer, evaluate=lambda *_: {"score": 1.5})
     said = capfd.readouterr().err
     assert "process 0 of 1: 8 of 8 devices (cpu)" in said
-    assert "mesh: data=1, fsdp=1, tensor=1" in said
+    assert "mesh: slice=1, data=1, fsdp=1, tensor=1" in said
     assert "params: 1,024 numbers, 4,096 bytes per device" in said
     assert "frozen: 256 numbers, 1,024 bytes per device" in said
     assert "first batch: " in said and "tokens int32[16, 6]" in said and "0: row-0" in said
