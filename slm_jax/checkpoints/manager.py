@@ -214,6 +214,10 @@ class RunCheckpoints:
         """Steps that are saved, in order; a half-written one is none of them."""
         return sorted(self._manager.all_steps())
 
+    def reload(self) -> None:
+        """Looks anew at which steps are saved, after others were moved away."""
+        self._manager.reload()
+
     def latest_step(self) -> int | None:
         """The newest step that is saved."""
         steps = self.all_steps()

@@ -44,7 +44,7 @@ class DataConfig:
       shuffle_shards: None shuffles a whole task; a number mixes so many speech shards at a time, so that a
         stretch of training reads few files.
       stages: step -> registered SeqIO name that is trained on from that step on, in place of
-        `mixture_or_task`. Every stage begins its own epochs.
+        `mixture_or_task`. Every stage begins its own epochs. Steps that a rollback leaves out count.
       augment: what happens to the samples of speech on the host, anew in every epoch; None leaves them alone.
       frames: directory of `slm data encode`, local or remote: rows hold the frames that the frozen speech
         encoder gave there, and the encoder is no part of training.

@@ -24,6 +24,7 @@ from slm_jax.cli.wiring import Wiring, subtree
 from slm_jax.errors import UserError, nearest
 from slm_jax.training.loop import TrainResult
 from slm_jax.training.loop import train as train_loop
+from slm_jax.training.rollback import Rollback, Rollbacks
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,32 +35,50 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="print the resolved configuration and the sharding plan; train nothing",
     )
+    parser.add_argument(
+        "--rollback_to", type=int, metavar="STEP",
+        help="go back to the checkpoint of this step first; the same command again goes on from there",
+    )  # fmt: skip
+    parser.add_argument(
+        "--skip_steps", type=int, metavar="N",
+        help="with --rollback_to: leave out the rows of N steps after it",
+    )  # fmt: skip
 
 
 def main(args: argparse.Namespace) -> int:
     """Runs the command."""
+    rollback = _rollback(args)
     gin_config.parse(args.gin_file, args.gin_bindings, search_paths(args))
     run = gin_config.build(Run)
     if args.dry_run:
         print(gin_config.resolved_config())
         print(Wiring(run).plan_text())
         return 0
-    train(run)
+    train(run, rollback=rollback)
     return 0
 
 
-def train(run: Run, wired: Wiring | None = None) -> TrainResult:
+def _rollback(args: argparse.Namespace) -> Rollback | None:
+    if args.rollback_to is None:
+        if args.skip_steps is not None:
+            raise UserError(f"--skip_steps is {args.skip_steps}, expected --rollback_to STEP with it")
+        return None
+    return Rollback(args.rollback_to, args.skip_steps or 0)
+
+
+def train(run: Run, wired: Wiring | None = None, rollback: Rollback | None = None) -> TrainResult:
     """Trains a run that gin has built, and leaves its configuration beside its checkpoints.
 
     Args:
       run: what to train.
       wired: its rooms, where they are joined already.
+      rollback: go back to an earlier checkpoint first, unless that is done already.
 
     Raises:
       UserError: whatever a user can mend.
     """
     wired = wired or Wiring(run)
-    _check_outputs(run, wired)
+    _check_outputs(run, wired, rollback)
     evaluate = wired.evaluation_in_training() if run.evaluation else None
     source = wired.train_batches()
     model_dir = claim_run_directory(run.path(run.model_dir))
@@ -77,6 +96,7 @@ def train(run: Run, wired: Wiring | None = None) -> TrainResult:
         evaluate=evaluate,
         writer=_TensorBoard(model_dir / "tensorboard") if first_process else None,
         on_start=lambda: save_config(model_dir, run.working_dir) if first_process else None,
+        rollback=rollback,
     )
     if result.finished and run.save_foundations:
         _save_foundations(run, result, wired.provenance(gin_config.operative_config()))
@@ -105,7 +125,7 @@ class _TensorBoard:
             self._writer.flush()
 
 
-def _check_outputs(run: Run, wired: Wiring) -> None:
+def _check_outputs(run: Run, wired: Wiring, rollback: Rollback | None) -> None:
     """Refuses, before the first step, what could not be saved after the last."""
     parts = run.objective.parts
     if run.save_foundations and run.save_format == "safetensors" and jax.process_count() > 1:
@@ -119,14 +139,16 @@ def _check_outputs(run: Run, wired: Wiring) -> None:
         if subtree(wired.shapes.state.params, parts[part].path) is None:
             raise UserError(f"run.Run.save_foundations has part {part!r}, which is frozen in this run")
         directory = run.path(run.save_foundations[part])
-        if (directory / RECORD_FILE).is_file() and _newest_step(run) < run.loop.train_steps:
+        if (directory / RECORD_FILE).is_file() and _newest_step(run, rollback) < run.loop.train_steps:
             raise UserError(
                 f"{directory} holds a {part} already, and a foundation model is never overwritten; remove it "
                 "or name another directory"
             )
 
 
-def _newest_step(run: Run) -> int:
+def _newest_step(run: Run, rollback: Rollback | None) -> int:
+    if rollback is not None and Rollbacks(run.path(run.model_dir), rollback).unfinished:
+        return rollback.step
     folder = run.path(run.model_dir) / "checkpoints"
     return max((int(path.name) for path in folder.glob("*") if path.name.isdigit()), default=0)
 

@@ -327,7 +327,7 @@ class Wiring:
     def shapes(self) -> RunShapes:
         """Shapes with shardings of all variables."""
         run, batch = self.run, self._batch_shapes()
-        optimizer = optimizer_of(run.optimizer, run.objective, batch)
+        optimizer = optimizer_of(run.optimizer, run.objective, batch, run.loop.spikes)
         return run_shapes(run.objective, optimizer, batch, self.mesh, run.mesh.rules)
 
     def plan_text(self) -> str:

@@ -14,6 +14,7 @@ from slm_jax.partitioning.rules import LogicalRules
 from slm_jax.partitioning.sharding import like_params, named_shardings, partitioned, path_text, replicated
 from slm_jax.training.objectives.base import Objective
 from slm_jax.training.optimizers import OptimizerConfig, make_optimizer
+from slm_jax.training.spikes import SpikeConfig
 from slm_jax.training.state import TrainState
 
 # Gets shapes with shardings by collection; returns arrays for the parts of that tree that it knows.
@@ -35,7 +36,10 @@ class RunShapes(NamedTuple):
 
 
 def optimizer_of(
-    config: OptimizerConfig, objective: Objective, batch_shapes: dict[str, jax.ShapeDtypeStruct]
+    config: OptimizerConfig,
+    objective: Objective,
+    batch_shapes: dict[str, jax.ShapeDtypeStruct],
+    spikes: SpikeConfig | None = None,
 ) -> optax.GradientTransformation:
     """Makes a run's optimizer, which may look at the logical axes of the parameters."""
     boxed = jax.eval_shape(objective.init, jax.random.key(0), batch_shapes)["params"]
@@ -44,7 +48,7 @@ def optimizer_of(
         boxed,
         is_leaf=lambda leaf: isinstance(leaf, nn.Partitioned),
     )
-    return make_optimizer(config, axes)
+    return make_optimizer(config, axes, spikes)
 
 
 def run_shapes(

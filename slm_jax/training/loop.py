@@ -30,6 +30,9 @@ from slm_jax.training.optimizers import OptimizerConfig
 from slm_jax.training.preemption import StopRequests, StopWaiting, stop_requests
 from slm_jax.training.program import make_train_program
 from slm_jax.training.progress import Reporter, StepRecord, Throughput, Writer, log_line, summarise
+from slm_jax.training.restoring import cursor_after, restore_run
+from slm_jax.training.rollback import Rollback, Rollbacks, RowRange, rows_text
+from slm_jax.training.spikes import SpikeConfig, is_spike, spike_lines
 from slm_jax.training.state import DataCursor, TrainState
 from slm_jax.training.step_log import StepLog
 
@@ -57,6 +60,11 @@ class LoopConfig:
         every evaluation then saves a checkpoint.
       max_nonfinite_in_a_row: so many skipped steps in a row stop the run.
       log_ids: whether `steps.jsonl` names the examples of every step.
+      spike_zscore: a step whose loss or gradient norm lies more standard deviations above its moving mean
+        is told with its examples; None watches for none.
+      spike_skip: whether such a step changes nothing besides, neither parameters nor optimizer.
+      spike_warmup_steps, spike_decay, max_spikes_in_a_row: `warmup_steps`, `decay` and `max_in_a_row` of
+        `spikes.SpikeConfig`.
     """
 
     train_steps: int
@@ -71,6 +79,11 @@ class LoopConfig:
     best_mode: str = BestMode.MIN
     max_nonfinite_in_a_row: int = 10
     log_ids: bool = False
+    spike_zscore: float | None = None
+    spike_skip: bool = False
+    spike_warmup_steps: int = 100
+    spike_decay: float = 0.99
+    max_spikes_in_a_row: int = 10
 
     def __post_init__(self):
         positive = ("train_steps", "microbatches", "log_period", "checkpoint_period", "keep_last")
@@ -80,6 +93,22 @@ class LoopConfig:
             check_whole("eval_period", self.eval_period)
         if self.keep_best and not self.best_metric:
             raise UserError(f"keep_best={self.keep_best} needs best_metric, a metric of the evaluation")
+        if self.spike_skip and self.spike_zscore is None:
+            raise UserError("spike_skip is True and spike_zscore is None, expected a number, such as 6.0")
+        _ = self.spikes
+
+    @property
+    def spikes(self) -> SpikeConfig | None:
+        """Which steps are spikes; None where none are watched for."""
+        if self.spike_zscore is None:
+            return None
+        return SpikeConfig(
+            self.spike_zscore,
+            self.spike_skip,
+            self.spike_warmup_steps,
+            self.spike_decay,
+            self.max_spikes_in_a_row,
+        )
 
 
 class TrainResult(NamedTuple):
@@ -113,6 +142,7 @@ def train(
     evaluate: Evaluate | None = None,
     writer: Writer | None = None,
     on_start: Callable[[], None] | None = None,
+    rollback: Rollback | None = None,
 ) -> TrainResult:
     """Trains, or goes on with the run in `model_dir` from its newest checkpoint.
 
@@ -130,6 +160,7 @@ def train(
         one is over calls it again.
       writer: where metrics go besides the log.
       on_start: called once it is sure that `model_dir` is this run's: before that, nothing in it is changed.
+      rollback: go back to an earlier checkpoint first, unless that is done already.
 
     Raises:
       UserError: what is asked for does not fit together, does not fit the run in `model_dir`, cannot be
@@ -146,6 +177,7 @@ def train(
         source.shapes,
         seed=config.seed,
         microbatches=config.microbatches,
+        spikes=config.spikes,
         mesh=mesh,
         rules=rules,
     )
@@ -160,7 +192,10 @@ def train(
         model_dir / "checkpoints", config.keep_last, config.keep_best, config.best_metric, config.best_mode
     )
     try:
-        restored = checkpoints.restore(shapes.state, run_provenance)
+        rollbacks = Rollbacks(model_dir, rollback)
+        restored = restore_run(
+            checkpoints, shapes.state, run_provenance, rollbacks.step(checkpoints.all_steps())
+        )
         wanted = (
             {"frozen": shapes.frozen}
             if restored
@@ -173,10 +208,15 @@ def train(
         raise
     if restored:
         first_step, state = restored.step, restored.state
-        rows_consumed, anchor = restored.cursor["rows_consumed"], restored.cursor.get("anchor")
-        reporter.say(f"going on from step {first_step}" + "".join(f"; {note}" for note in restored.notes))
+        if line := rollbacks.carry_out():
+            reporter.say(line)
+        checkpoints.reload()
+        cursor = cursor_after(restored, rollbacks, source.rows_per_step)
+        left_out = [f"rows {rows_text(cursor.skipped)} of the plan are left out"] if cursor.skipped else []
+        reporter.say("; ".join([f"going on from step {first_step}", *left_out, *restored.notes]))
     else:
-        first_step, rows_consumed, anchor = 0, 0, None
+        rollbacks.forget()
+        first_step, cursor = 0, DataCursor(0, source.fingerprint)
         state = make_state(variables["params"], program.optimizer, shapes.state)
     if jax.process_index() == 0:
         (model_dir / "sharding_plan.txt").write_text(plan_text(shapes.boxed, mesh, rules), encoding="utf-8")
@@ -195,10 +235,11 @@ def train(
         steps=StepLog(model_dir / ("steps.jsonl" if process == 0 else f"steps.{process}.jsonl"), first_step),
         evaluate=evaluate,
         devices=mesh.size,
+        skipped=cursor.skipped,
     )
     try:
         # Before requests to stop are taken: a source that prepares for long can be stopped at once.
-        batches = source.batches(rows_consumed, anchor)
+        batches = source.batches(cursor.rows_consumed, cursor.anchor)
         with stop_requests() as stop_after:
             return run.go(
                 batches,
@@ -207,7 +248,7 @@ def train(
                 state,
                 variables["frozen"],
                 first_step,
-                rows_consumed,
+                cursor.rows_consumed,
             )
     finally:
         run.close()
@@ -245,6 +286,7 @@ class _Run:
         evaluated: EvaluationMark,
         evaluate: Evaluate | None,
         devices: int,
+        skipped: tuple[RowRange, ...],
     ):
         self._config = config
         self._source = source
@@ -255,6 +297,7 @@ class _Run:
         self._steps = steps
         self._evaluated = evaluated
         self._evaluate = evaluate
+        self._skipped = skipped
         self._throughput = Throughput(devices)
         self._pending: list[StepRecord] = []
         self._metrics: dict[str, float] = {}
@@ -335,7 +378,8 @@ class _Run:
     ) -> None:
         # Lines of all steps are written first: the checkpoint must never be ahead of them.
         self._log(step)
-        cursor = DataCursor(rows_consumed, self._source.fingerprint, self._source.anchor(rows_consumed))
+        anchor = self._source.anchor(rows_consumed)
+        cursor = DataCursor(rows_consumed, self._source.fingerprint, anchor, self._skipped)
         self._checkpoints.save(step, state, cursor, self._provenance, scores)
 
     def _is_new_shape(self, step: int, placed: PlacedBatch) -> bool:
@@ -366,9 +410,12 @@ class _Run:
         rates = self._throughput.read(self._config.train_steps - step)
         self._throughput.restart()
         for record in records:
-            ids = record.ids if self._config.log_ids else None
+            ids = record.ids if self._config.log_ids or is_spike(record) else None
             self._steps.write(record.step, float(record.metrics["loss"]), ids)
         self._steps.flush()
+        for line in spike_lines(records, self._config.spikes):
+            # Every process read other examples.
+            self._reporter.say(line, every_process=True)
         metrics = summarise(records)
         self._metrics.update(metrics)
         self._reporter.say(log_line(step, self._config.train_steps, metrics, rates))

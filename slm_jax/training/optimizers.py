@@ -10,6 +10,7 @@ import numpy as np
 import optax
 
 from slm_jax.errors import UserError, nearest
+from slm_jax.training.spikes import SpikeConfig, watch_spikes
 
 
 class Decay(enum.StrEnum):
@@ -133,7 +134,9 @@ def make_schedule(config: ScheduleConfig) -> optax.Schedule:
     return schedule
 
 
-def make_optimizer(config: OptimizerConfig, axes: optax.Params | None = None) -> optax.GradientTransformation:
+def make_optimizer(
+    config: OptimizerConfig, axes: optax.Params | None = None, spikes: SpikeConfig | None = None
+) -> optax.GradientTransformation:
     """The Optax transformation: clipping, then the optimizer; updates that are not finite are left out.
 
     A left-out update changes neither parameters nor optimizer state but the counters
@@ -142,6 +145,7 @@ def make_optimizer(config: OptimizerConfig, axes: optax.Params | None = None) ->
     Args:
       config: which one.
       axes: tree of the parameters with the tuple of logical axis names at each leaf; Muon needs it.
+      spikes: which steps stand out, and whether they are left out too; None watches for none.
     """
     schedule = make_schedule(config.schedule)
     if isinstance(config, AdamWConfig):
@@ -174,7 +178,8 @@ def make_optimizer(config: OptimizerConfig, axes: optax.Params | None = None) ->
     if config.clip_norm is not None:
         inner = optax.chain(optax.clip_by_global_norm(config.clip_norm), inner)
     # Past its bound apply_if_finite would apply the poisoned update; the loop stops long before this one.
-    return optax.apply_if_finite(inner, max_consecutive_errors=np.iinfo(np.int32).max)
+    finite = optax.apply_if_finite(inner, max_consecutive_errors=np.iinfo(np.int32).max)
+    return watch_spikes(spikes, finite) if spikes else finite
 
 
 # Axes that belong together: a head and what is in it, and the two maps of a joined gate.

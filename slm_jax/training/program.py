@@ -15,6 +15,7 @@ from slm_jax.partitioning.sharding import batch_sharding, partitioned
 from slm_jax.training.initialisation import RunShapes, optimizer_of, run_shapes, shardings_of
 from slm_jax.training.objectives.base import Batch, Objective
 from slm_jax.training.optimizers import OptimizerConfig, make_schedule
+from slm_jax.training.spikes import SpikeConfig
 from slm_jax.training.state import TrainState
 from slm_jax.training.step import StepMetrics, TrainStep, jit_train_step, make_train_step
 
@@ -53,6 +54,7 @@ def make_train_program(
     microbatches: int = 1,
     mesh: Mesh,
     rules: LogicalRules = DEFAULT_RULES,
+    spikes: SpikeConfig | None = None,
 ) -> TrainProgram:
     """Makes a run's program; computes nothing.
 
@@ -63,11 +65,12 @@ def make_train_program(
       seed: of dropout.
       microbatches: parts of a batch whose gradients are added up.
       mesh, rules: where arrays lie.
+      spikes: which steps stand out, and whether they are left out; None watches for none.
 
     Raises:
       UserError: from the partitioning rules, or the objective has nothing to train.
     """
-    transformation = optimizer_of(optimizer, objective, batch_shapes)
+    transformation = optimizer_of(optimizer, objective, batch_shapes, spikes)
     shapes = run_shapes(objective, transformation, batch_shapes, mesh, rules)
     step = make_train_step(
         objective,

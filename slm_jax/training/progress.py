@@ -110,6 +110,8 @@ def log_line(step: int, train_steps: int, metrics: dict[str, float], rates: dict
     ]
     if metrics.get("nonfinite_total"):
         parts.append(f"non-finite steps skipped {metrics['nonfinite_total']:.0f}")
+    if metrics.get("spikes_total"):
+        parts.append(f"spikes {metrics['spikes_total']:.0f}, skipped {metrics['spikes_skipped']:.0f}")
     return "  ".join(parts)
 
 

@@ -11,7 +11,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from slm_jax.errors import UserError
 from slm_jax.partitioning.rules import DEFAULT_RULES, LogicalRules
 from slm_jax.partitioning.sharding import batch_sharding, batch_shards
+from slm_jax.training.group_norms import group_norms
 from slm_jax.training.objectives.base import Batch, Objective
+from slm_jax.training.spikes import spike_metrics, steps_skipped
 from slm_jax.training.state import TrainState
 
 # A scalar, or (numerator, denominator) of a ratio.
@@ -44,8 +46,10 @@ def make_train_step(
 
     Returns:
       A step whose metrics hold the scalars `loss`, `weight`, `grad_norm`, `update_norm`, `param_norm`,
-      `learning_rate`, `nonfinite_in_a_row`, `nonfinite_total`, and the objective's pairs.
+      `learning_rate`, `nonfinite_in_a_row`, `nonfinite_total`, the three norms by group
+      (`group_norms.parameter_groups`), those of `spikes.spike_metrics`, and the objective's pairs.
     """
+    update = optax.with_extra_args_support(optimizer).update
 
     def train_step(state: TrainState, frozen: Any, batch: Batch) -> tuple[TrainState, StepMetrics]:
         rng = jax.random.fold_in(jax.random.key(seed), state.step)
@@ -59,7 +63,7 @@ def make_train_step(
         # A loss that is not finite must void the step even where its gradient happens to be finite.
         scale = jnp.where(jnp.isfinite(loss), scale, jnp.nan)
         grads = jax.tree.map(lambda grad, param: (grad * scale).astype(param.dtype), grad_sums, state.params)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        updates, opt_state = update(grads, state.opt_state, state.params, loss=loss)
         params = optax.apply_updates(state.params, updates)
         metrics = {
             "loss": loss,
@@ -68,9 +72,15 @@ def make_train_step(
             "update_norm": optax.tree.norm(updates),
             "param_norm": optax.tree.norm(params),
             # Steps that were left out did not move the schedule.
-            "learning_rate": schedule(state.step - _counter(state.opt_state, "total_notfinite")),
+            "learning_rate": schedule(
+                state.step - _counter(state.opt_state, "total_notfinite") - steps_skipped(state.opt_state)
+            ),
             "nonfinite_in_a_row": _counter(opt_state, "notfinite_count"),
             "nonfinite_total": _counter(opt_state, "total_notfinite"),
+            **spike_metrics(opt_state),
+            **group_norms("grad_norm", grads),
+            **group_norms("update_norm", updates),
+            **group_norms("param_norm", params),
         }
         return TrainState(state.step + 1, params, opt_state), {**metrics, **ratios}
 

@@ -93,6 +93,26 @@ def test_frames_encoded_once_train_as_the_speech_and_resume_bit_for_bit(workshop
     assert resumed == {step: found[step] for step in resumed}
 
 
+def test_a_run_goes_back_once_and_past_the_rows_of_two_steps(workshop, whole, tmp_path):
+    run, before = tmp_path / "run", curve(whole)
+    shutil.copytree(whole, run)
+    words = [*workshop.train_words(run, STEPS, SAVING), "--rollback_to", "9", "--skip_steps", "2"]
+    done = workshop.slm(words)
+    assert done.status == 0, done.err
+    assert "rolled back to step 9: checkpoints 12 are in" in done.err
+    after = curve(run)
+    assert sorted(after) == sorted(before)
+    assert {step: after[step] for step in range(1, 10)} == {step: before[step] for step in range(1, 10)}
+    # Of the same rows of the plan as the last step before, by a model that knows two steps less.
+    assert after[10][1] == before[12][1] and after[10][0] != before[12][0]
+    again = workshop.slm(words)
+    assert again.status == 0 and "rolled back" not in again.err, again.err
+    assert "going on from step 12; rows 72 to 87 of the plan are left out" in again.err
+    assert curve(run) == after
+    wrong = workshop.slm([*workshop.train_words(run, STEPS, SAVING), "--skip_steps", "2"])
+    assert wrong.status == 2 and "--skip_steps is 2, expected --rollback_to STEP with it" in wrong.err
+
+
 def test_what_no_row_holds_is_told_before_training(workshop, tmp_path):
     lengths = "TASK_FEATURE_LENGTHS={'speech': 44800, 'inputs': 40, 'targets': 40}"
     done = workshop.slm(workshop.train_words(tmp_path / "run", 1, (lengths, "WARMUP_STEPS=0")))

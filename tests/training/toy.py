@@ -20,6 +20,7 @@ from slm_jax.partitioning.sharding import batch_sharding
 from slm_jax.training.batches import PlacedBatch
 from slm_jax.training.loop import LoopConfig, TrainResult, train
 from slm_jax.training.optimizers import AdamWConfig, OptimizerConfig, ScheduleConfig
+from slm_jax.training.rollback import Rollback
 
 VOCAB, EMBED, MLP, TOKENS = 16, 16, 32, 6
 
@@ -75,7 +76,11 @@ class ToyObjective:
 
 
 class ToySource:
-    """Row r is the same on every mesh; `poisoned` maps a step to what its first row poisons."""
+    """Row r is the same on every mesh; `poisoned` maps a step to what its first row poisons.
+
+    `missing` is a first row and how many are left out of the data; steps of `spiked` have targets that
+    nothing predicts that has learnt from the others.
+    """
 
     def __init__(
         self,
@@ -85,11 +90,14 @@ class ToySource:
         poisoned: dict[int, int] | None = None,
         delay: float = 0.0,
         hangs_at: int = -1,
+        missing: tuple[int, int] = (0, 0),
+        spiked: tuple[int, ...] = (),
     ):
         self.rows_per_step = rows_per_step
         self.fingerprint = hashlib.sha256(f"{rows_per_step} {seed}".encode()).hexdigest()[:16]
         self._sharding, self._seed, self._delay = batch_sharding(mesh), seed, delay
         self._hangs_at = hangs_at
+        self._missing, self._spiked = missing, spiked
         self._poisoned = poisoned or {}
         row = self.row(0)
         self.shapes = {
@@ -112,8 +120,12 @@ class ToySource:
     def batches(self, rows_consumed: int, anchor: object = None) -> Iterator[PlacedBatch]:
         while True:
             time.sleep(600 if rows_consumed == self._hangs_at * self.rows_per_step else self._delay)
+            first, count = self._missing
             numbers = range(rows_consumed, rows_consumed + self.rows_per_step)
+            numbers = [number + count if number >= first else number for number in numbers]
             rows = [self.row(number) for number in numbers]
+            if rows_consumed // self.rows_per_step + 1 in self._spiked:
+                rows = [{**row, "targets": (row["tokens"] * 5 + 8) % VOCAB} for row in rows]
             arrays = {
                 name: jax.device_put(np.stack([row[name] for row in rows]), self._sharding)
                 for name in self.shapes
@@ -138,6 +150,9 @@ def toy_train(
     writer=None,
     load_variables=None,
     dropout: float = 0.1,
+    rollback: Rollback | None = None,
+    missing: tuple[int, int] = (0, 0),
+    spiked: tuple[int, ...] = (),
     **options,
 ) -> TrainResult:
     """Trains the toy with few words."""
@@ -148,7 +163,15 @@ def toy_train(
     optimizer = optimizer or AdamWConfig(schedule=ScheduleConfig(peak=0.01, warmup_steps=4))
     return train(
         ToyObjective(dropout),
-        ToySource(mesh, seed=seed, delay=delay, hangs_at=hangs_at, poisoned=poisoned),
+        ToySource(
+            mesh,
+            seed=seed,
+            delay=delay,
+            hangs_at=hangs_at,
+            poisoned=poisoned,
+            missing=missing,
+            spiked=spiked,
+        ),
         model_dir=model_dir,
         config=config,
         optimizer=optimizer,
@@ -156,6 +179,7 @@ def toy_train(
         evaluate=evaluate,
         writer=writer,
         load_variables=load_variables,
+        rollback=rollback,
     )
 
 

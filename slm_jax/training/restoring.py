@@ -1,0 +1,58 @@
+"""What a run goes on from: a checkpoint, with what has changed since about spikes and rollbacks."""
+
+from typing import Any
+
+import jax
+
+from slm_jax.checkpoints.manager import Restored, RunCheckpoints
+from slm_jax.checkpoints.provenance import Provenance
+from slm_jax.training.rollback import Rollbacks
+from slm_jax.training.spikes import SpikeState, fresh
+from slm_jax.training.state import DataCursor, TrainState
+
+_STATISTICS = "opt_state/steps_counted"
+
+
+def restore_run(
+    checkpoints: RunCheckpoints, shapes: TrainState, provenance: Provenance, step: int | None
+) -> Restored | None:
+    """Restores as `RunCheckpoints.restore`, whether or not the checkpoint's run watched for spikes.
+
+    A run may begin or cease to watch at any checkpoint: what is lacking begins afresh, the rest is left out.
+    """
+    step = checkpoints.latest_step() if step is None else step
+    if step is None:
+        return None
+    saved = _STATISTICS in checkpoints.read_record(step)["parameters"]
+    wanted = isinstance(shapes.opt_state, SpikeState)
+    if saved == wanted:
+        return checkpoints.restore(shapes, provenance, step)
+    if saved:
+        scalars = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=shapes.step.sharding),
+            jax.eval_shape(lambda: fresh(None)),
+        )
+        opt_state: Any = scalars._replace(inner_state=shapes.opt_state)
+    else:
+        opt_state = shapes.opt_state.inner_state
+    restored = checkpoints.restore(shapes._replace(opt_state=opt_state), provenance, step)
+    assert restored is not None
+    opt_state = restored.state.opt_state
+    if saved:
+        opt_state = opt_state.inner_state
+    else:
+        begun = jax.device_put(fresh(None), shapes.step.sharding)
+        opt_state = begun._replace(inner_state=opt_state)
+    return restored._replace(state=restored.state._replace(opt_state=opt_state))
+
+
+def cursor_after(restored: Restored, rollbacks: Rollbacks, rows_per_step: int) -> DataCursor:
+    """Where a run goes on from what it restored: past the rows that a rollback to it leaves out."""
+    saved = restored.cursor
+    before = tuple((int(first), int(count)) for first, count in saved.get("skipped") or ())
+    rows, anchor = saved["rows_consumed"], saved.get("anchor")
+    added = rollbacks.skipped_after(restored.step, rows, rows_per_step)
+    if added is None:
+        return DataCursor(rows, saved["fingerprint"], anchor, before)
+    # The anchor is of a row that may lie in another stage of the plan.
+    return DataCursor(rows + added[1], saved["fingerprint"], None, (*before, added))
