@@ -24,6 +24,8 @@ from slm_jax.cli.wiring import Wiring, subtree
 from slm_jax.errors import UserError, nearest
 from slm_jax.training.loop import TrainResult
 from slm_jax.training.loop import train as train_loop
+from slm_jax.training.phases import Phases, process_age
+from slm_jax.training.profiling import ProfileSteps
 from slm_jax.training.rollback import Rollback, Rollbacks
 
 
@@ -43,18 +45,36 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--skip_steps", type=int, metavar="N",
         help="with --rollback_to: leave out the rows of N steps after it",
     )  # fmt: skip
+    parser.add_argument(
+        "--profile_steps",
+        metavar="N:M",
+        help="trace steps N to M, both included, into MODEL_DIR/profile, for XProf",
+    )
+    parser.add_argument(
+        "--dump_program",
+        type=Path,
+        metavar="DIR",
+        help="write the train step as jaxpr, StableHLO and optimised HLO, with its memory",
+    )
 
 
 def main(args: argparse.Namespace) -> int:
     """Runs the command."""
     rollback = _rollback(args)
-    gin_config.parse(args.gin_file, args.gin_bindings, search_paths(args))
-    run = gin_config.build(Run)
+    phases = Phases(process_age())
+    profile_steps = ProfileSteps.parse(args.profile_steps) if args.profile_steps is not None else None
+    if args.dry_run and (profile_steps or args.dump_program):
+        raise UserError(
+            "--dry_run trains nothing, so --profile_steps and --dump_program have no meaning with it"
+        )
+    with phases.phase("configuration"):
+        gin_config.parse(args.gin_file, args.gin_bindings, search_paths(args))
+        run = gin_config.build(Run)
     if args.dry_run:
         print(gin_config.resolved_config())
         print(Wiring(run).plan_text())
         return 0
-    train(run, rollback=rollback)
+    train(run, rollback=rollback, phases=phases, profile_steps=profile_steps, dump_program=args.dump_program)
     return 0
 
 
@@ -66,21 +86,34 @@ def _rollback(args: argparse.Namespace) -> Rollback | None:
     return Rollback(args.rollback_to, args.skip_steps or 0)
 
 
-def train(run: Run, wired: Wiring | None = None, rollback: Rollback | None = None) -> TrainResult:
+def train(
+    run: Run,
+    wired: Wiring | None = None,
+    rollback: Rollback | None = None,
+    *,
+    phases: Phases | None = None,
+    profile_steps: ProfileSteps | None = None,
+    dump_program: Path | None = None,
+) -> TrainResult:
     """Trains a run that gin has built, and leaves its configuration beside its checkpoints.
 
     Args:
       run: what to train.
       wired: its rooms, where they are joined already.
       rollback: go back to an earlier checkpoint first, unless that is done already.
+      phases: clock of what went before.
+      profile_steps, dump_program: see `training.loop.train`.
 
     Raises:
       UserError: whatever a user can mend.
     """
+    phases = phases or Phases()
     wired = wired or Wiring(run)
-    _check_outputs(run, wired, rollback)
-    evaluate = wired.evaluation_in_training() if run.evaluation else None
-    source = wired.train_batches()
+    with phases.phase("tasks and shapes"):
+        _check_outputs(run, wired, rollback)
+        evaluate = wired.evaluation_in_training() if run.evaluation else None
+    with phases.phase("index and plan"):
+        source = wired.train_batches()
     model_dir = claim_run_directory(run.path(run.model_dir))
     first_process = jax.process_index() == 0
     result = train_loop(
@@ -97,6 +130,9 @@ def train(run: Run, wired: Wiring | None = None, rollback: Rollback | None = Non
         writer=_TensorBoard(model_dir / "tensorboard") if first_process else None,
         on_start=lambda: save_config(model_dir, run.working_dir) if first_process else None,
         rollback=rollback,
+        phases=phases,
+        profile_steps=profile_steps,
+        dump_program=dump_program,
     )
     if result.finished and run.save_foundations:
         _save_foundations(run, result, wired.provenance(gin_config.operative_config()))

@@ -15,9 +15,11 @@ from jax.sharding import Mesh
 from slm_jax.checkpoints.manager import BestMode, RunCheckpoints, claim_run_directory
 from slm_jax.checkpoints.provenance import Provenance, make_provenance
 from slm_jax.errors import UserError, check_whole
+from slm_jax.partitioning.device_kinds import DEVICE_KINDS
 from slm_jax.partitioning.rules import DEFAULT_RULES, LogicalRules
 from slm_jax.partitioning.sharding import check_batch_rows, plan_text
 from slm_jax.training.batches import BatchSource, PlacedBatch
+from slm_jax.training.compiled import CompiledSteps
 from slm_jax.training.evaluation_mark import EvaluationMark
 from slm_jax.training.initialisation import (
     LoadVariables,
@@ -27,7 +29,9 @@ from slm_jax.training.initialisation import (
 )
 from slm_jax.training.objectives.base import Objective
 from slm_jax.training.optimizers import OptimizerConfig
+from slm_jax.training.phases import Phases, start_line
 from slm_jax.training.preemption import StopRequests, StopWaiting, stop_requests
+from slm_jax.training.profiling import ProfileSteps, StepProfiler
 from slm_jax.training.program import make_train_program
 from slm_jax.training.progress import Reporter, StepRecord, Throughput, Writer, log_line, summarise
 from slm_jax.training.restoring import cursor_after, restore_run
@@ -65,6 +69,8 @@ class LoopConfig:
       spike_skip: whether such a step changes nothing besides, neither parameters nor optimizer.
       spike_warmup_steps, spike_decay, max_spikes_in_a_row: `warmup_steps`, `decay` and `max_in_a_row` of
         `spikes.SpikeConfig`.
+      peak_flops: dense products a second of one device, in FLOP/s, for MFU and HFU; None takes it from
+        `device_kinds`, where the kind of device is known.
     """
 
     train_steps: int
@@ -84,6 +90,7 @@ class LoopConfig:
     spike_warmup_steps: int = 100
     spike_decay: float = 0.99
     max_spikes_in_a_row: int = 10
+    peak_flops: float | None = None
 
     def __post_init__(self):
         positive = ("train_steps", "microbatches", "log_period", "checkpoint_period", "keep_last")
@@ -91,6 +98,9 @@ class LoopConfig:
             check_whole(name, getattr(self, name))
         if self.eval_period is not None:
             check_whole("eval_period", self.eval_period)
+        peak = self.peak_flops
+        if peak is not None and (isinstance(peak, bool) or not isinstance(peak, (int, float)) or peak <= 0):
+            raise UserError(f"peak_flops is {peak!r}, expected FLOP/s of one device, such as 989e12, or None")
         if self.keep_best and not self.best_metric:
             raise UserError(f"keep_best={self.keep_best} needs best_metric, a metric of the evaluation")
         if self.spike_skip and self.spike_zscore is None:
@@ -143,6 +153,9 @@ def train(
     writer: Writer | None = None,
     on_start: Callable[[], None] | None = None,
     rollback: Rollback | None = None,
+    phases: Phases | None = None,
+    dump_program: Path | None = None,
+    profile_steps: ProfileSteps | None = None,
 ) -> TrainResult:
     """Trains, or goes on with the run in `model_dir` from its newest checkpoint.
 
@@ -161,26 +174,31 @@ def train(
       writer: where metrics go besides the log.
       on_start: called once it is sure that `model_dir` is this run's: before that, nothing in it is changed.
       rollback: go back to an earlier checkpoint first, unless that is done already.
+      phases: clock of what went before, which goes on until the first step is done.
+      profile_steps: steps of which a trace is captured into `profile` in the run's directory.
+      dump_program: folder for the texts of the train step's programs.
 
     Raises:
       UserError: what is asked for does not fit together, does not fit the run in `model_dir`, cannot be
         saved, processes plan other rows than each other, or `max_nonfinite_in_a_row` steps in a row were not
         finite.
     """
+    phases = phases or Phases()
     model_dir = claim_run_directory(model_dir)
     reporter = Reporter(config.train_steps)
     check_batch_rows(source.rows_per_step, mesh, rules)
     _check_same_plan(source.fingerprint)
-    program = make_train_program(
-        objective,
-        optimizer,
-        source.shapes,
-        seed=config.seed,
-        microbatches=config.microbatches,
-        spikes=config.spikes,
-        mesh=mesh,
-        rules=rules,
-    )
+    with phases.phase("shapes"):
+        program = make_train_program(
+            objective,
+            optimizer,
+            source.shapes,
+            seed=config.seed,
+            microbatches=config.microbatches,
+            spikes=config.spikes,
+            mesh=mesh,
+            rules=rules,
+        )
     shapes = program.shapes
     _say_start(reporter, shapes, mesh)
 
@@ -192,16 +210,19 @@ def train(
         model_dir / "checkpoints", config.keep_last, config.keep_best, config.best_metric, config.best_mode
     )
     try:
-        rollbacks = Rollbacks(model_dir, rollback)
-        restored = restore_run(
-            checkpoints, shapes.state, run_provenance, rollbacks.step(checkpoints.all_steps())
-        )
+        with phases.phase("restore"):
+            rollbacks = Rollbacks(model_dir, rollback)
+            restored = restore_run(
+                checkpoints, shapes.state, run_provenance, rollbacks.step(checkpoints.all_steps())
+            )
         wanted = (
             {"frozen": shapes.frozen}
             if restored
             else {"params": shapes.state.params, "frozen": shapes.frozen}
         )
-        variables = make_variables(objective, source.shapes, wanted, load_variables, config.seed, mesh, rules)
+        load = _in_phase(phases, "load of foundation models", load_variables)
+        with phases.phase("initialisation"):
+            variables = make_variables(objective, source.shapes, wanted, load, config.seed, mesh, rules)
     except BaseException:
         # Its threads would be cut off by the end of the process, and say so below the mistake.
         checkpoints.close()
@@ -217,7 +238,8 @@ def train(
     else:
         rollbacks.forget()
         first_step, cursor = 0, DataCursor(0, source.fingerprint)
-        state = make_state(variables["params"], program.optimizer, shapes.state)
+        with phases.phase("initialisation"):
+            state = make_state(variables["params"], program.optimizer, shapes.state)
     if jax.process_index() == 0:
         (model_dir / "sharding_plan.txt").write_text(plan_text(shapes.boxed, mesh, rules), encoding="utf-8")
     if on_start:
@@ -234,16 +256,19 @@ def train(
         evaluated=EvaluationMark(model_dir / "evaluated.json", first_step),
         steps=StepLog(model_dir / ("steps.jsonl" if process == 0 else f"steps.{process}.jsonl"), first_step),
         evaluate=evaluate,
-        devices=mesh.size,
         skipped=cursor.skipped,
+        programs=CompiledSteps(program, objective, phases, dump_program),
+        phases=phases,
+        profiler=StepProfiler(model_dir / "profile", profile_steps, reporter.say),
+        throughput=Throughput(mesh.size, config.peak_flops or _peak_flops(mesh)),
     )
     try:
         # Before requests to stop are taken: a source that prepares for long can be stopped at once.
-        batches = source.batches(cursor.rows_consumed, cursor.anchor)
+        with phases.phase("first batch"):
+            batches = source.batches(cursor.rows_consumed, cursor.anchor)
         with stop_requests() as stop_after:
             return run.go(
                 batches,
-                lambda state, arrays: program.take(state, variables["frozen"], arrays),
                 stop_after,
                 state,
                 variables["frozen"],
@@ -285,7 +310,10 @@ class _Run:
         steps: StepLog,
         evaluated: EvaluationMark,
         evaluate: Evaluate | None,
-        devices: int,
+        programs: CompiledSteps,
+        phases: Phases,
+        profiler: StepProfiler,
+        throughput: Throughput,
         skipped: tuple[RowRange, ...],
     ):
         self._config = config
@@ -298,15 +326,16 @@ class _Run:
         self._evaluated = evaluated
         self._evaluate = evaluate
         self._skipped = skipped
-        self._throughput = Throughput(devices)
+        self._programs = programs
+        self._phases = phases
+        self._profiler = profiler
+        self._throughput = throughput
         self._pending: list[StepRecord] = []
         self._metrics: dict[str, float] = {}
-        self._shapes: set[tuple[tuple[int, ...], ...]] = set()
 
     def go(
         self,
         batches: Iterator[PlacedBatch],
-        take: Callable[[TrainState, dict[str, jax.Array]], tuple[TrainState, dict[str, Any]]],
         stop_after: StopRequests,
         state: TrainState,
         frozen: Any,
@@ -320,7 +349,10 @@ class _Run:
             self._run_evaluation(step, state, frozen)
         while step < config.train_steps and not stopping:
             try:
-                with stop_after.waiting():
+                with (
+                    stop_after.waiting(),
+                    self._phases.phase("first batch" if step == first_step else "data wait"),
+                ):
                     placed = self._next(batches)
             except StopWaiting:
                 # A read may hang: the steps that were taken are saved all the same.
@@ -330,16 +362,23 @@ class _Run:
                 break
             if step == first_step:
                 _say_batch(self._reporter, placed)
-            first_of_shape = self._is_new_shape(step, placed)
-            state, metrics = take(state, placed.arrays)
+                # Until here nothing was trained.
+                self._throughput.restart()
+            if not self._programs.knows(placed.arrays):
+                self._compile(step, state, frozen, placed)
+            self._profiler.before(step + 1, state)
+            with self._phases.phase("first step" if step == first_step else "training"):
+                state, metrics = self._programs.take(state, frozen, placed.arrays)
+                if step == first_step:
+                    jax.block_until_ready(metrics)
             step += 1
             rows_consumed += self._source.rows_per_step
             self._pending.append(StepRecord(step, metrics, placed.ids, placed.stats))
-            self._throughput.add(placed.stats)
-            if first_of_shape:
-                # The first step of a shape compiles; rates count from the next.
-                jax.block_until_ready(metrics)
-                self._throughput.restart()
+            program = self._programs.of(state, frozen, placed.arrays)
+            self._throughput.add(placed.stats, program.model_flops, program.hardware_flops)
+            if step == first_step + 1:
+                self._tell_start(step)
+            self._profiler.after(step, state)
             if len(self._pending) > STEPS_IN_FLIGHT:
                 jax.block_until_ready(self._pending[-1 - STEPS_IN_FLIGHT].metrics["loss"])
             self._reporter.at(step)
@@ -367,6 +406,7 @@ class _Run:
 
     def close(self) -> None:
         """Ends the threads and files of the run; a save under way is completed."""
+        self._profiler.close()
         self._reporter.close()
         self._steps.close()
         self._checkpoints.close()
@@ -380,18 +420,34 @@ class _Run:
         self._log(step)
         anchor = self._source.anchor(rows_consumed)
         cursor = DataCursor(rows_consumed, self._source.fingerprint, anchor, self._skipped)
-        self._checkpoints.save(step, state, cursor, self._provenance, scores)
+        began = time.monotonic()
+        with self._phases.phase("checkpoint"):
+            self._checkpoints.save(step, state, cursor, self._provenance, scores)
+        self._throughput.apart("checkpoint", time.monotonic() - began)
 
-    def _is_new_shape(self, step: int, placed: PlacedBatch) -> bool:
-        shapes = tuple(array.shape for array in placed.arrays.values())
-        if shapes in self._shapes:
-            return False
-        self._shapes.add(shapes)
-        if len(self._shapes) > 1:
+    def _compile(self, step: int, state: TrainState, frozen: Any, placed: PlacedBatch) -> None:
+        """Compiles the program of a batch shape, apart from the training around it."""
+        if self._pending:
+            # Steps under way are training, and end before.
+            jax.block_until_ready(self._pending[-1].metrics)
+        began = time.monotonic()
+        if len(self._programs):
             speech = placed.arrays.get("speech")
             what = f" with {speech.shape[-1]} samples a slot" if speech is not None else ""
-            self._reporter.say(f"step {step + 1}: batch shape number {len(self._shapes)}{what}; compiling")
-        return True
+            number = len(self._programs) + 1
+            self._reporter.say(f"step {step + 1}: batch shape number {number}{what}; compiling")
+        self._reporter.say(self._programs.of(state, frozen, placed.arrays).line())
+        self._throughput.apart("compile", time.monotonic() - began)
+
+    def _tell_start(self, step: int) -> None:
+        """Tells how long it took to the end of the first step, by phase."""
+        seconds, began = self._phases.seconds(), time.monotonic()
+        self._reporter.say(start_line(seconds))
+        names = {name: name.replace(" ", "_") + "_seconds" for name in seconds}
+        scalars = {names[name]: value for name, value in seconds.items()}
+        self._write(step, "start", {**scalars, "total_seconds": sum(seconds.values())})
+        # The first scalars may bring in their library.
+        self._throughput.apart("start", time.monotonic() - began)
 
     def _next(self, batches: Iterator[PlacedBatch]) -> PlacedBatch:
         began = time.monotonic()
@@ -419,7 +475,7 @@ class _Run:
         metrics = summarise(records)
         self._metrics.update(metrics)
         self._reporter.say(log_line(step, self._config.train_steps, metrics, rates))
-        self._write(step, "train", {**metrics, **rates, "batch_shapes": len(self._shapes)})
+        self._write(step, "train", {**metrics, **rates, "batch_shapes": len(self._programs)})
         worst = max(int(record.metrics["nonfinite_in_a_row"]) for record in records)
         if worst >= self._config.max_nonfinite_in_a_row:
             saved = self._checkpoints.latest_step()
@@ -433,8 +489,10 @@ class _Run:
         assert self._evaluate is not None
         # Metrics go first: an evaluation may take long, and its time is no training time.
         self._log(step)
-        scores = dict(self._evaluate(step, state, frozen))
-        self._throughput.restart()
+        began = time.monotonic()
+        with self._phases.phase("evaluation"):
+            scores = dict(self._evaluate(step, state, frozen))
+        self._throughput.apart("evaluation", time.monotonic() - began)
         best = self._config.best_metric
         if self._config.keep_best and best not in scores:
             raise UserError(
@@ -452,6 +510,22 @@ class _Run:
     def _write(self, step: int, group: str, scalars: dict[str, float]) -> None:
         if self._writer and jax.process_index() == 0:
             self._writer.write_scalars(step, {f"{group}/{name}": value for name, value in scalars.items()})
+
+
+def _in_phase(phases: Phases, name: str, load: LoadVariables | None) -> LoadVariables | None:
+    if load is None:
+        return None
+
+    def loaded(shapes: dict[str, Any]) -> dict[str, Any]:
+        with phases.phase(name):
+            return load(shapes)
+
+    return loaded
+
+
+def _peak_flops(mesh: Mesh) -> float | None:
+    kind = DEVICE_KINDS.get(mesh.devices.flat[0].device_kind)
+    return kind.flops if kind else None
 
 
 def _say_start(reporter: Reporter, shapes: RunShapes, mesh: Mesh) -> None:

@@ -52,15 +52,23 @@ def summarise(records: Iterable[StepRecord]) -> dict[str, float]:
 _PARTS = ("speech", "encoder", "decoder")
 
 
+_SHARES = {"MFU": "mfu_percent", "HFU": "hfu_percent"}
+# What takes time in which nothing is trained.
+_APART = ("start", "compile", "checkpoint", "evaluation")
+
+
 class Throughput:
     """Clock and counters between two log lines.
 
     Args:
       devices: number of devices that rates are shared out to.
+      peak_flops: of one device, in FLOP/s; None where it is not known.
     """
 
-    def __init__(self, devices: int) -> None:
+    def __init__(self, devices: int, peak_flops: float | None = None) -> None:
         self._devices = devices
+        self._peak_flops = peak_flops
+        self._apart: dict[str, float] = {}
         self.restart()
 
     def restart(self) -> None:
@@ -68,33 +76,73 @@ class Throughput:
         self._began = time.monotonic()
         self._waited = 0.0
         self._steps = 0
+        self._not_trained = 0.0
+        self._model_flops = 0.0
+        self._hardware_flops: float | None = 0.0
         self._stats: dict[str, float] = collections.defaultdict(float)
 
     def waited(self, seconds: float) -> None:
         """Adds time in which the devices had no batch to go on with."""
         self._waited += seconds
 
-    def add(self, stats: dict[str, float]) -> None:
-        """Adds a step with the counts of this host."""
+    def apart(self, name: str, seconds: float) -> None:
+        """Adds seconds that just ended in which nothing was trained; they count for no rate."""
+        self._apart[name] = self._apart.get(name, 0.0) + seconds
+        self._not_trained += seconds
+
+    def add(
+        self, stats: dict[str, float], model_flops: float = 0.0, hardware_flops: float | None = None
+    ) -> None:
+        """Adds a step with the counts of this host, and the operations of all devices."""
         self._steps += 1
+        self._model_flops += model_flops
+        if hardware_flops is None or self._hardware_flops is None:
+            self._hardware_flops = None
+        else:
+            self._hardware_flops += hardware_flops
         for name, value in stats.items():
             self._stats[name] += value
 
     def read(self, steps_left: int) -> dict[str, float]:
         """Rates of the period over all hosts, and the seconds that the steps left will take."""
-        seconds = max(time.monotonic() - self._began, 1e-9)
+        seconds = max(time.monotonic() - self._began - self._not_trained, 1e-9)
+        apart = {f"{name}_seconds": value for name, value in self._apart.items()}
+        self._apart = {}
         names = ["audio_seconds", "target_tokens"]
         names += [f"{part}_{what}" for part in _PARTS for what in ("used", "room")]
         audio_seconds, tokens, *used_and_room = _over_hosts([self._stats[name] for name in names])
         rooms = dict(zip(_PARTS, zip(used_and_room[::2], used_and_room[1::2], strict=True), strict=True))
         useful = {f"useful_{part}_percent": 100 * used / room for part, (used, room) in rooms.items() if room}
-        return useful | {
-            "steps_per_second": self._steps / seconds,
-            "audio_hours_per_second": audio_seconds / 3600 / seconds,
-            "tokens_per_second_per_device": tokens / seconds / self._devices,
-            "data_wait_percent": 100.0 * self._waited / seconds,
-            "eta_seconds": steps_left * seconds / max(self._steps, 1),
-        }
+        return (
+            useful
+            | apart
+            | self._utilisation(seconds)
+            | _peak_memory()
+            | {
+                "steps_per_second": self._steps / seconds,
+                "step_seconds": seconds / max(self._steps, 1),
+                "audio_hours_per_second": audio_seconds / 3600 / seconds,
+                "tokens_per_second_per_device": tokens / seconds / self._devices,
+                "data_wait_percent": 100.0 * self._waited / seconds,
+                "eta_seconds": steps_left * seconds / max(self._steps, 1),
+            }
+        )
+
+    def _utilisation(self, seconds: float) -> dict[str, float]:
+        counts = {"m": self._model_flops, "h": self._hardware_flops}
+        known = {letter: flops / seconds / self._devices for letter, flops in counts.items() if flops}
+        if self._peak_flops:
+            shares = {f"{letter}fu_percent": 100 * rate / self._peak_flops for letter, rate in known.items()}
+        else:
+            shares = {}
+        return shares | ({"tflops_per_second_per_device": known["m"] / 1e12} if "m" in known else {})
+
+
+def _peak_memory() -> dict[str, float]:
+    """Most bytes in use so far on any device of this host, where the platform tells."""
+    stats = [device.memory_stats() or {} for device in jax.local_devices()]
+    peaks = [found["peak_bytes_in_use"] for found in stats if "peak_bytes_in_use" in found]
+    return {"peak_memory_bytes": float(max(peaks))} if peaks else {}
 
 
 def log_line(step: int, train_steps: int, metrics: dict[str, float], rates: dict[str, float]) -> str:
@@ -102,17 +150,37 @@ def log_line(step: int, train_steps: int, metrics: dict[str, float], rates: dict
     parts = [
         f"step {step}/{train_steps}",
         f"loss {metrics['loss']:.4f}",
+        f"{rates['step_seconds']:.4g} s/step",
         f"{rates['audio_hours_per_second']:.4g} audio-h/s",
         f"{rates['tokens_per_second_per_device']:.4g} tokens/s/device",
+        *_used(rates),
         f"data wait {rates['data_wait_percent']:.0f} %",
         *_useful(rates),
         f"ETA {_clock(rates['eta_seconds'])}",
     ]
+    apart = [
+        f"{name} {rates[f'{name}_seconds']:.1f}" for name in _APART if rates.get(f"{name}_seconds", 0) >= 0.05
+    ]
+    if apart:
+        parts.append(f"apart: {', '.join(apart)} s")
     if metrics.get("nonfinite_total"):
         parts.append(f"non-finite steps skipped {metrics['nonfinite_total']:.0f}")
     if metrics.get("spikes_total"):
         parts.append(f"spikes {metrics['spikes_total']:.0f}, skipped {metrics['spikes_skipped']:.0f}")
     return "  ".join(parts)
+
+
+def _used(rates: dict[str, float]) -> list[str]:
+    """What of the devices is used: of their products, or how many these are, and of their memory."""
+    parts = []
+    shares = [f"{name} {rates[key]:.1f}" for name, key in _SHARES.items() if key in rates]
+    if shares:
+        parts.append(f"{' '.join(shares)} %")
+    elif "tflops_per_second_per_device" in rates:
+        parts.append(f"{rates['tflops_per_second_per_device']:.3g} TFLOP/s/device")
+    if "peak_memory_bytes" in rates:
+        parts.append(f"peak {rates['peak_memory_bytes'] / 1e9:.1f} GB")
+    return parts
 
 
 def _useful(rates: dict[str, float]) -> list[str]:

@@ -281,10 +281,14 @@ def test_says_what_it_does(tmp_path, capfd):
     assert "frozen: 256 numbers, 1,024 bytes per device" in said
     assert "first batch: " in said and "tokens int32[16, 6]" in said and "0: row-0" in said
     assert re.search(
-        r"step 4/8  loss \d\.\d{4}  \S+ audio-h/s  \S+ tokens/s/device  data wait \d+ %  ETA 0:00:0\d", said
+        r"step 4/8  loss \d\.\d{4}  \S+ s/step  \S+ audio-h/s  "
+        r"\S+ tokens/s/device  \S+ TFLOP/s/device  data wait \d+ %  ETA 0:00:0\d",
+        said,
     )
+    assert re.search(r"train step: traced and lowered in \d+\.\d s, compiled in \d+\.\d s", said)
+    assert re.search(r"first step done after \d+\.\d s: ", said)
     assert "evaluation at step 8: score 1.5" in said
-    assert sorted(writer.scalars) == [4, 5, 8] and writer.flushed
+    assert sorted(writer.scalars) == [1, 4, 5, 8] and writer.flushed
     assert writer.scalars[8]["eval/score"] == 1.5
     names = {"loss", "weight", "grad_norm", "update_norm", "param_norm", "learning_rate", "accuracy"}
     assert {f"train/{name}" for name in names} <= set(writer.scalars[4])

@@ -153,6 +153,8 @@ def toy_train(
     rollback: Rollback | None = None,
     missing: tuple[int, int] = (0, 0),
     spiked: tuple[int, ...] = (),
+    profile_steps=None,
+    dump_program=None,
     **options,
 ) -> TrainResult:
     """Trains the toy with few words."""
@@ -180,6 +182,8 @@ def toy_train(
         writer=writer,
         load_variables=load_variables,
         rollback=rollback,
+        profile_steps=profile_steps,
+        dump_program=dump_program,
     )
 
 

@@ -1,0 +1,169 @@
+"""The train step compiled ahead for each batch shape, with what that took and what it needs."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from slm_jax.partitioning.sharding import partitioned
+from slm_jax.training.flops import traced_flops
+from slm_jax.training.objectives.base import Batch, Objective
+from slm_jax.training.phases import Phases
+from slm_jax.training.program import TrainProgram
+from slm_jax.training.state import TrainState
+from slm_jax.training.step import StepMetrics
+
+_CACHE_HIT = "/jax/compilation_cache/cache_hits"
+
+
+@dataclass(frozen=True)
+class CompiledStep:
+    """The program of one batch shape.
+
+    Attributes:
+      model_flops: of a step over all devices, by the objective's formula; 0 where it has none.
+      hardware_flops: of the products of the traced program, recomputation included; None where they cannot
+        be counted.
+      tracing_seconds, compiling_seconds: that it took.
+      from_cache: whether it came from the persistent compilation cache.
+      memory: XLA's plan of a device's memory, None where the platform tells none.
+      traced, lowered, compiled: JAX's stages of the program.
+    """
+
+    model_flops: int
+    hardware_flops: int | None
+    tracing_seconds: float
+    compiling_seconds: float
+    from_cache: bool
+    memory: Any
+    traced: Any
+    lowered: Any
+    compiled: Any
+
+    def line(self) -> str:
+        """What it took and needs, in one line."""
+        cached = " (from the persistent cache)" if self.from_cache else ""
+        parts = [
+            f"train step: traced and lowered in {self.tracing_seconds:.1f} s",
+            f"compiled in {self.compiling_seconds:.1f} s{cached}",
+        ]
+        if self.memory is not None:
+            arguments, temporaries = self.memory.argument_size_in_bytes, self.memory.temp_size_in_bytes
+            parts.append(f"arguments {arguments:,} and temporaries {temporaries:,} bytes per device")
+        return ", ".join(parts)
+
+    def dump(self, directory: Path, number: int) -> None:
+        """Writes `train_step.jaxpr.txt`, `.stablehlo.txt`, `.hlo.txt` (optimised) and `.memory.txt`.
+
+        Args:
+          directory: made where it is missing.
+          number: of the batch shape, which is in the names from the second on.
+        """
+        directory.mkdir(parents=True, exist_ok=True)
+        stem = "train_step" if number == 1 else f"train_step.{number}"
+        texts = {
+            "jaxpr": str(self.traced.jaxpr),
+            "stablehlo": self.lowered.as_text(),
+            "hlo": self.compiled.as_text(),
+            "memory": str(self.memory),
+        }
+        for kind, text in texts.items():
+            (directory / f"{stem}.{kind}.txt").write_text(f"{text}\n", encoding="utf-8")
+
+
+def compile_step(
+    program: TrainProgram, objective: Objective, state: TrainState, frozen: Any, batch: Batch, phases: Phases
+) -> CompiledStep:
+    """Traces, lowers and compiles a program for a batch's shapes; runs nothing.
+
+    Args:
+      program, objective: of the run.
+      state, frozen, batch: arrays, or their shapes with shardings.
+      phases: gets `tracing` and `compiling`.
+    """
+    began = time.monotonic()
+    with partitioned(program.mesh, program.rules), phases.phase("tracing"):
+        traced = program.jitted.trace(state, frozen, batch)
+        lowered = traced.lower()
+        traced_at = time.monotonic()
+    with phases.phase("compiling"), _cache_hits() as hits:
+        compiled = lowered.compile()
+        seconds = time.monotonic() - traced_at
+    shapes = {name: jax.ShapeDtypeStruct(array.shape, array.dtype) for name, array in batch.items()}
+    return CompiledStep(
+        sum(objective.flops(shapes).values()),
+        _countable(traced.jaxpr),
+        traced_at - began,
+        seconds,
+        bool(hits),
+        compiled.memory_analysis(),
+        traced,
+        lowered,
+        compiled,
+    )
+
+
+def _countable(jaxpr: Any) -> int | None:
+    try:
+        return traced_flops(jaxpr)
+    except ValueError:
+        return None
+
+
+@contextmanager
+def _cache_hits() -> Iterator[list[str]]:
+    """Gathers what the persistent cache serves meanwhile."""
+    hits: list[str] = []
+
+    def listen(event: str, **_: Any) -> None:
+        if event == _CACHE_HIT:
+            hits.append(event)
+
+    jax.monitoring.register_event_listener(listen)
+    try:
+        yield hits
+    finally:
+        jax.monitoring.unregister_event_listener(listen)
+
+
+class CompiledSteps:
+    """A run's train step, compiled when a batch shape is first seen.
+
+    Args:
+      program, objective: of the run.
+      phases: see `compile_step`.
+      dump: folder for the texts of every program; None writes none.
+    """
+
+    def __init__(self, program: TrainProgram, objective: Objective, phases: Phases, dump: Path | None = None):
+        self._program, self._objective, self._phases, self._dump = program, objective, phases, dump
+        self._steps: dict[tuple[tuple[int, ...], ...], CompiledStep] = {}
+
+    def __len__(self) -> int:
+        return len(self._steps)
+
+    def knows(self, batch: Batch) -> bool:
+        """Whether the program of this batch's shapes is compiled."""
+        return _key(batch) in self._steps
+
+    def of(self, state: TrainState, frozen: Any, batch: Batch) -> CompiledStep:
+        """Returns the program for a batch, compiled if need be."""
+        if (key := _key(batch)) not in self._steps:
+            step = compile_step(self._program, self._objective, state, frozen, batch, self._phases)
+            self._steps[key] = step
+            if self._dump is not None and jax.process_index() == 0:
+                step.dump(self._dump, len(self._steps))
+        return self._steps[key]
+
+    def take(self, state: TrainState, frozen: Any, batch: Batch) -> tuple[TrainState, StepMetrics]:
+        """Takes a step; the state that is given is used up."""
+        with partitioned(self._program.mesh, self._program.rules):
+            return self.of(state, frozen, batch).compiled(state, frozen, batch)
+
+
+def _key(batch: Batch) -> tuple[tuple[int, ...], ...]:
+    return tuple(array.shape for array in batch.values())

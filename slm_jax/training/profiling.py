@@ -1,0 +1,64 @@
+"""A trace of some steps of a run, for XProf."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+
+from slm_jax.errors import UserError
+
+
+class ProfileSteps(NamedTuple):
+    """Steps that are traced: `first` to `last`, both included."""
+
+    first: int
+    last: int
+
+    @classmethod
+    def parse(cls, text: str) -> "ProfileSteps":
+        """Reads `100:105`; raises UserError where the text names no such steps."""
+        first, _, last = text.partition(":")
+        if first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last):
+            return cls(int(first), int(last))
+        raise UserError(
+            f"--profile_steps is {text!r}, expected the first and the last step to trace, such as 100:105"
+        )
+
+
+class StepProfiler:
+    """Starts and stops JAX's profiler around steps; a trace is written when it stops.
+
+    Args:
+      directory: where traces go, each in a folder of its own time.
+      steps: which are traced; None traces nothing.
+      say: tells where the trace lies.
+    """
+
+    def __init__(self, directory: Path, steps: ProfileSteps | None, say: Callable[[str], None]):
+        self._directory, self._steps, self._say = directory, steps, say
+        self._running = False
+
+    def before(self, step: int, state: Any) -> None:
+        """Starts before the first of the steps; of a run that goes on among them, before its first one."""
+        if self._steps and not self._running and self._steps.first <= step <= self._steps.last:
+            # What was dispatched before is no part of these steps.
+            jax.block_until_ready(state)
+            jax.profiler.start_trace(str(self._directory))
+            self._running = True
+
+    def after(self, step: int, state: Any) -> None:
+        """Stops after the last of the steps."""
+        if self._steps and self._running and step >= self._steps.last:
+            jax.block_until_ready(state)
+            self.close()
+
+    def close(self) -> None:
+        """Stops and writes a trace under way."""
+        if self._running:
+            self._running = False
+            jax.profiler.stop_trace()
+            self._say(
+                f"trace written to {self._directory}; `pip install xprof`, then "
+                f"`xprof --logdir {self._directory}` or TensorBoard shows it"
+            )
