@@ -29,10 +29,11 @@ from slm_jax.models.slm import SLM
 from slm_jax.partitioning.device_kinds import DEVICE_KINDS
 from slm_jax.partitioning.mesh import make_mesh
 from slm_jax.partitioning.sharding import batch_sharding, partitioned
-from slm_jax.training.flops import traced_flops
+from slm_jax.training.compiled import compile_step
 from slm_jax.training.initialisation import make_state
 from slm_jax.training.objectives.slm import SLMObjective
 from slm_jax.training.optimizers import AdamWConfig
+from slm_jax.training.phases import Phases
 from slm_jax.training.program import make_train_program
 
 RATE = 16_000
@@ -72,12 +73,9 @@ def measured(args: argparse.Namespace, remat: str) -> dict[str, object]:
     shapes = program.shapes
     state = make_state(random_like(shapes.state.params, jnp.float32), program.optimizer, shapes.state)
     frozen = random_like(shapes.frozen, jnp.bfloat16 if args.model == "xxl" else jnp.float32)
+    step = compile_step(program, objective, state, frozen, batch, Phases())
+    compiled, seconds = step.compiled, []
     with partitioned(mesh):
-        hardware_flops = traced_flops(jax.make_jaxpr(program.step)(state, frozen, batch))
-        began = time.monotonic()
-        compiled = program.jitted.lower(state, frozen, batch).compile()
-        compile_seconds = time.monotonic() - began
-        seconds = []
         for number in range(args.steps + 3):
             began = time.monotonic()
             state, metrics = compiled(state, frozen, batch)
@@ -92,7 +90,7 @@ def measured(args: argparse.Namespace, remat: str) -> dict[str, object]:
     median, devices = statistics.median(seconds), jax.device_count()
     kind = DEVICE_KINDS.get(jax.devices()[0].device_kind)
     peak = kind and kind.flops
-    memory, planned = jax.devices()[0].memory_stats() or {}, compiled.memory_analysis()
+    hardware, memory, planned = step.hardware_flops, jax.devices()[0].memory_stats() or {}, step.memory
     return {
         "remat": remat,
         "attention_kernel": args.attention_kernel,
@@ -102,14 +100,16 @@ def measured(args: argparse.Namespace, remat: str) -> dict[str, object]:
         "seconds_min_max": [round(min(seconds), 4), round(max(seconds), 4)],
         "audio_hours_a_second": round(args.rows * args.seconds / 3600 / median, 4),
         "model_tflops": {name: round(value / 1e12, 3) for name, value in flops.items()},
-        "hardware_tflops": round(hardware_flops / 1e12, 3),
+        "hardware_tflops": hardware and round(hardware / 1e12, 3),
         "tflops_a_second_a_device": round(sum(flops.values()) / median / devices / 1e12, 2),
         "mfu": peak and round(sum(flops.values()) / median / devices / peak, 4),
-        "hfu": peak and round(hardware_flops / median / devices / peak, 4),
+        "hfu": peak and hardware and round(hardware / median / devices / peak, 4),
         "peak_gb": round(memory.get("peak_bytes_in_use", 0) / 1e9, 2),
-        "arguments_gb": round(planned.argument_size_in_bytes / 1e9, 2),
-        "temporaries_gb": round(planned.temp_size_in_bytes / 1e9, 2),
-        "compile_seconds": round(compile_seconds, 1),
+        "arguments_gb": planned and round(planned.argument_size_in_bytes / 1e9, 2),
+        "temporaries_gb": planned and round(planned.temp_size_in_bytes / 1e9, 2),
+        "tracing_seconds": round(step.tracing_seconds, 1),
+        "compile_seconds": round(step.compiling_seconds, 1),
+        "from_cache": step.from_cache,
         "loss": round(loss, 4),
     }
 
