@@ -43,7 +43,7 @@ PARAMS_FILE = "params.safetensors"
 FORMATS = ("orbax", "safetensors")
 # Fields of a model's configuration that do not change what its parameters mean.
 _RUN_TIME_FIELDS = {
-    "dropout", "dtype", "remat", "scan", "scan_unroll", "loss_chunk", "relative_bias_init_std",
+    "dropout", "dtype", "remat", "scan", "scan_unroll", "loss_chunk", "loss_logits", "relative_bias_init_std",
     "attention_kernel",
 }  # fmt: skip
 

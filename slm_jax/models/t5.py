@@ -18,7 +18,7 @@ from flax.linen.spmd import with_logical_constraint
 
 from slm_jax.errors import UserError, nearest
 from slm_jax.models import layers
-from slm_jax.models.losses import chunked_cross_entropy
+from slm_jax.models.losses import FrozenHead, chunked_cross_entropy, frozen_head_cross_entropy, shards_of
 from slm_jax.models.remat import REMAT, kept_when_frozen, rematted
 
 RELATIVE_BIAS = ("shared", "layer")
@@ -48,7 +48,9 @@ class T5Config:
       remat: what each layer keeps for the backward pass; see `remat.rematted`.
       scan: layers run as a loop (compiles fast); False unrolls it. The parameters are the same.
       attention_kernel: which kernel computes attention; see `layers.dot_product_attention`.
-      loss_chunk: tokens of all rows whose logits exist at one time in `token_losses`.
+      loss_chunk: most tokens of all rows whose logits exist at one time in `token_losses`.
+      loss_logits: most logits of a device that do, in float32 and twice; a frozen head is cut along its
+        vocabulary where all logits are more. Memory then depends on this alone, not on `vocab_size`.
     """
 
     vocab_size: int = 250112
@@ -74,6 +76,7 @@ class T5Config:
     scan: bool = True
     attention_kernel: str = "plain"
     loss_chunk: int = 1024
+    loss_logits: int = 2**23
 
     def __post_init__(self):
         for name, choices in (
@@ -530,11 +533,30 @@ class T5(nn.Module):
 
         With `frozen_head` the head gets no gradient, and that of the states needs no second pass over logits.
         """
+        config = self.config
+        words = config.vocab_size // shards_of("activation_vocab")
+        at_once = config.loss_logits * shards_of("activation_batch")
+        if frozen_head and targets_BT.size * words > at_once:
+            head = self._frozen_head()
+            return frozen_head_cross_entropy(hidden_BTD, targets_BT, head, config.loss_logits)
         head = self._head()
         return chunked_cross_entropy(
             hidden_BTD,
             targets_BT,
             head.logits,
-            self.config.loss_chunk,
+            min(config.loss_chunk, at_once // words),
             frozen_head=head.states_gradient if frozen_head else None,
+        )
+
+    def _frozen_head(self) -> FrozenHead:
+        config = self.config
+        tied = config.tied_logits
+        matrix = self.token_embedder if tied else self.decoder.logits_dense
+        scaled = config.scale_tied_logits if tied else config.scale_untied_logits
+        return FrozenHead(
+            kernel=jnp.asarray(self.token_embedder.embedding if tied else self.decoder.logits_dense.kernel),
+            tied=tied,
+            kernel_scale=None if matrix.scale is None else matrix.scale.reshape(-1),
+            scale=config.emb_dim**-0.5 if scaled else 1.0,
+            dtype=jnp.dtype(config.dtype),
         )
