@@ -1,17 +1,16 @@
 """Cross-entropy of tokens over a large vocabulary, without the logits of a whole batch.
 
-Shape suffixes: B rows, T decoder tokens, C tokens of a chunk, D features, V vocabulary, S shards of it, W words
-of a chunk in each of them.
+Shape suffixes: B rows, T decoder tokens, C tokens of a chunk, D features, V vocabulary, S shards of it, W
+words of a chunk in each.
 """
 
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from flax.linen.spmd import with_logical_constraint
+from flax.linen.spmd import logical_to_mesh_axes, with_logical_constraint
 from jax.typing import DTypeLike
 
 # Words of a chunk are a multiple of this, which matrix units want, and at least as many.
@@ -38,11 +37,11 @@ class FrozenHead(NamedTuple):
 def frozen_head_cross_entropy(
     hidden_BTD: jax.Array, targets_BT: jax.Array, head: FrozenHead, logits_at_once: int
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns what `chunked_cross_entropy` does, from one pass over the vocabulary that makes the gradient, too.
+    """Returns what `chunked_cross_entropy` does, from one pass over the vocabulary, gradient included.
 
-    A state's gradient is the mean of the words' vectors by their probabilities, less the target's vector. That
-    is attention to the vocabulary, and is computed as attention is without its scores (arXiv 2112.05682): with
-    sums relative to the largest logit so far. All tokens go through each chunk of the head, so that memory does
+    A state's gradient is the mean of the words' vectors by their probabilities, less the target's vector.
+    That is attention to the vocabulary, computed as attention is without its scores (arXiv 2112.05682): with
+    sums relative to the largest logit so far. All tokens go through each chunk of the head, so memory does
     not depend on the vocabulary, and the head is read twice however long it is. A head cut over the mesh is
     summed where it lies, and joined once at the end.
 
@@ -139,7 +138,7 @@ def frozen_head_cross_entropy(
 
 def shards_of(logical_axis: str) -> int:
     """Into how many parts the mesh around this call cuts an axis of activations; 1 without one."""
-    axes = nn.logical_to_mesh_axes((logical_axis,))[0]
+    axes = (logical_to_mesh_axes((logical_axis,)) or (None,))[0]
     axes = (axes,) if isinstance(axes, str) else tuple(axes or ())
     shape = jax.sharding.get_abstract_mesh().shape
     return math.prod(shape.get(axis, 1) for axis in axes)

@@ -313,6 +313,11 @@ EXERCISES = [
         says(r"(?m)^\| t5:tiny \| 0\.00\dB \|.* \| \d+ \| \d\.\d\d GB \| \d\.\d{3} x \|$"),
     ),
     Exercise(
+        ".venv/bin/python benchmarks/step_vs_torch.py",
+        "--size tiny --steps 1",
+        says(r"(?m)^\| tiny \| \d+\.\d \| \d+\.\d \| \d+\.\d\d \|"),
+    ),
+    Exercise(
         ".venv/bin/python benchmarks/paper_size.py --rows 64 --attention_kernel cudnn --profile runs/trace",
         "--model tiny --seconds 1 --rows 2 --tokens 4 --steps 1 --attention_kernel xla",
         says(r'"remat": "frozen", "attention_kernel": "xla", .*"hardware_tflops"'),
