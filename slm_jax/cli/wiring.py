@@ -22,6 +22,7 @@ from slm_jax.errors import UserError, check_whole, nearest
 from slm_jax.evaluation.predictor import Prediction, Predictor
 from slm_jax.models.slm import SLM
 from slm_jax.partitioning.mesh import make_mesh
+from slm_jax.partitioning.rules import check_rules
 from slm_jax.partitioning.sharding import batch_sharding, batch_shards, plan_text
 from slm_jax.training.initialisation import RunShapes, make_variables, optimizer_of, run_shapes
 from slm_jax.training.loop import Evaluate
@@ -47,7 +48,9 @@ class Wiring:
     def mesh(self) -> Mesh:
         """The devices of the run; raises UserError where its axes do not fit them."""
         sizes = self.run.mesh
-        return make_mesh(sizes.data, sizes.fsdp, sizes.tensor, slices=sizes.slices)
+        mesh = make_mesh(sizes.data, sizes.fsdp, sizes.tensor, slices=sizes.slices)
+        check_rules(sizes.rules, mesh.shape)
+        return mesh
 
     # ---- data
 

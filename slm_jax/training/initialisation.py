@@ -10,7 +10,7 @@ import optax
 from jax.sharding import Mesh
 
 from slm_jax.errors import UserError
-from slm_jax.partitioning.rules import LogicalRules
+from slm_jax.partitioning.rules import LogicalRules, check_rules
 from slm_jax.partitioning.sharding import like_params, named_shardings, partitioned, path_text, replicated
 from slm_jax.training.objectives.base import Objective
 from slm_jax.training.optimizers import OptimizerConfig, make_optimizer
@@ -63,6 +63,7 @@ def run_shapes(
     Raises:
       UserError: from the partitioning rules, or the objective has nothing to train.
     """
+    check_rules(rules, mesh.shape)
     with partitioned(mesh, rules):
         boxed = dict(jax.eval_shape(objective.init, jax.random.key(0), batch_shapes))
     if not jax.tree.leaves(boxed.get("params")):

@@ -27,6 +27,7 @@ _REQUIRED = {
     "SPEECH_ENCODER_OUTPUT": "'encoder'",
     "LLM_OUTPUT": "'llm'",
     "CTC_VOCAB_SIZE": "8",
+    "SLICES": "2",
 }
 _RUNS = {
     "runs/train.gin": ["models/slm_tiny.gin"],
