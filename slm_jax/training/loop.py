@@ -223,15 +223,14 @@ def train(
         load = _in_phase(phases, "load of foundation models", load_variables)
         with phases.phase("initialisation"):
             variables = make_variables(objective, source.shapes, wanted, load, config.seed, mesh, rules)
+        if restored and (line := rollbacks.carry_out(checkpoints)):
+            reporter.say(line)
     except BaseException:
         # Its threads would be cut off by the end of the process, and say so below the mistake.
         checkpoints.close()
         raise
     if restored:
         first_step, state = restored.step, restored.state
-        if line := rollbacks.carry_out():
-            reporter.say(line)
-        checkpoints.reload()
         cursor = cursor_after(restored, rollbacks, source.rows_per_step)
         left_out = [f"rows {rows_text(cursor.skipped)} of the plan are left out"] if cursor.skipped else []
         reporter.say("; ".join([f"going on from step {first_step}", *left_out, *restored.notes]))

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 
 from slm_jax.checkpoints.directories import barrier
+from slm_jax.checkpoints.manager import RunCheckpoints
 from slm_jax.errors import UserError, check_whole
 
 ROLLBACKS_FILE = "rollbacks.json"
@@ -74,11 +75,17 @@ class Rollbacks:
         """Returns the step to restore, None for the newest.
 
         Raises:
-          UserError: it is none of the saved steps.
+          UserError: it is none of the saved steps, or other flags began what is unfinished.
         """
         wanted = self.unfinished
         if wanted is None:
             return None
+        if self._asked not in (None, wanted):
+            raise UserError(
+                f"--rollback_to {self._asked.step} --skip_steps {self._asked.skip_steps}: a rollback of "
+                f"{self._model_dir} was cut off, expected its own --rollback_to {wanted.step} --skip_steps "
+                f"{wanted.skip_steps} or neither, which finishes it"
+            )
         if wanted.step not in saved:
             near = min(saved, key=lambda step: abs(step - wanted.step), default=None)
             told = f"the nearest saved one is {near}" if near is not None else "nothing is saved yet"
@@ -87,15 +94,26 @@ class Rollbacks:
             )
         return wanted.step
 
-    def carry_out(self) -> str | None:
-        """Writes down what was asked for and moves later checkpoints aside; returns a line for the log."""
+    def carry_out(self, checkpoints: RunCheckpoints) -> str | None:
+        """Writes down what was asked for and moves later checkpoints aside.
+
+        Args:
+          checkpoints: of the run; they are looked at anew where some were moved.
+
+        Returns:
+          A line for the first process's log where something was to be done.
+
+        Raises:
+          UserError: it cannot be written or moved.
+        """
         wanted = self.unfinished
         if wanted is None:
             return None
         barrier("rollback: begin")
-        line = self._move(wanted) if jax.process_index() == 0 else ""
+        line = self._move(wanted) if jax.process_index() == 0 else None
         barrier("rollback: moved")
         self._entries = self._read()
+        checkpoints.reload()
         return line
 
     def skipped_after(self, step: int | None, rows_consumed: int, rows_per_step: int) -> RowRange | None:

@@ -148,7 +148,11 @@ def steps_skipped(opt_state: Any) -> Any:
 
 def is_spike(record: StepRecord) -> bool:
     """Whether a step was one."""
-    return _is_above_0(record, "loss_zscore", "grad_norm_zscore") and _is_above_0(record, "spikes_in_a_row")
+    metrics = record.metrics
+    # A step that is not finite leaves the row as it was, and its z-scores are 0.
+    return metrics.get("spikes_in_a_row", 0) > 0 and bool(
+        max(metrics["loss_zscore"], metrics["grad_norm_zscore"]) > 0
+    )
 
 
 def spike_lines(records: Iterable[StepRecord], config: SpikeConfig | None) -> list[str]:
@@ -173,10 +177,6 @@ def spike_lines(records: Iterable[StepRecord], config: SpikeConfig | None) -> li
                 "it is, and mean and deviation begin afresh"
             )
     return lines
-
-
-def _is_above_0(record: StepRecord, *names: str) -> bool:
-    return any(float(record.metrics.get(name, 0)) > 0 for name in names)
 
 
 def _zscore(value: jax.Array, moments: Moments) -> jax.Array:

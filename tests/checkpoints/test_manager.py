@@ -60,7 +60,7 @@ def test_restores_onto_another_mesh(tmp_path, rng):
     restored = RunCheckpoints(tmp_path).restore(abstract(target), PROVENANCE)
     assert restored is not None
     assert restored.step == 5
-    assert restored.cursor == {"rows_consumed": 20, "fingerprint": "p1", "anchor": None}
+    assert restored.cursor == {"rows_consumed": 20, "fingerprint": "p1", "anchor": None, "skipped": []}
     assert restored.notes == []
     kernel = restored.state.params["adapter"]["kernel"]
     assert kernel.sharding.spec == PartitionSpec("fsdp", None)

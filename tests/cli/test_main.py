@@ -13,6 +13,8 @@ from slm_jax.cli.main import main
         (["train"], "--gin_file"),
         (["train", "--gin_fil", "x", "--gin_file", "runs/train.gin"], "did you mean '--gin_file'"),
         (["train", "--gin_file", "runs/nothing.gin"], "runs/nothing.gin"),
+        (["train", "--gin_file", "x", "--skip_steps", "2"], "--skip_steps is 2, expected --rollback_to STEP"),
+        (["train", "--gin_file", "x", "--rollback_to", "0"], "--rollback_to is 0, expected a whole number"),
         (["infer", "--run", "nowhere", "--audio", "a.wav"], "--prompt"),
         (["infer", "--run", "nowhere", "--audio", "a.wav", "--prompt", "x"], "nowhere"),
         (["infer", "--run", "nowhere", "--manifest", "m.jsonl", "--prompt", "x"], "--output"),

@@ -2,6 +2,8 @@
 
 import argparse
 import json
+import os
+import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from slm_jax.partitioning.mesh import make_mesh
 from slm_jax.partitioning.sharding import batch_sharding
 from slm_jax.tasks.asr import register_asr
 from slm_jax.tasks.registration import register_mixture
+from slm_jax.training import rollback
 from slm_jax.training.loop import LoopConfig, train
 from slm_jax.training.optimizers import AdamWConfig, ScheduleConfig
 
@@ -71,6 +74,8 @@ def main() -> None:
     for name in ("steps", "seed", "port", "processes", "process"):
         parser.add_argument(name, type=int)
     parser.add_argument("delay", type=float)
+    parser.add_argument("--rollback", type=int, nargs=2, help="step to go back to, steps to leave out")
+    parser.add_argument("--die_moving", action="store_true", help="whoever moves a checkpoint dies before it")
     args = parser.parse_args()
     if args.processes > 1:
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
@@ -95,6 +100,9 @@ def main() -> None:
         time.sleep(args.delay)
         return load_utterance(reference)
 
+    if args.die_moving:
+        rollback._move_checkpoint = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+
     # Training and data describe a placed batch each for itself.
     source: Any = TrainBatches(plan, shape, batch_sharding(mesh), load=load)
     train(
@@ -104,6 +112,7 @@ def main() -> None:
         config=LoopConfig(train_steps=args.steps, log_period=1, checkpoint_period=1, log_ids=True),
         optimizer=AdamWConfig(schedule=ScheduleConfig(peak=0.01, warmup_steps=4)),
         mesh=mesh,
+        rollback=rollback.Rollback(*args.rollback) if args.rollback else None,
     )
 
 

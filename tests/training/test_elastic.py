@@ -15,7 +15,9 @@ from packed_run import write_corpus
 DEVICES = 4
 
 
-def start(corpus: Path, model_dir: Path, processes: int, mesh: str, *settings: float) -> list:
+def start(
+    corpus: Path, model_dir: Path, processes: int, mesh: str, *settings: float, flags: tuple[str, ...] = ()
+) -> list:
     """Starts the processes of a run on four devices in all; `settings` are steps, seed and delay."""
     with socket.socket() as found:
         found.bind(("localhost", 0))
@@ -29,7 +31,7 @@ def start(corpus: Path, model_dir: Path, processes: int, mesh: str, *settings: f
         with (model_dir.parent / f"{model_dir.name}.{processes}.{process}.log").open("a") as log:
             running.append(
                 subprocess.Popen(
-                    [sys.executable, script, str(corpus), str(model_dir), mesh, *numbers],
+                    [sys.executable, script, str(corpus), str(model_dir), mesh, *numbers, *flags],
                     env={**os.environ, **variables},
                     stderr=log,
                 )
@@ -79,9 +81,10 @@ def test_batches_are_those_of_a_run_that_never_stopped(tmp_path: Path, rng: np.r
     write_corpus(corpus, rng)
     steps, seed = 24, int(rng.integers(1_000))
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    finish(start(corpus, whole, 1, "4,1,1", steps, seed, 0.0), tmp_path)
-    expected = batches(whole, 1, 0, steps)
-    assert sorted(expected) == list(range(1, steps + 1))
+    # One step more than the other takes, for what comes after a step that is left out.
+    finish(start(corpus, whole, 1, "4,1,1", steps + 1, seed, 0.0), tmp_path)
+    expected = batches(whole, 1, 0, steps + 1)
+    assert sorted(expected) == list(range(1, steps + 2))
     assert any(len(ids) > 2 for rows in expected.values() for ids in rows.values())
     # A tensor axis inside a process, across processes, and on one process again.
     done, found = 0, {}
@@ -97,9 +100,21 @@ def test_batches_are_those_of_a_run_that_never_stopped(tmp_path: Path, rng: np.r
         assert saved > done
         found |= batches(killed, processes, done, saved)
         done = saved
+    after_last = expected.pop(steps + 1)
     assert found == expected
-    for line, again in zip(losses(whole), losses(killed), strict=True):
+    for line, again in zip(losses(whole)[:steps], losses(killed), strict=True):
         np.testing.assert_allclose(line, again, rtol=1e-5)
+
+    # Back by a step and past its rows on two processes, the first of which dies before it has moved anything.
+    rollback = ("--rollback", str(steps - 1), "1", "--die_moving")
+    first, second = start(corpus, killed, 2, "1,2,2", steps, seed, 0.0, flags=rollback)
+    assert first.wait(300) == -signal.SIGKILL
+    second.kill()
+    second.wait()
+    assert newest_checkpoint(killed) == steps and (killed / "rollbacks.json").exists()
+    finish(start(corpus, killed, 2, "1,2,2", steps, seed, 0.0), tmp_path)
+    assert [path.name for path in killed.glob("checkpoints_rolled_back/1/[0-9]*")] == [str(steps)]
+    assert batches(killed, 2, steps - 1, steps) == {steps: after_last}
 
 
 def newest_checkpoint(model_dir: Path) -> int:

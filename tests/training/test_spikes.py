@@ -85,52 +85,63 @@ def test_the_recurrence_is_that_of_numpy(rng, skip):
     assert counts == {steps - 2 - skipped[-1]}
 
 
-@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 2, 2)])
-def test_a_spike_is_found_left_out_and_told(tmp_path, rng, capfd, shape):
-    seed = int(rng.integers(2**31))
-    mesh = make_mesh(*shape, devices=jax.devices()[: int(np.prod(shape))])
-    options = {"seed": seed, "mesh": mesh, "dropout": 0.0, "log_ids": False, **WATCHED}
-    clean = toy_train(tmp_path / "a", 40, **options)
-    spiked = toy_train(tmp_path / "b", 41, spiked=(41,), spike_skip=True, **options)
+def equal(one, two) -> None:
+    jax.tree.map(np.testing.assert_array_equal, one, two)
+
+
+def is_left_out_and_told(model_dir, capfd, **options):
+    """Takes 40 steps and, after a restart, one that is a spike: it changes nothing but what counts spikes."""
+    before = toy_train(model_dir, 40, **options).state
+    after = toy_train(model_dir, 41, **options)
     said = capfd.readouterr().err
-    line = r"spike at step (\d+) \(left out\): loss \d+\.\d+ \(z (\S+)\), gradient norm .* of (.*)"
-    found = re.findall(line, said)
+    found = re.findall(
+        r"spike at step (\d+) \(left out\): loss \S+ \(z (\S+)\), gradient norm .* of (.*)", said
+    )
     assert [step for step, *_ in found] == ["41"], said
     assert float(found[0][1]) > 6 and found[0][2].startswith("row-640, row-641, ")
     assert found[0][2].endswith("row-647 and 8 more, see steps.jsonl")
-    jax.tree.map(np.testing.assert_array_equal, clean.state.params, spiked.state.params)
-    one, two = clean.state.opt_state, spiked.state.opt_state
-    jax.tree.map(np.testing.assert_array_equal, one.inner_state, two.inner_state)
-    jax.tree.map(np.testing.assert_array_equal, (one.loss, one.grad_norm), (two.loss, two.grad_norm))
-    assert spiked.metrics["spikes_skipped"] == spiked.metrics["spikes_total"] == 1
-    # A step that was left out moves no schedule; its line names all of its examples.
-    lines = [json.loads(line) for line in (tmp_path / "b" / "steps.jsonl").read_text().splitlines()]
+    equal(before.params, after.state.params)
+    one, two = before.opt_state, after.state.opt_state
+    for name in ("inner_state", "loss", "grad_norm", "steps_counted"):
+        equal(getattr(one, name), getattr(two, name))
+    assert after.metrics["spikes_skipped"] == after.metrics["spikes_total"] == 1
+    # Its line names all of its examples.
+    lines = [json.loads(line) for line in (model_dir / "steps.jsonl").read_text().splitlines()]
     assert len(lines[40]["ids"]) == 16 and "ids" not in lines[39]
 
 
-def test_told_only_it_is_taken(tmp_path, rng, capfd):
-    seed = int(rng.integers(2**31))
-    plain = toy_train(tmp_path / "a", 44, seed=seed, spiked=(41,))
-    told = toy_train(tmp_path / "b", 44, seed=seed, spiked=(41,), **WATCHED)
-    assert "spike at step 41: loss" in capfd.readouterr().err
-    assert (told.metrics["spikes_total"], told.metrics["spikes_skipped"]) == (1, 0)
-    jax.tree.map(np.testing.assert_array_equal, plain.state.params, told.state.params)
+SKIPPING = {"spiked": (41,), "spike_skip": True, "log_ids": False, "checkpoint_period": 100, **WATCHED}
 
 
-def test_resumes_across_a_spike_bit_for_bit_and_may_begin_to_watch_at_any_checkpoint(tmp_path, rng):
-    seed = int(rng.integers(2**31))
-    options = {"seed": seed, "spiked": (41,), "spike_skip": True, **WATCHED}
+def test_a_spike_is_left_out_and_told_on_a_mesh(tmp_path, rng, capfd):
+    is_left_out_and_told(tmp_path, capfd, seed=int(rng.integers(2**31)), mesh=make_mesh(2, 2, 2), **SKIPPING)
+
+
+def test_resumes_across_a_spike_bit_for_bit_and_may_begin_to_watch_at_any_checkpoint(tmp_path, rng, capfd):
+    options = {"seed": int(rng.integers(2**31)), **SKIPPING}
     whole = toy_train(tmp_path / "a", 44, **options)
-    for steps in (39, 41, 44):
-        parts = toy_train(tmp_path / "b", steps, **options)
-    jax.tree.map(np.testing.assert_array_equal, whole.state, parts.state)
+    assert capfd.readouterr().err.count("spike at step 41 (left out)") == 1
+    is_left_out_and_told(tmp_path / "b", capfd, **options)
+    parts = toy_train(tmp_path / "b", 44, **options)
+    equal(whole.state, parts.state)
+    # The step that was left out moved no schedule.
+    assert whole.metrics["learning_rate"] == parts.metrics["learning_rate"]
     assert (tmp_path / "a" / "steps.jsonl").read_text() == (tmp_path / "b" / "steps.jsonl").read_text()
     # Off and on again: the optimizer goes on, the statistics begin afresh.
-    off = toy_train(tmp_path / "b", 44, seed=seed)
-    jax.tree.map(np.testing.assert_array_equal, whole.state.opt_state.inner_state, off.state.opt_state)
-    toy_train(tmp_path / "b", 46, seed=seed)
+    off = toy_train(tmp_path / "b", 44, seed=options["seed"])
+    equal(whole.state.opt_state.inner_state, off.state.opt_state)
+    toy_train(tmp_path / "b", 46, seed=options["seed"])
     on = toy_train(tmp_path / "b", 48, **options)
     assert int(on.state.opt_state.steps_counted) == 2 and int(on.state.step) == 48
+
+
+def test_told_only_it_is_taken(tmp_path, rng, capfd):
+    options = {"seed": int(rng.integers(2**31)), "spiked": (41,), "checkpoint_period": 100}
+    plain = toy_train(tmp_path / "a", 42, **options)
+    told = toy_train(tmp_path / "b", 42, **options, **WATCHED)
+    assert "spike at step 41: loss" in capfd.readouterr().err
+    assert (told.metrics["spikes_total"], told.metrics["spikes_skipped"]) == (1, 0)
+    equal(plain.state.params, told.state.params)
 
 
 @pytest.mark.parametrize(
