@@ -14,6 +14,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.typing import DTypeLike
 
+from slm_jax.checkpoints.broadcast import read_once, together
 from slm_jax.checkpoints.directories import barrier, first_line, new_directory, put_in_place
 from slm_jax.checkpoints.fingerprints import StreamedFingerprint, fingerprint
 from slm_jax.checkpoints.parameters import (
@@ -24,7 +25,7 @@ from slm_jax.checkpoints.parameters import (
     table_to_json,
 )
 from slm_jax.checkpoints.provenance import FORMAT_VERSION, check_format_version
-from slm_jax.checkpoints.safetensors import flatten, load_safetensors, save_safetensors, unflatten
+from slm_jax.checkpoints.safetensors import flatten, load_placed, save_safetensors, unflatten
 from slm_jax.checkpoints.streaming import StreamedArray, save_streamed
 from slm_jax.errors import UserError, nearest
 from slm_jax.models.encoders import ENCODERS
@@ -203,6 +204,22 @@ def load_foundation(
       UserError: no foundation model, another kind, another configuration (the field is named), another
         tree (the parameter is named), or damaged data.
     """
+    record, stored, rounding = together(lambda: _checked(Path(directory), kind, abstract, config, defaults))
+    if rounding:
+        return _read_rounded(record, abstract, stored, dtype)
+    params = _read(record, stored)
+    _check_fingerprint(record, fingerprint(params))
+    return params if dtype is None else _cast(params, dtype)
+
+
+def _checked(
+    directory: Path,
+    kind: str,
+    abstract: Any,
+    config: Mapping[str, Any] | None,
+    defaults: Mapping[str, Any] | None,
+) -> tuple[FoundationRecord, Any, bool]:
+    """Returns the record, the shapes that are read, and whether they are rounded to int8 then."""
     record = read_foundation(directory)
     if record.kind != kind:
         raise UserError(f"{record.directory} holds a model of kind {record.kind!r}, expected {kind!r}")
@@ -218,11 +235,7 @@ def load_foundation(
     rounding = is_quantized(abstract) and not int8_on_disk
     stored = unquantized_shapes(abstract) if rounding else abstract
     check_parameters(record.parameters, parameter_table(stored), str(record.directory), check_dtype=False)
-    if rounding:
-        return _read_rounded(record, abstract, stored, dtype)
-    params = _read(record, stored)
-    _check_fingerprint(record, fingerprint(params))
-    return params if dtype is None else _cast(params, dtype)
+    return record, stored, rounding
 
 
 def architecture(config: Any) -> dict[str, Any]:
@@ -284,10 +297,9 @@ def converted(params: Any, dtype: DTypeLike | None) -> Any:
 
 def _read(record: FoundationRecord, abstract: Any) -> Any:
     """Returns the parameters as they are on disk, on the devices that `abstract` names."""
-    if (record.directory / PARAMS_FILE).is_file():
-        leaves = dict(_leaves(record, abstract))
-        return jax.tree_util.tree_map_with_path(lambda path, _: leaves[_name(path)], abstract)
-    return _restored(record, abstract)
+    places = _places(record, abstract)
+    leaves = read_once(places, lambda mine: _from_disk(record, mine))
+    return jax.tree_util.tree_map_with_path(lambda path, _: leaves[_name(path)], abstract)
 
 
 def _read_rounded(record: FoundationRecord, abstract: Any, stored: Any, dtype: DTypeLike | None) -> Any:
@@ -311,36 +323,35 @@ def _read_rounded(record: FoundationRecord, abstract: Any, stored: Any, dtype: D
 
 def _leaves(record: FoundationRecord, abstract: Any) -> Iterator[tuple[str, jax.Array]]:
     """Gives the parameters by name, one after the other."""
-    places = flatten(_with_shardings(abstract))
+    for name, place in _places(record, abstract).items():
+        yield name, read_once({name: place}, lambda mine: _from_disk(record, mine))[name]
+
+
+def _places(record: FoundationRecord, abstract: Any) -> dict[str, jax.ShapeDtypeStruct]:
+    """Returns where the parameters go by name, in the dtype on disk."""
+    return {
+        name: jax.ShapeDtypeStruct(leaf.shape, np.dtype(record.parameters[name][1]), sharding=leaf.sharding)
+        for name, leaf in flatten(_with_shardings(abstract)).items()
+    }
+
+
+def _from_disk(record: FoundationRecord, places: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
+    """Reads the parts of parameters that this process holds, without a word to the others."""
     file = record.directory / PARAMS_FILE
-    if not file.is_file():
-        for name, place in places.items():
-            yield name, flatten(_restored(record, unflatten({name: place})))[name]
-        return
-    # What is on disk has no shardings, so it is placed leaf by leaf.
-    leaves = flatten(load_safetensors(file))
-    if leaves.keys() != places.keys():
-        raise UserError(f"{record.directory} is damaged: {PARAMS_FILE} has {len(leaves)} parameters")
-    for name, place in places.items():
-        yield name, jax.device_put(leaves[name], place.sharding)
-
-
-def _restored(record: FoundationRecord, abstract: Any) -> Any:
-    """Returns what Orbax holds of the parameters that `abstract` names, in the dtype on disk."""
-    stored = jax.tree_util.tree_map_with_path(
-        lambda path, leaf: jax.ShapeDtypeStruct(
-            leaf.shape, np.dtype(record.parameters[_name(path)][1]), sharding=leaf.sharding
-        ),
-        _with_shardings(abstract),
-    )
+    if file.is_file():
+        return load_placed(file, places, set(record.parameters))
+    item = unflatten(places)
     arguments = ocp.args.PyTreeRestore(
-        item=stored,
-        restore_args=ocp.checkpoint_utils.construct_restore_args(stored),
-        partial_restore=True,
+        item=item, restore_args=ocp.checkpoint_utils.construct_restore_args(item), partial_restore=True
     )
+    here = jax.process_index()
+    alone = ocp.options.MultiprocessingOptions(
+        primary_host=here, active_processes={here}, barrier_sync_key_prefix=f"foundation{here}"
+    )
+    options = {} if jax.process_count() == 1 else {"multiprocessing_options": alone}
     try:
-        with ocp.PyTreeCheckpointer() as checkpointer:
-            return checkpointer.restore(record.directory / PARAMS_FOLDER, args=arguments)
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(**options), **options) as checkpointer:
+            return flatten(checkpointer.restore(record.directory / PARAMS_FOLDER, args=arguments))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{record.directory} is damaged: {first_line(error)}") from error
 

@@ -78,3 +78,31 @@ def load_safetensors(path: str | os.PathLike) -> dict[str, Any]:
             return unflatten({name: file.get_tensor(name) for name in names})
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
+
+
+def load_placed(
+    path: str | os.PathLike, places: Mapping[str, jax.ShapeDtypeStruct], names: set[str]
+) -> dict[str, jax.Array]:
+    """Returns some of a file's arrays on the devices that their shapes name; the rest is not read.
+
+    Raises:
+      UserError: the file is missing, is no whole safetensors file, or its arrays are not `names`.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="numpy") as file:
+            if set(file.keys()) != names:
+                raise UserError(
+                    f"{path} is damaged: it has {len(file.keys())} parameters, expected {len(names)}"
+                )
+            found = {}
+            for name, place in places.items():
+                # A slice of no dims is none that safetensors knows.
+                part = file.get_slice(name) if place.shape else file.get_tensor(name)
+                found[name] = jax.make_array_from_callback(
+                    place.shape, place.sharding, lambda index, part=part: np.asarray(part[index]), place.dtype
+                )
+            return found
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
