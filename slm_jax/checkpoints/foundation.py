@@ -348,9 +348,9 @@ def _from_disk(record: FoundationRecord, places: dict[str, jax.ShapeDtypeStruct]
     alone = ocp.options.MultiprocessingOptions(
         primary_host=here, active_processes={here}, barrier_sync_key_prefix=f"foundation{here}"
     )
-    options = {} if jax.process_count() == 1 else {"multiprocessing_options": alone}
     try:
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(**options), **options) as checkpointer:
+        handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=alone)
+        with ocp.Checkpointer(handler, multiprocessing_options=alone) as checkpointer:
             return flatten(checkpointer.restore(record.directory / PARAMS_FOLDER, args=arguments))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{record.directory} is damaged: {first_line(error)}") from error
