@@ -12,9 +12,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from slm_jax.errors import UserError
 
-# Bytes of an array's shard that are under way at a time, beside the shard itself.
+# About so many bytes of a shard are under way at a time, beside the shard itself; at least one row of it.
 PIECE_BYTES = 64 << 20
-_MESSAGE_BYTES = 1024
+# More than the longest sentence of a UserError.
+_TEXT_BYTES = 8 << 10
 
 Places = dict[str, jax.ShapeDtypeStruct]
 
@@ -32,47 +33,84 @@ def read_once(places: Places, read: Callable[[Places], Mapping[str, jax.Array]])
         returns them. It must not wait for other processes.
 
     Raises:
-      UserError: `read` failed in any process; all of them raise it.
+      UserError: `read` failed in any process (see `together`).
     """
     readers = _readers(places)
-    here = jax.process_index()
-    mine = {
+    parts = {
         name: jax.ShapeDtypeStruct(
             place.shape, place.dtype, sharding=_of_replica(place.sharding, readers[name])
         )
         for name, place in places.items()
     }
-    mine = {
-        name: place
-        for name, place in mine.items()
-        if any(device.process_index == here for device in place.sharding.device_set)
-    }
+    here = jax.process_index()
+    mine = {name: part for name, part in parts.items() if here in _processes(part.sharding)}
     found = dict(together(lambda: read(mine) if mine else {}))
-    return {name: _spread(place, readers[name], found.pop(name, None)) for name, place in places.items()}
+    return {name: _on_all(place, readers[name], found.pop(name, None)) for name, place in places.items()}
 
 
 def together(action: Callable[[], Any]) -> Any:
     """Returns what `action` returns, in a run of several processes once it went well in all of them.
 
     Raises:
-      UserError: that of the first process in which there was one; all of them raise it.
+      UserError: of the first process in which `action` failed, the same in all. What is no UserError goes
+        through where it was raised; the other processes name that process.
     """
-    result, message = None, ""
+    if jax.process_count() == 1:
+        return action()
+    result, error, sentence = None, None, ""
     try:
         result = action()
-    except UserError as error:
-        message = str(error)
-        if jax.process_count() == 1:
-            raise
-    if jax.process_count() > 1:
-        from jax.experimental import multihost_utils
-
-        text = message.encode()[:_MESSAGE_BYTES].ljust(_MESSAGE_BYTES, b"\0")
-        texts = np.asarray(multihost_utils.process_allgather(np.frombuffer(text, np.uint8)))
-        for row in texts.reshape(jax.process_count(), _MESSAGE_BYTES):
-            if said := row.astype(np.uint8).tobytes().rstrip(b"\0").decode(errors="ignore"):
-                raise UserError(said)
+    except UserError as caught:
+        error, sentence = caught, str(caught)
+    except Exception as caught:
+        # Whatever it is, the others must not wait for this process.
+        error, sentence = caught, f"{type(caught).__name__}: {caught}"
+    sentences = _gathered(sentence)
+    if error is not None and not isinstance(error, UserError):
+        raise error
+    failed = [process for process, said in enumerate(sentences) if said]
+    if failed:
+        first = sentences[failed[0]]
+        alone = "" if set(sentences) == {first} else f"process {failed[0]} of {len(sentences)}: "
+        raise UserError(alone + first) from error
     return result
+
+
+def agree(what: str, value: str) -> None:
+    """Raises UserError in all processes unless all of them, which call this together, have the same value."""
+    if jax.process_count() == 1:
+        return
+    values = _gathered(value)
+    for process, other in enumerate(values):
+        if other != values[0]:
+            raise UserError(
+                f"process {process} of {len(values)} found {what} {other}, "
+                f"expected that of process 0, {values[0]}"
+            )
+
+
+def spread(whole: jax.Array, replica: int, piece_bytes: int) -> jax.Array:
+    """Returns an array of which all replicas hold what one of them does, bit for bit; uses `whole` up.
+
+    Args:
+      whole: of a NamedSharding that replicates; what the other replicas hold is of no account.
+      replica: the number of the one that counts, row by row over the mesh's axes that the spec leaves out.
+      piece_bytes: about so many bytes of a shard are sent at a time.
+    """
+    return jax.block_until_ready(_copied(whole, np.int32(replica), whole.sharding, piece_bytes))
+
+
+def _gathered(text: str) -> list[str]:
+    """The texts of all processes, in their order."""
+    from jax.experimental import multihost_utils
+
+    cut = text.encode()[:_TEXT_BYTES].ljust(_TEXT_BYTES, b"\0")
+    rows = np.asarray(multihost_utils.process_allgather(np.frombuffer(cut, np.uint8)))
+    return [row.tobytes().rstrip(b"\0").decode(errors="ignore") for row in rows]
+
+
+def _processes(sharding: Any) -> list[int]:
+    return sorted({device.process_index for device in sharding.device_set})
 
 
 def _replica_axes(sharding: Any) -> tuple[str, ...]:
@@ -90,34 +128,37 @@ def _of_replica(sharding: Any, replica: int) -> Any:
     if not axes:
         return sharding
     mesh = sharding.mesh
-    places = np.unravel_index(replica, [mesh.shape[axis] for axis in axes])
-    box: list[slice] = [slice(None)] * len(mesh.axis_names)
-    for axis, place in zip(axes, places, strict=True):
-        box[mesh.axis_names.index(axis)] = slice(int(place), int(place) + 1)
-    small = Mesh(mesh.devices[tuple(box)], mesh.axis_names, axis_types=mesh.axis_types)
+    position = dict(zip(axes, np.unravel_index(replica, [mesh.shape[axis] for axis in axes]), strict=True))
+    box = tuple(
+        slice(position[axis], position[axis] + 1) if axis in position else slice(None)
+        for axis in mesh.axis_names
+    )
+    small = Mesh(mesh.devices[box], mesh.axis_names, axis_types=mesh.axis_types)
     return NamedSharding(small, sharding.spec, memory_kind=sharding.memory_kind)
 
 
 def _readers(places: Places) -> dict[str, int]:
-    """Which replica reads each array: the largest first, to the processes that have least to read by then."""
-    load: dict[int, int] = {}
-    readers = {}
+    """Which replica reads each array: the largest first, to the processes that have least to read by then.
+
+    The same in every process, as it depends on what all of them know.
+    """
+    load = [0] * jax.process_count()
+    readers = dict.fromkeys(places, 0)
     sizes = {name: math.prod(place.shape) * np.dtype(place.dtype).itemsize for name, place in places.items()}
     for name in sorted(places, key=lambda name: (-sizes[name], name)):
         sharding = places[name].sharding
-        count = math.prod(sharding.mesh.shape[axis] for axis in _replica_axes(sharding)) if sharding else 1
-        processes = [
-            sorted({device.process_index for device in _of_replica(sharding, replica).device_set})
-            for replica in range(count)
-        ]
-        replica = min(range(count), key=lambda r: max(load.get(p, 0) for p in processes[r]))
-        for process in processes[replica]:
-            load[process] = load.get(process, 0) + sizes[name] // len(processes[replica])
-        readers[name] = replica
+        if not isinstance(sharding, NamedSharding):
+            continue
+        count = math.prod(sharding.mesh.shape[axis] for axis in _replica_axes(sharding))
+        holders = [_processes(_of_replica(sharding, replica)) for replica in range(count)]
+        reader = min(range(count), key=lambda replica: max(load[process] for process in holders[replica]))
+        for process in holders[reader]:
+            load[process] += sizes[name] // len(holders[reader])
+        readers[name] = reader
     return readers
 
 
-def _spread(place: jax.ShapeDtypeStruct, replica: int, array: jax.Array | None) -> jax.Array:
+def _on_all(place: jax.ShapeDtypeStruct, replica: int, array: jax.Array | None) -> jax.Array:
     """Copies what one replica holds to all; `array` is None where a process holds nothing of it."""
     sharding = place.sharding
     if not _replica_axes(sharding):
@@ -134,35 +175,34 @@ def _spread(place: jax.ShapeDtypeStruct, replica: int, array: jax.Array | None) 
     ]
     # The buffers go on as the array's, so that the reading replica holds no second copy.
     whole = jax.make_array_from_single_device_arrays(place.shape, sharding, buffers)
-    return jax.block_until_ready(_copied(whole, np.int32(replica), sharding=sharding))
+    return spread(whole, replica, PIECE_BYTES)
 
 
-@functools.partial(jax.jit, static_argnames="sharding", donate_argnums=0)
-def _copied(whole: jax.Array, replica: jax.Array, sharding: NamedSharding) -> jax.Array:
+@functools.partial(jax.jit, static_argnames=("sharding", "piece_bytes"), donate_argnums=0)
+def _copied(whole: jax.Array, replica: jax.Array, sharding: NamedSharding, piece_bytes: int) -> jax.Array:
     """Gives the shards of one replica to all, a piece along the first dim at a time."""
     axes, dtype = _replica_axes(sharding), whole.dtype
-    boolean = jnp.issubdtype(dtype, jnp.bool_)
+    boolean = dtype == jnp.bool_
     # A sum of floats would lose the sign of zero, and on some devices the smallest numbers.
     word = jnp.dtype(f"uint{8 * dtype.itemsize}")
 
+    def sent(piece: jax.Array, reads: jax.Array) -> jax.Array:
+        words = piece.astype(word) if boolean else jax.lax.bitcast_convert_type(piece, word)
+        words = jax.lax.psum(jnp.where(reads, words, jnp.zeros((), word)), axes)
+        return words.astype(dtype) if boolean else jax.lax.bitcast_convert_type(words, dtype)
+
     def on_device(shard: jax.Array, replica: jax.Array) -> jax.Array:
         reads = jax.lax.axis_index(axes) == replica
-
-        def sent(piece: jax.Array) -> jax.Array:
-            words = piece.astype(word) if boolean else jax.lax.bitcast_convert_type(piece, word)
-            words = jax.lax.psum(jnp.where(reads, words, jnp.zeros((), word)), axes)
-            return words.astype(dtype) if boolean else jax.lax.bitcast_convert_type(words, dtype)
-
         rows = shard.shape[0] if shard.ndim else 1
-        step = max(1, min(rows, rows * PIECE_BYTES // max(1, shard.size * dtype.itemsize)))
+        step = max(1, rows * piece_bytes // max(1, shard.size * dtype.itemsize))
         if step >= rows:
-            return sent(shard)
+            return sent(shard, reads)
 
         def copy(number: jax.Array, shard: jax.Array) -> jax.Array:
             # The last piece may reach back into the one before, which the reader still has as it was.
             start = jnp.minimum(number * step, rows - step)
             piece = jax.lax.dynamic_slice_in_dim(shard, start, step)
-            return jax.lax.dynamic_update_slice_in_dim(shard, sent(piece), start, 0)
+            return jax.lax.dynamic_update_slice_in_dim(shard, sent(piece, reads), start, 0)
 
         return jax.lax.fori_loop(0, -(-rows // step), copy, shard)
 

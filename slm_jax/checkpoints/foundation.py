@@ -14,7 +14,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.typing import DTypeLike
 
-from slm_jax.checkpoints.broadcast import read_once, together
+from slm_jax.checkpoints.broadcast import agree, read_once, together
 from slm_jax.checkpoints.directories import barrier, first_line, new_directory, put_in_place
 from slm_jax.checkpoints.fingerprints import StreamedFingerprint, fingerprint
 from slm_jax.checkpoints.parameters import (
@@ -190,6 +190,9 @@ def load_foundation(
 ) -> Any:
     """Loads parameters straight onto their devices and verifies their fingerprint.
 
+    In a run of several processes all of them call this together, and what several replicas hold is read by
+    one of them (`broadcast.read_once`).
+
     Args:
       directory: of `save_foundation`.
       kind: the expected sort of model.
@@ -202,9 +205,11 @@ def load_foundation(
 
     Raises:
       UserError: no foundation model, another kind, another configuration (the field is named), another
-        tree (the parameter is named), or damaged data.
+        tree (the parameter is named), or damaged data, in any process: all of them raise.
     """
     record, stored, rounding = together(lambda: _checked(Path(directory), kind, abstract, config, defaults))
+    # It covers names, shapes and dtypes: all processes go on with the same arrays.
+    agree(f"a {kind} model with fingerprint", record.fingerprint)
     if rounding:
         return _read_rounded(record, abstract, stored, dtype)
     params = _read(record, stored)
@@ -339,7 +344,7 @@ def _from_disk(record: FoundationRecord, places: dict[str, jax.ShapeDtypeStruct]
     """Reads the parts of parameters that this process holds, without a word to the others."""
     file = record.directory / PARAMS_FILE
     if file.is_file():
-        return load_placed(file, places, set(record.parameters))
+        return load_placed(file, places, record.parameters)
     item = unflatten(places)
     arguments = ocp.args.PyTreeRestore(
         item=item, restore_args=ocp.checkpoint_utils.construct_restore_args(item), partial_restore=True

@@ -1,6 +1,7 @@
 """Parameters in one safetensors file: nested dictionaries, their names joined by slashes."""
 
 import json
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from slm_jax.checkpoints.parameters import ParameterTable, check_parameters
 from slm_jax.errors import UserError
 
 
@@ -81,28 +83,39 @@ def load_safetensors(path: str | os.PathLike) -> dict[str, Any]:
 
 
 def load_placed(
-    path: str | os.PathLike, places: Mapping[str, jax.ShapeDtypeStruct], names: set[str]
+    path: str | os.PathLike, places: Mapping[str, jax.ShapeDtypeStruct], table: ParameterTable
 ) -> dict[str, jax.Array]:
-    """Returns some of a file's arrays on the devices that their shapes name; the rest is not read.
+    """Returns some of a file's arrays, of which it reads the parts that this process's devices hold.
+
+    Args:
+      path: of the file.
+      places: shapes with dtype and sharding, by name, of the arrays that are wanted.
+      table: of all that the file is to hold.
 
     Raises:
-      UserError: the file is missing, is no whole safetensors file, or its arrays are not `names`.
+      UserError: the file is missing, is no whole safetensors file, or does not hold what `table` says.
     """
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(path, framework="numpy") as file:
-            if set(file.keys()) != names:
-                raise UserError(
-                    f"{path} is damaged: it has {len(file.keys())} parameters, expected {len(names)}"
-                )
-            found = {}
-            for name, place in places.items():
-                # A slice of no dims is none that safetensors knows.
-                part = file.get_slice(name) if place.shape else file.get_tensor(name)
-                found[name] = jax.make_array_from_callback(
-                    place.shape, place.sharding, lambda index, part=part: np.asarray(part[index]), place.dtype
-                )
-            return found
+            names = file.keys()
+            shapes = {name: (tuple(file.get_slice(name).get_shape()), "") for name in names}
+            check_parameters(shapes, table, str(path), check_dtype=False)
+            return {name: _placed(file, name, place) for name, place in places.items()}
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
+
+
+def _placed(file: Any, name: str, place: jax.ShapeDtypeStruct) -> jax.Array:
+    # The library slices nothing that has no dims or no elements.
+    part = file.get_slice(name) if math.prod(place.shape) > 1 else file.get_tensor(name)
+
+    def values(index: Any) -> np.ndarray:
+        read = np.asarray(part[index])
+        if read.dtype != place.dtype:
+            raise UserError(f"parameter {name} has dtype {read.dtype}, expected {place.dtype}")
+        return read
+
+    assert place.sharding is not None
+    return jax.make_array_from_callback(place.shape, place.sharding, values, place.dtype)
