@@ -355,7 +355,7 @@ def _check_sizes(config: Any, source: TensorSource) -> None:
     """
     limit = max([_LEAST_LIMIT, *(size for info in source.tensors.values() for size in info.shape)])
     layers = max(1, len(source.tensors))
-    for name, value in _whole_numbers(config):
+    for name, value in _whole_numbers(architecture(config)):
         most = layers if name.endswith("layers") else limit
         if not -limit <= value <= most:
             raise UserError(
@@ -364,9 +364,9 @@ def _check_sizes(config: Any, source: TensorSource) -> None:
 
 
 def _whole_numbers(config: Any, prefix: str = "") -> Iterator[tuple[str, int]]:
-    if dataclasses.is_dataclass(config):
-        for field in dataclasses.fields(config):
-            yield from _whole_numbers(getattr(config, field.name), f"{prefix}.{field.name}".lstrip("."))
+    if isinstance(config, Mapping):
+        for name, value in config.items():
+            yield from _whole_numbers(value, f"{prefix}.{name}".lstrip("."))
     elif isinstance(config, (tuple, list)):
         for item in config:
             yield from _whole_numbers(item, prefix)
