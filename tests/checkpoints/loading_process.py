@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from safetensors.numpy import load_file
 
 from slm_jax.checkpoints import broadcast, foundation
-from slm_jax.models.quantization import SCALE, rounded
+from slm_jax.models.quantization import SCALE, rounded_on_device
 from slm_jax.partitioning.mesh import make_mesh
 
 SPECS = {
@@ -28,12 +28,22 @@ def characters_read() -> int:
     return int(Path("/proc/self/io").read_text().split()[1])
 
 
+def rounded_here(matrix: np.ndarray) -> dict[str, np.ndarray]:
+    """Int8 values and scales that one device alone makes."""
+    place = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    shapes = [
+        jax.ShapeDtypeStruct(shape, dtype, sharding=place)
+        for shape, dtype in ((matrix.shape, jnp.int8), ((1, matrix.shape[1]), jnp.float32))
+    ]
+    values, scale = rounded_on_device(jax.device_put(matrix, place), *shapes)
+    return {"tall": np.asarray(values), "tall" + SCALE: np.asarray(scale)}
+
+
 def told(case: dict, expected: dict[str, np.ndarray], process: int) -> dict:
     """Loads one model as the case says; tells the bytes read and which arrays are wrong, or the error."""
     mesh = make_mesh(**case["mesh"])
     if case.get("int8"):
-        values, scale = rounded(expected["tall"], (1, expected["tall"].shape[1]))
-        expected = expected | {"tall": values, "tall" + SCALE: scale}
+        expected = expected | rounded_here(expected["tall"])
     shapes = {
         name: jax.ShapeDtypeStruct(
             value.shape,
