@@ -28,7 +28,7 @@ from slm_jax.models import slm
 from slm_jax.models.slm import SLM
 from slm_jax.partitioning.device_kinds import DEVICE_KINDS
 from slm_jax.partitioning.mesh import make_mesh
-from slm_jax.partitioning.sharding import batch_sharding, partitioned
+from slm_jax.partitioning.sharding import batch_sharding
 from slm_jax.training.compiled import compile_step
 from slm_jax.training.initialisation import make_state
 from slm_jax.training.objectives.slm import SLMObjective
@@ -75,17 +75,16 @@ def measured(args: argparse.Namespace, remat: str) -> dict[str, object]:
     frozen = random_like(shapes.frozen, jnp.bfloat16 if args.model == "xxl" else jnp.float32)
     step = compile_step(program, objective, state, frozen, batch, Phases())
     compiled, seconds = step.compiled, []
-    with partitioned(mesh):
-        for number in range(args.steps + 3):
-            began = time.monotonic()
+    for number in range(args.steps + 3):
+        began = time.monotonic()
+        state, metrics = compiled(state, frozen, batch)
+        loss = float(metrics["loss"])
+        if number >= 3:
+            seconds.append(time.monotonic() - began)
+    with jax.profiler.trace(args.profile) if args.profile else contextlib.nullcontext():
+        for _ in range(3 if args.profile else 0):
             state, metrics = compiled(state, frozen, batch)
-            loss = float(metrics["loss"])
-            if number >= 3:
-                seconds.append(time.monotonic() - began)
-        with jax.profiler.trace(args.profile) if args.profile else contextlib.nullcontext():
-            for _ in range(3 if args.profile else 0):
-                state, metrics = compiled(state, frozen, batch)
-            jax.block_until_ready(state)
+        jax.block_until_ready(state)
     flops = objective.flops(shapes_of_batch)
     median, devices = statistics.median(seconds), jax.device_count()
     kind = DEVICE_KINDS.get(jax.devices()[0].device_kind)

@@ -1,9 +1,13 @@
 """What the loop asks of a source of batches; `data/` provides one."""
 
+import hashlib
 from collections.abc import Iterator
 from typing import NamedTuple, Protocol
 
 import jax
+import numpy as np
+
+from slm_jax.errors import UserError
 
 
 class PlacedBatch(NamedTuple):
@@ -51,3 +55,19 @@ class BatchSource(Protocol):
           anchor: what `anchor` said of that row when it was saved, if it was.
         """
         ...
+
+
+def check_same_plan(fingerprint: str) -> None:
+    """Raises UserError on every process where one plans other rows: examples would be lost."""
+    if jax.process_count() == 1:
+        return
+    from jax.experimental import multihost_utils
+
+    digest = np.frombuffer(hashlib.sha256(fingerprint.encode()).digest(), np.uint32)
+    digests = np.asarray(multihost_utils.process_allgather(digest)).reshape(jax.process_count(), -1)
+    others = np.flatnonzero((digests != digests[0]).any(axis=1))
+    if len(others):
+        raise UserError(
+            f"process {others[0]} plans other rows than process 0, expected the same of all "
+            f"{len(digests)}: their corpora, configurations or versions of slm_jax differ"
+        )

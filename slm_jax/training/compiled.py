@@ -1,7 +1,7 @@
 """The train step compiled ahead for each batch shape, with what that took and what it needs."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +31,7 @@ class CompiledStep:
       tracing_seconds, compiling_seconds: that it took.
       from_cache: whether it came from the persistent compilation cache.
       memory: XLA's plan of a device's memory, None where the platform tells none.
-      traced, lowered, compiled: JAX's stages of the program.
+      compiled: takes a step, `(state, frozen, batch) -> (state, metrics)`; the state is used up.
     """
 
     model_flops: int
@@ -40,9 +40,7 @@ class CompiledStep:
     compiling_seconds: float
     from_cache: bool
     memory: Any
-    traced: Any
-    lowered: Any
-    compiled: Any
+    compiled: Callable[..., tuple[TrainState, StepMetrics]]
 
     def line(self) -> str:
         """What it took and needs, in one line."""
@@ -56,27 +54,15 @@ class CompiledStep:
             parts.append(f"arguments {arguments:,} and temporaries {temporaries:,} bytes per device")
         return ", ".join(parts)
 
-    def dump(self, directory: Path, number: int) -> None:
-        """Writes `train_step.jaxpr.txt`, `.stablehlo.txt`, `.hlo.txt` (optimised) and `.memory.txt`.
-
-        Args:
-          directory: made where it is missing.
-          number: of the batch shape, which is in the names from the second on.
-        """
-        directory.mkdir(parents=True, exist_ok=True)
-        stem = "train_step" if number == 1 else f"train_step.{number}"
-        texts = {
-            "jaxpr": str(self.traced.jaxpr),
-            "stablehlo": self.lowered.as_text(),
-            "hlo": self.compiled.as_text(),
-            "memory": str(self.memory),
-        }
-        for kind, text in texts.items():
-            (directory / f"{stem}.{kind}.txt").write_text(f"{text}\n", encoding="utf-8")
-
 
 def compile_step(
-    program: TrainProgram, objective: Objective, state: TrainState, frozen: Any, batch: Batch, phases: Phases
+    program: TrainProgram,
+    objective: Objective,
+    state: TrainState,
+    frozen: Any,
+    batch: Batch,
+    phases: Phases,
+    dump: Path | None = None,
 ) -> CompiledStep:
     """Traces, lowers and compiles a program for a batch's shapes; runs nothing.
 
@@ -84,6 +70,7 @@ def compile_step(
       program, objective: of the run.
       state, frozen, batch: arrays, or their shapes with shardings.
       phases: gets `tracing` and `compiling`.
+      dump: what the names of its texts begin with, see `write_texts`; None writes none.
     """
     began = time.monotonic()
     with partitioned(program.mesh, program.rules), phases.phase("tracing"):
@@ -93,6 +80,9 @@ def compile_step(
     with phases.phase("compiling"), _cache_hits() as hits:
         compiled = lowered.compile()
         seconds = time.monotonic() - traced_at
+    if dump is not None:
+        with phases.phase("dump"):
+            write_texts(dump, traced, lowered, compiled)
     shapes = {name: jax.ShapeDtypeStruct(array.shape, array.dtype) for name, array in batch.items()}
     return CompiledStep(
         sum(objective.flops(shapes).values()),
@@ -101,10 +91,26 @@ def compile_step(
         seconds,
         bool(hits),
         compiled.memory_analysis(),
-        traced,
-        lowered,
         compiled,
     )
+
+
+def write_texts(stem: Path, traced: Any, lowered: Any, compiled: Any) -> None:
+    """Writes a program as `STEM.jaxpr.txt`, `.stablehlo.txt`, `.hlo.txt` (optimised) and `.memory.txt`.
+
+    Args:
+      stem: its folder is made where it is missing.
+      traced, lowered, compiled: JAX's stages of the program.
+    """
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    texts = {
+        "jaxpr": str(traced.jaxpr),
+        "stablehlo": lowered.as_text(),
+        "hlo": compiled.as_text(),
+        "memory": str(compiled.memory_analysis()),
+    }
+    for kind, text in texts.items():
+        stem.with_name(f"{stem.name}.{kind}.txt").write_text(f"{text}\n", encoding="utf-8")
 
 
 def _countable(jaxpr: Any) -> int | None:
@@ -146,23 +152,18 @@ class CompiledSteps:
     def __len__(self) -> int:
         return len(self._steps)
 
-    def knows(self, batch: Batch) -> bool:
-        """Whether the program of this batch's shapes is compiled."""
-        return _key(batch) in self._steps
+    def find(self, batch: Batch) -> CompiledStep | None:
+        """Returns the program of a batch's shapes, None where it is not compiled yet."""
+        return self._steps.get(_key(batch))
 
-    def of(self, state: TrainState, frozen: Any, batch: Batch) -> CompiledStep:
-        """Returns the program for a batch, compiled if need be."""
-        if (key := _key(batch)) not in self._steps:
-            step = compile_step(self._program, self._objective, state, frozen, batch, self._phases)
-            self._steps[key] = step
-            if self._dump is not None and jax.process_index() == 0:
-                step.dump(self._dump, len(self._steps))
-        return self._steps[key]
-
-    def take(self, state: TrainState, frozen: Any, batch: Batch) -> tuple[TrainState, StepMetrics]:
-        """Takes a step; the state that is given is used up."""
-        with partitioned(self._program.mesh, self._program.rules):
-            return self.of(state, frozen, batch).compiled(state, frozen, batch)
+    def compile(self, state: TrainState, frozen: Any, batch: Batch) -> CompiledStep:
+        """Compiles the program of a batch's shapes and keeps it."""
+        number = len(self) + 1
+        dump = self._dump and self._dump / ("train_step" if number == 1 else f"train_step.{number}")
+        dump = dump if jax.process_index() == 0 else None
+        step = compile_step(self._program, self._objective, state, frozen, batch, self._phases, dump)
+        self._steps[_key(batch)] = step
+        return step
 
 
 def _key(batch: Batch) -> tuple[tuple[int, ...], ...]:

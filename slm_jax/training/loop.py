@@ -1,7 +1,6 @@
 """The training loop: from the mesh to the last checkpoint, in the order in which things happen."""
 
-import hashlib
-import math
+import contextlib
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -9,7 +8,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 from jax.sharding import Mesh
 
 from slm_jax.checkpoints.manager import BestMode, RunCheckpoints, claim_run_directory
@@ -18,15 +16,11 @@ from slm_jax.errors import UserError, check_whole
 from slm_jax.partitioning.device_kinds import DEVICE_KINDS
 from slm_jax.partitioning.rules import DEFAULT_RULES, LogicalRules
 from slm_jax.partitioning.sharding import check_batch_rows, plan_text
-from slm_jax.training.batches import BatchSource, PlacedBatch
-from slm_jax.training.compiled import CompiledSteps
+from slm_jax.training.batches import BatchSource, PlacedBatch, check_same_plan
+from slm_jax.training.compiled import CompiledStep, CompiledSteps
 from slm_jax.training.evaluation_mark import EvaluationMark
-from slm_jax.training.initialisation import (
-    LoadVariables,
-    RunShapes,
-    make_state,
-    make_variables,
-)
+from slm_jax.training.first_lines import say_devices, say_first_batch
+from slm_jax.training.initialisation import LoadVariables, make_state, make_variables
 from slm_jax.training.objectives.base import Objective
 from slm_jax.training.optimizers import OptimizerConfig
 from slm_jax.training.phases import Phases, start_line
@@ -187,7 +181,7 @@ def train(
     model_dir = claim_run_directory(model_dir)
     reporter = Reporter(config.train_steps)
     check_batch_rows(source.rows_per_step, mesh, rules)
-    _check_same_plan(source.fingerprint)
+    check_same_plan(source.fingerprint)
     with phases.phase("shapes"):
         program = make_train_program(
             objective,
@@ -200,7 +194,7 @@ def train(
             rules=rules,
         )
     shapes = program.shapes
-    _say_start(reporter, shapes, mesh)
+    say_devices(reporter, shapes, mesh)
 
     given = provenance or make_provenance("", {})
     run_provenance = Provenance(
@@ -220,7 +214,7 @@ def train(
             if restored
             else {"params": shapes.state.params, "frozen": shapes.frozen}
         )
-        load = _in_phase(phases, "load of foundation models", load_variables)
+        load = load_variables and phases.timed("load of foundation models", load_variables)
         with phases.phase("initialisation"):
             variables = make_variables(objective, source.shapes, wanted, load, config.seed, mesh, rules)
         if restored and (line := rollbacks.carry_out(checkpoints)):
@@ -276,22 +270,6 @@ def train(
             )
     finally:
         run.close()
-
-
-def _check_same_plan(fingerprint: str) -> None:
-    """Raises UserError on every process where one plans other rows: examples would be lost."""
-    if jax.process_count() == 1:
-        return
-    from jax.experimental import multihost_utils
-
-    digest = np.frombuffer(hashlib.sha256(fingerprint.encode()).digest(), np.uint32)
-    digests = np.asarray(multihost_utils.process_allgather(digest)).reshape(jax.process_count(), -1)
-    others = np.flatnonzero((digests != digests[0]).any(axis=1))
-    if len(others):
-        raise UserError(
-            f"process {others[0]} plans other rows than process 0, expected the same of all "
-            f"{len(digests)}: their corpora, configurations or versions of slm_jax differ"
-        )
 
 
 class _Run:
@@ -360,20 +338,18 @@ class _Run:
                     self._save(step, state, rows_consumed, None)
                 break
             if step == first_step:
-                _say_batch(self._reporter, placed)
+                say_first_batch(self._reporter, placed)
                 # Until here nothing was trained.
                 self._throughput.restart()
-            if not self._programs.knows(placed.arrays):
-                self._compile(step, state, frozen, placed)
+            program = self._programs.find(placed.arrays) or self._compile(step, state, frozen, placed)
             self._profiler.before(step + 1, state)
             with self._phases.phase("first step" if step == first_step else "training"):
-                state, metrics = self._programs.take(state, frozen, placed.arrays)
+                state, metrics = program.compiled(state, frozen, placed.arrays)
                 if step == first_step:
                     jax.block_until_ready(metrics)
             step += 1
             rows_consumed += self._source.rows_per_step
             self._pending.append(StepRecord(step, metrics, placed.ids, placed.stats))
-            program = self._programs.of(state, frozen, placed.arrays)
             self._throughput.add(placed.stats, program.model_flops, program.hardware_flops)
             if step == first_step + 1:
                 self._tell_start(step)
@@ -419,34 +395,40 @@ class _Run:
         self._log(step)
         anchor = self._source.anchor(rows_consumed)
         cursor = DataCursor(rows_consumed, self._source.fingerprint, anchor, self._skipped)
-        began = time.monotonic()
-        with self._phases.phase("checkpoint"):
+        with self._apart("checkpoint"):
             self._checkpoints.save(step, state, cursor, self._provenance, scores)
-        self._throughput.apart("checkpoint", time.monotonic() - began)
 
-    def _compile(self, step: int, state: TrainState, frozen: Any, placed: PlacedBatch) -> None:
+    @contextlib.contextmanager
+    def _apart(self, name: str) -> Iterator[None]:
+        """Counts the time of a block, in which nothing is trained, for no rate."""
+        began = time.monotonic()
+        with self._phases.phase(name):
+            yield
+        self._throughput.apart(name, time.monotonic() - began)
+
+    def _compile(self, step: int, state: TrainState, frozen: Any, placed: PlacedBatch) -> CompiledStep:
         """Compiles the program of a batch shape, apart from the training around it."""
         if self._pending:
             # Steps under way are training, and end before.
             jax.block_until_ready(self._pending[-1].metrics)
-        began = time.monotonic()
         if len(self._programs):
             speech = placed.arrays.get("speech")
             what = f" with {speech.shape[-1]} samples a slot" if speech is not None else ""
             number = len(self._programs) + 1
             self._reporter.say(f"step {step + 1}: batch shape number {number}{what}; compiling")
-        self._reporter.say(self._programs.of(state, frozen, placed.arrays).line())
-        self._throughput.apart("compile", time.monotonic() - began)
+        with self._apart("compile"):
+            program = self._programs.compile(state, frozen, placed.arrays)
+        self._reporter.say(program.line())
+        return program
 
     def _tell_start(self, step: int) -> None:
         """Tells how long it took to the end of the first step, by phase."""
-        seconds, began = self._phases.seconds(), time.monotonic()
+        seconds = self._phases.seconds()
         self._reporter.say(start_line(seconds))
-        names = {name: name.replace(" ", "_") + "_seconds" for name in seconds}
-        scalars = {names[name]: value for name, value in seconds.items()}
-        self._write(step, "start", {**scalars, "total_seconds": sum(seconds.values())})
+        scalars = {f"{name.replace(' ', '_')}_seconds": value for name, value in seconds.items()}
         # The first scalars may bring in their library.
-        self._throughput.apart("start", time.monotonic() - began)
+        with self._apart("start"):
+            self._write(step, "start", {**scalars, "total_seconds": sum(seconds.values())})
 
     def _next(self, batches: Iterator[PlacedBatch]) -> PlacedBatch:
         began = time.monotonic()
@@ -488,10 +470,8 @@ class _Run:
         assert self._evaluate is not None
         # Metrics go first: an evaluation may take long, and its time is no training time.
         self._log(step)
-        began = time.monotonic()
-        with self._phases.phase("evaluation"):
+        with self._apart("evaluation"):
             scores = dict(self._evaluate(step, state, frozen))
-        self._throughput.apart("evaluation", time.monotonic() - began)
         best = self._config.best_metric
         if self._config.keep_best and best not in scores:
             raise UserError(
@@ -511,52 +491,6 @@ class _Run:
             self._writer.write_scalars(step, {f"{group}/{name}": value for name, value in scalars.items()})
 
 
-def _in_phase(phases: Phases, name: str, load: LoadVariables | None) -> LoadVariables | None:
-    if load is None:
-        return None
-
-    def loaded(shapes: dict[str, Any]) -> dict[str, Any]:
-        with phases.phase(name):
-            return load(shapes)
-
-    return loaded
-
-
 def _peak_flops(mesh: Mesh) -> float | None:
     kind = DEVICE_KINDS.get(mesh.devices.flat[0].device_kind)
     return kind.flops if kind else None
-
-
-def _say_start(reporter: Reporter, shapes: RunShapes, mesh: Mesh) -> None:
-    local = jax.local_devices()
-    reporter.say(
-        f"process {jax.process_index()} of {jax.process_count()}: "
-        f"{len(local)} of {jax.device_count()} devices ({local[0].device_kind})",
-        every_process=True,
-    )
-    reporter.say("mesh: " + ", ".join(f"{axis}={size}" for axis, size in mesh.shape.items()))
-    trees = {"params": shapes.state.params, "optimizer": shapes.state.opt_state, "frozen": shapes.frozen}
-    for name, tree in trees.items():
-        count, per_device = _sizes(tree)
-        reporter.say(f"{name}: {count:,} numbers, {per_device:,} bytes per device")
-
-
-def _sizes(tree: Any) -> tuple[int, int]:
-    leaves = jax.tree.leaves(tree)
-    count = sum(math.prod(leaf.shape) for leaf in leaves)
-    per_device = sum(
-        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves
-    )
-    return count, per_device
-
-
-def _say_batch(reporter: Reporter, placed: PlacedBatch) -> None:
-    arrays = ", ".join(f"{name} {array.dtype}{list(array.shape)}" for name, array in placed.arrays.items())
-    reporter.say(f"first batch: {arrays}")
-    first = sorted(placed.ids.items())[:2]
-    reporter.say(
-        "first rows: "
-        + "; ".join(f"{row}: {', '.join(names)}" for row, names in first)
-        + "; "
-        + ", ".join(f"{name} {value:.6g}" for name, value in placed.stats.items())
-    )

@@ -11,13 +11,12 @@ import optax
 from jax.sharding import Mesh
 
 from slm_jax.partitioning.rules import DEFAULT_RULES, LogicalRules
-from slm_jax.partitioning.sharding import batch_sharding, partitioned
+from slm_jax.partitioning.sharding import batch_sharding
 from slm_jax.training.initialisation import RunShapes, optimizer_of, run_shapes, shardings_of
-from slm_jax.training.objectives.base import Batch, Objective
+from slm_jax.training.objectives.base import Objective
 from slm_jax.training.optimizers import OptimizerConfig, make_schedule
 from slm_jax.training.spikes import SpikeConfig
-from slm_jax.training.state import TrainState
-from slm_jax.training.step import StepMetrics, TrainStep, jit_train_step, make_train_step
+from slm_jax.training.step import TrainStep, jit_train_step, make_train_step
 
 
 @dataclass(frozen=True)
@@ -28,7 +27,7 @@ class TrainProgram:
       shapes: of all variables, with shardings.
       optimizer: makes the state's slots.
       step: the pure function `(state, frozen, batch) -> (state, metrics)`.
-      jitted: the same with every sharding pinned; call or lower it inside `partitioned(mesh, rules)`.
+      jitted: the same with every sharding pinned; trace it inside `partitioned(mesh, rules)`.
       mesh, rules: where arrays lie.
     """
 
@@ -38,11 +37,6 @@ class TrainProgram:
     jitted: Any
     mesh: Mesh
     rules: LogicalRules
-
-    def take(self, state: TrainState, frozen: Any, batch: Batch) -> tuple[TrainState, StepMetrics]:
-        """Takes a step; the state that is given is used up."""
-        with partitioned(self.mesh, self.rules):
-            return self.jitted(state, frozen, batch)
 
 
 def make_train_program(

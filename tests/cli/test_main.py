@@ -15,6 +15,13 @@ from slm_jax.cli.main import main
         (["train", "--gin_file", "runs/nothing.gin"], "runs/nothing.gin"),
         (["train", "--gin_file", "x", "--skip_steps", "2"], "--skip_steps is 2, expected --rollback_to STEP"),
         (["train", "--gin_file", "x", "--rollback_to", "0"], "--rollback_to is 0, expected a whole number"),
+        (["train", "--gin_file", "runs/train.gin", "--profile_steps", "9"], "--profile_steps is '9'"),
+        (["train", "--gin_file", "runs/train.gin", "--profile_steps", "4:3"], "such as 100:105"),
+        (["train", "--gin_file", "runs/train.gin", "--dry_run", "--dump_program", "x"], "--dry_run"),
+        (
+            ["train", "--gin_file", "runs/train.gin", "--dry_run", "--profile_steps", "1:2"],
+            "--dry_run trains",
+        ),
         (["infer", "--run", "nowhere", "--audio", "a.wav"], "--prompt"),
         (["infer", "--run", "nowhere", "--audio", "a.wav", "--prompt", "x"], "nowhere"),
         (["infer", "--run", "nowhere", "--manifest", "m.jsonl", "--prompt", "x"], "--output"),

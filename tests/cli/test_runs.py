@@ -28,12 +28,30 @@ def curve(run: Path) -> dict[int, tuple[float, dict]]:
 
 @pytest.fixture(scope="module")
 def whole(workshop, tmp_path_factory) -> Path:
-    """A run that nothing interrupts, on one device."""
+    """A run that nothing interrupts, on one device, with its programs and a trace beside it."""
     run = tmp_path_factory.mktemp("whole") / "run"
-    done = workshop.slm(workshop.train_words(run, STEPS, SAVING))
+    looking_on = ["--profile_steps", "5:6", "--dump_program", str(run.with_name("program"))]
+    done = workshop.slm([*workshop.train_words(run, STEPS, SAVING), *looking_on])
     assert done.status == 0, done.err
+    run.with_name("log.txt").write_text(done.err)
     assert sorted(curve(run)) == list(range(1, STEPS + 1))
     return run
+
+
+def test_the_flags_write_the_program_and_a_trace(whole):
+    texts = {path.name: path.read_text() for path in whole.with_name("program").iterdir()}
+    kinds = {"jaxpr": "dot_general", "stablehlo": "stablehlo.dot_general", "hlo": "HloModule jit_train_step"}
+    kinds["memory"] = "temp_size_in_bytes"
+    assert set(texts) == {f"train_step.{kind}.txt" for kind in kinds}
+    for kind, expected in kinds.items():
+        assert expected in texts[f"train_step.{kind}.txt"]
+    (trace,) = (whole / "profile").rglob("*.xplane.pb")
+    assert b"jit_train_step" in trace.read_bytes()
+    log = whole.with_name("log.txt").read_text()
+    assert f"trace written to {whole / 'profile'}" in log
+    (start,) = re.findall(r"^first step done after .*", log, re.M)
+    for phase in ("process start and imports", "configuration", "index and plan", "compiling"):
+        assert phase in start
 
 
 def test_a_killed_run_goes_on_bit_for_bit(workshop, whole, tmp_path, rng):

@@ -21,7 +21,7 @@ from toy import EMBED, MLP, VOCAB, ToyObjective, ToySource, toy_train
 from slm_jax.checkpoints.manager import RunCheckpoints
 from slm_jax.errors import UserError
 from slm_jax.partitioning.mesh import make_mesh
-from slm_jax.training import loop
+from slm_jax.training.batches import check_same_plan
 from slm_jax.training.loop import LoopConfig, train
 from slm_jax.training.optimizers import AdafactorConfig, AdamWConfig, MuonConfig, ScheduleConfig
 from slm_jax.training.preemption import stop_requests
@@ -399,4 +399,4 @@ def test_processes_that_plan_other_rows_are_refused(monkeypatch, others):
     monkeypatch.setattr(multihost_utils, "process_allgather", allgather)
     told = pytest.raises(UserError, match="process 2 plans other rows than process 0")
     with told if others else contextlib.nullcontext():
-        loop._check_same_plan("a plan")
+        check_same_plan("a plan")

@@ -9,10 +9,12 @@ from pathlib import Path
 
 import jax
 import pytest
-from toy import EMBED, MLP, TOKENS, VOCAB, toy_train
+from toy import EMBED, MLP, TOKENS, VOCAB, ToyObjective, ToySource, toy_train
 
 from slm_jax.errors import UserError
-from slm_jax.training.loop import LoopConfig
+from slm_jax.partitioning.mesh import make_mesh
+from slm_jax.training.loop import LoopConfig, train
+from slm_jax.training.optimizers import AdamWConfig, ScheduleConfig
 from slm_jax.training.phases import Phases, process_age, start_line
 from slm_jax.training.profiling import ProfileSteps
 from slm_jax.training.progress import Throughput
@@ -99,6 +101,43 @@ def test_programs_are_written_and_steps_are_traced(tmp_path, capfd):
     traces = list((tmp_path / "b" / "profile").rglob("*.xplane.pb"))
     assert len(traces) == 1 and b"jit_train_step" in traces[0].read_bytes()
     assert f"trace written to {tmp_path / 'b' / 'profile'}" in capfd.readouterr().err
+
+
+class TwoLengths(ToySource):
+    """Batches whose rows are cut to fewer tokens, every second one."""
+
+    def batches(self, rows_consumed, anchor=None):
+        for number, placed in enumerate(super().batches(rows_consumed, anchor)):
+            if number % 2:
+                cut = {k: v[:, :4] if v.ndim == 2 else v for k, v in placed.arrays.items()}
+                placed = placed._replace(arrays=jax.device_put(cut, self._sharding))
+            yield placed
+
+
+def test_each_batch_shape_has_its_program_and_counts_by_it(tmp_path, capfd):
+    mesh, writer, dump = make_mesh(devices=jax.devices()[:1]), Written(), tmp_path / "dump"
+    train(
+        ToyObjective(),
+        TwoLengths(mesh),
+        model_dir=tmp_path / "run",
+        config=LoopConfig(train_steps=4, log_period=1, peak_flops=1e12),
+        optimizer=AdamWConfig(schedule=ScheduleConfig(peak=0.01, warmup_steps=2)),
+        mesh=mesh,
+        writer=writer,
+        dump_program=dump,
+    )
+    said = capfd.readouterr().err
+    assert len(re.findall("^train step: traced and lowered in ", said, re.M)) == 2
+    assert said.count("step 2: batch shape number 2; compiling") == 1
+    for stem, tokens in (("train_step", TOKENS), ("train_step.2", 4)):
+        assert f"i32[16,{tokens}]" in (dump / f"{stem}.jaxpr.txt").read_text()
+        assert (dump / f"{stem}.hlo.txt").is_file()
+    for step in range(1, 5):
+        told = writer.scalars[step]
+        model = (4 if step % 2 == 0 else TOKENS) * 16 * (4 * EMBED * MLP + 6 * MLP * VOCAB)
+        assert told["train/mfu_percent"] == pytest.approx(100 * model / told["train/step_seconds"] / 1e12)
+        assert told["train/batch_shapes"] == min(step, 2)
+        assert ("train/compile_seconds" in told) == (step <= 2)
 
 
 def test_a_trace_ends_with_a_run_that_fails(tmp_path):
