@@ -10,6 +10,7 @@ Shape suffixes: B rows (slots folded in), K slots, S samples, E segments, T mel 
 """
 
 import dataclasses
+import functools
 from typing import Any, Literal, NamedTuple
 
 import flax.linen as nn
@@ -31,6 +32,7 @@ from slm_jax.models.conformer_attention import relative_shift as relative_shift
 from slm_jax.models.layers import ACTIVATIONS, ATTENTION_KERNELS, Dense, Mlp
 from slm_jax.models.norms import NORM_TYPES, NormType, feature_norm
 from slm_jax.models.remat import REMAT, rematted
+from slm_jax.models.shards import by_batch_shard
 from slm_jax.models.subsampling import ConvSubsampling, FeatureProjection
 
 ACTIVATION_AXES = ("activation_batch", "activation_length", "activation_embed")
@@ -283,8 +285,10 @@ class ConformerEncoder(nn.Module):
                 f"speech has {speech.shape[-1]} samples, no multiple of the frame's {self.samples_per_frame}"
             )
         if self.config.front_end == "kaldi_fbank":
-            return kaldi_fbank(speech, speech_segments, self.config.kaldi_fbank)
-        return log_mel(speech, speech_segments, self.config.log_mel)
+            front_end = functools.partial(kaldi_fbank, config=self.config.kaldi_fbank)
+        else:
+            front_end = functools.partial(log_mel, config=self.config.log_mel)
+        return by_batch_shard(front_end, speech, speech_segments)
 
     @nn.compact
     def encode_features(

@@ -10,8 +10,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from flax.linen.spmd import logical_to_mesh_axes, with_logical_constraint
+from flax.linen.spmd import with_logical_constraint
 from jax.typing import DTypeLike
+
+from slm_jax.models.shards import shards_of
 
 # Words of a chunk are a multiple of this, which matrix units want, and at least as many.
 _WORDS = 128
@@ -134,14 +136,6 @@ def frozen_head_cross_entropy(
         gradient_BTD.astype(head.dtype), ("activation_batch", "activation_length", "activation_embed")
     )
     return _with_gradient(losses_BT, hidden_BTD, gradient_BTD), likeliest_BT == targets_BT
-
-
-def shards_of(logical_axis: str) -> int:
-    """Into how many parts the mesh around this call cuts an axis of activations; 1 without one."""
-    axes = (logical_to_mesh_axes((logical_axis,)) or (None,))[0]
-    axes = (axes,) if isinstance(axes, str) else tuple(axes or ())
-    shape = jax.sharding.get_abstract_mesh().shape
-    return math.prod(shape.get(axis, 1) for axis in axes)
 
 
 def chunked_cross_entropy(

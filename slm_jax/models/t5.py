@@ -18,8 +18,9 @@ from flax.linen.spmd import with_logical_constraint
 
 from slm_jax.errors import UserError, nearest
 from slm_jax.models import layers
-from slm_jax.models.losses import FrozenHead, chunked_cross_entropy, frozen_head_cross_entropy, shards_of
+from slm_jax.models.losses import FrozenHead, chunked_cross_entropy, frozen_head_cross_entropy
 from slm_jax.models.remat import REMAT, kept_when_frozen, rematted
+from slm_jax.models.shards import shards_of
 
 RELATIVE_BIAS = ("shared", "layer")
 

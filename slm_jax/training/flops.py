@@ -222,7 +222,15 @@ def _equation_flops(equation: Any) -> int:
     inner = sum(traced_flops(jaxpr) for jaxpr in _jaxprs(params))
     if name == "while" and inner:
         raise ValueError("a while loop with matrix products in it runs an unknown number of times")
+    if name == "shard_map":
+        # Its body is one shard's. What an axis that splits nothing repeats counts once, as everywhere.
+        axes = {axis for spec in params["in_specs"] for entry in spec for axis in _axes(entry)}
+        return inner * math.prod(params["mesh"].shape[axis] for axis in axes)
     return inner * params["length"] if name == "scan" else inner
+
+
+def _axes(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    return (entry,) if isinstance(entry, str) else tuple(entry or ())
 
 
 def _jaxprs(params: Mapping[str, Any]) -> list[ClosedJaxpr | Jaxpr]:
