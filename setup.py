@@ -58,6 +58,8 @@ EXTRAS = {
     "test": [
         *BEAM,
         *RIVALS,
+        # libtpu compiles for TPUs on any CPU: `slm plan`.
+        "jax[tpu]",
         "build>=1.2",
         "hypothesis>=6.100",
         "pyright[nodejs]>=1.1.400",

@@ -15,6 +15,7 @@ from slm_jax.errors import UserError, nearest
 # only when asked for, as TensorFlow and JAX take seconds to load.
 _COMMANDS = {
     "train": "Train what the gin files say; run again to resume.",
+    "plan": "Say whether a run fits devices that are not at hand, and how fast it would be.",
     "evaluate": "Score a run's model on a split of its mixture.",
     "infer": "Answer a prompt about audio files, or a manifest of them.",
     "export": "Write a run's model as safetensors and StableHLO, checked against the live model.",

@@ -118,6 +118,14 @@ class Wiring:
         seconds = data.feature_lengths.get("speech", 0) // 16_000
         return {"segments": data.utterances or max(1, seconds)}
 
+    def train_shape(self) -> Any:
+        """Returns the `BatchShape` of training, with frames where those take the place of speech."""
+        data = self.run.data
+        shape = self.shape(data.batch_size, packed=True)
+        if data.has_frames and shape.has_speech:
+            return dataclasses.replace(shape, frame_dim=self.frames.dim)
+        return shape
+
     def plan(self) -> Any:
         """Returns the order of rows of the training split.
 
@@ -159,10 +167,8 @@ class Wiring:
 
         data = self.run.data
         plan = self.plan()
-        shape = self.shape(data.batch_size, packed=True)
-        with_frames = data.has_frames and shape.has_speech
-        if with_frames:
-            shape = dataclasses.replace(shape, frame_dim=self.frames.dim)
+        shape = self.train_shape()
+        with_frames = shape.frame_dim > 0
         tables: Any = plan.tables
         for table in tables:
             if table.report.rejected and jax.process_index() == 0:

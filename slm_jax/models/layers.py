@@ -432,10 +432,11 @@ def dot_product_attention(
 
 
 def _check_cudnn(dtype: DTypeLike, shape: tuple[int, ...]) -> None:
-    if jax.default_backend() != "gpu":
-        raise UserError(
-            f"attention_kernel is 'cudnn' on a {jax.default_backend()}, expected 'plain' or 'xla' there"
-        )
+    # Of the mesh first: a program may be compiled for devices that are not at hand.
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    platform = device.platform if device else jax.default_backend()
+    if platform not in ("gpu", "cuda"):
+        raise UserError(f"attention_kernel is 'cudnn' on a {platform}, expected 'plain' or 'xla' there")
     if jnp.dtype(dtype).itemsize != 2:
         raise UserError(f"attention_kernel is 'cudnn' and dtype {jnp.dtype(dtype).name}, expected 'bfloat16'")
     if shape[2] % 2 or shape[3] % 2:

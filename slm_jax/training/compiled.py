@@ -86,7 +86,7 @@ def compile_step(
     shapes = {name: jax.ShapeDtypeStruct(array.shape, array.dtype) for name, array in batch.items()}
     return CompiledStep(
         sum(objective.flops(shapes).values()),
-        _countable(traced.jaxpr),
+        countable_flops(traced.jaxpr),
         traced_at - began,
         seconds,
         bool(hits),
@@ -113,7 +113,8 @@ def write_texts(stem: Path, traced: Any, lowered: Any, compiled: Any) -> None:
         stem.with_name(f"{stem.name}.{kind}.txt").write_text(f"{text}\n", encoding="utf-8")
 
 
-def _countable(jaxpr: Any) -> int | None:
+def countable_flops(jaxpr: Any) -> int | None:
+    """Operations of a traced program's products; None where they cannot be counted."""
     try:
         return traced_flops(jaxpr)
     except ValueError:

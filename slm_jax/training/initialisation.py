@@ -65,7 +65,8 @@ def run_shapes(
     """
     check_rules(rules, mesh.shape)
     with partitioned(mesh, rules):
-        boxed = dict(jax.eval_shape(objective.init, jax.random.key(0), batch_shapes))
+        # The key is made inside: a mesh of devices that are only described computes nothing.
+        boxed = dict(jax.eval_shape(lambda batch: objective.init(jax.random.key(0), batch), batch_shapes))
     if not jax.tree.leaves(boxed.get("params")):
         raise UserError("nothing trains: the model has no variables in the collection 'params'")
     unboxed = nn.unbox(boxed)

@@ -31,6 +31,7 @@ _REQUIRED = {
 }
 _RUNS = {
     "runs/train.gin": ["models/slm_tiny.gin"],
+    "runs/plan.gin": ["models/slm_tiny.gin"],
     "runs/pretrain_encoder_ctc.gin": ["models/encoders/conformer_tiny.gin"],
     "runs/pretrain_encoder_best_rq.gin": ["models/encoders/conformer_tiny.gin"],
     "runs/pretrain_t5.gin": ["models/llms/t5_tiny.gin"],

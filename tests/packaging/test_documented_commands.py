@@ -318,6 +318,11 @@ EXERCISES = [
         says(r"(?m)^\| tiny \| \d+\.\d \| \d+\.\d \| \d+\.\d\d \|"),
     ),
     Exercise(
+        ".venv/bin/slm plan --gin_file models/slm_tiny.gin --topology v5e:2x2 --gin.TENSOR=2",
+        "--gin.BATCH_SIZE=8",
+        says(r"fits\s+│ yes"),
+    ),
+    Exercise(
         ".venv/bin/python benchmarks/paper_size.py --rows 64 --attention_kernel cudnn --profile runs/trace",
         "--model tiny --seconds 1 --rows 2 --tokens 4 --steps 1 --attention_kernel xla",
         says(r'"remat": "frozen", "attention_kernel": "xla", .*"hardware_tflops"'),

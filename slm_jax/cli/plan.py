@@ -1,0 +1,405 @@
+"""`slm plan`: whether a run fits devices that are not there, and how fast it would be."""
+
+import argparse
+import dataclasses
+import json
+import math
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from slm_jax.cli.main import add_gin_arguments, search_paths
+from slm_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from slm_jax.cli.run import Run
+    from slm_jax.partitioning.topology import Topology
+    from slm_jax.training.planning import StepPlan
+
+_DEFAULTS = "runs/plan.gin"
+# What says where a run reads and writes; a plan does neither.
+_PLACES = {
+    "MODEL_DIR": "'runs/plan'",
+    "MIXTURE_OR_TASK_NAME": "'none'",
+    "SPEECH_ENCODER_CHECKPOINT": "'none'",
+    "LLM_CHECKPOINT": "'none'",
+    "CORPUS_DIR": "'none'",
+    "TRAIN_STEPS": "1000",
+}
+_REMAT = ("none", "dots", "frozen", "full")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags of the command."""
+    add_gin_arguments(parser)
+    parser.add_argument(
+        "--topology", required=True, metavar="NAME", help="such as v5e:4x4, v4:4x4x4 or gpu:h100x8"
+    )
+    parser.add_argument("--slices", type=int, metavar="N", help="of that topology (default: the run's)")
+    parser.add_argument(
+        "--search",
+        action="store_true",
+        help="find the largest batch per remat policy and mesh; 2 to 4 compilations each",
+    )
+    parser.add_argument("--sharding", action="store_true", help="print the sharding of every variable too")
+    parser.add_argument("--json", action="store_true", help="print one object")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Runs the command; a plan that does not fit is an answer, and the exit status 0."""
+    # Before JAX starts: nothing here runs on an accelerator.
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    import jax
+
+    jax.config.update("jax_platforms", "cpu")
+    from slm_jax.cli import gin_config
+    from slm_jax.partitioning.topology import find_topology
+
+    run = _build(args)
+    topology = find_topology(args.topology, run.mesh.slices if args.slices is None else args.slices)
+    if topology.stand_in:
+        _say(
+            f"{topology.stand_in}: compiled for virtual CPU devices, which know nothing of the memory that "
+            f"{topology.kind}'s layouts and fusions take, of its compiler's collectives, nor whether it fits"
+        )
+    if args.search:
+        return _search(run, topology, args.json)
+    found = planned(run, topology)
+    if args.json:
+        print(json.dumps({**found, "config": gin_config.resolved_config()}))
+    else:
+        _print(run, found, topology, args.sharding)
+    return 0
+
+
+def _build(args: argparse.Namespace) -> "Run":
+    from slm_jax.cli import gin_config
+    from slm_jax.cli.run import Run
+
+    files, paths = list(args.gin_file), search_paths(args)
+    gin_config.parse(files, (), paths)
+    if gin_config.bound("run.Run.objective") is None:
+        files.append(_DEFAULTS)
+    gin_config.parse(files, args.gin_bindings, paths)
+    places = [f"{name}={_PLACES[name]}" for name in gin_config.missing_required() if name in _PLACES]
+    gin_config.parse(files, [*places, *args.gin_bindings], paths)
+    return gin_config.build(Run)
+
+
+def planned(run: "Run", topology: "Topology") -> dict[str, Any]:
+    """Returns the plan of a run as the object that `--json` prints."""
+    from slm_jax.training.planning import ASSUMPTIONS, audio_hours, granted_bytes, plan_step
+
+    batches = _batches(run)
+    program = _program(run, topology, batches[-1])
+    plans = [plan_step(program, batch, topology, run.frozen_dtype) for batch in batches]
+    largest = plans[-1]
+    by_part = run.objective.flops(batches[-1])
+    found = _json(largest, topology)
+    hours = audio_hours(batches[-1], run.objective.samples_per_position)
+    seconds = found["predicted_step_seconds"]
+    return {
+        "topology": topology.name,
+        "slices": topology.slices,
+        "devices": len(topology.devices),
+        "device_kind": topology.kind,
+        "mesh": dict(program.mesh.shape),
+        "batch": {name: [*shape.shape] for name, shape in batches[-1].items()},
+        "microbatches": run.loop.microbatches,
+        "remat": _remat(run),
+        "parameters": _parameters(program.shapes.boxed, program),
+        "flops_per_step": sum(by_part.values()),
+        "flops_by_part": by_part,
+        "hardware_flops_per_step": largest.hardware_flops,
+        "usable_bytes": granted_bytes(topology),
+        **found,
+        "audio_hours_per_second": hours / seconds if seconds else None,
+        "mfu": _mfu(sum(by_part.values()), seconds, topology),
+        "smaller_batches": [
+            {"batch": {name: [*shape.shape] for name, shape in batch.items()}, **_json(plan, topology)}
+            for batch, plan in zip(batches[:-1], plans[:-1], strict=True)
+        ],
+        "versions": _versions(),
+        # The compiler reads its flags here, those of a plan as those of a run.
+        "libtpu_init_args": os.environ.get("LIBTPU_INIT_ARGS", ""),
+        "assumptions": list(ASSUMPTIONS),
+        "unknown": topology.stand_in,
+    }
+
+
+def _json(plan: "StepPlan", topology: "Topology") -> dict[str, Any]:
+    from slm_jax.partitioning.device_kinds import DEVICE_KINDS
+
+    return {
+        "bytes_per_device": plan.bytes and plan.bytes._asdict(),
+        "bytes_needed": plan.needed,
+        "hbm_bytes": int(DEVICE_KINDS[topology.kind].hbm_bytes),
+        "fits": plan.fits,
+        "collectives": [{**one._asdict(), "axes": [*one.axes]} for one in plan.collectives],
+        "predicted_step_seconds": plan.seconds and plan.seconds.step,
+        "seconds_by_cause": plan.seconds and plan.seconds._asdict(),
+        "compile_seconds": round(plan.compile_seconds, 1),
+    }
+
+
+def _versions() -> dict[str, str | None]:
+    import importlib.metadata
+    import importlib.util
+
+    known = {name: importlib.util.find_spec(name) for name in ("jax", "libtpu")}
+    return {name: importlib.metadata.version(name) if spec else None for name, spec in known.items()}
+
+
+def _mfu(flops: int, seconds: float | None, topology: "Topology") -> float | None:
+    from slm_jax.partitioning.device_kinds import DEVICE_KINDS
+
+    peak = DEVICE_KINDS[topology.kind].flops * len(topology.devices)
+    return flops / seconds / peak if flops and seconds else None
+
+
+def _batches(run: "Run") -> list[dict[str, Any]]:
+    """Shapes of every batch that is compiled, the largest last."""
+    import jax
+
+    from slm_jax.cli.wiring import Wiring
+    from slm_jax.data.packing import bucket_shapes
+
+    return [
+        {name: jax.ShapeDtypeStruct(size, dtype) for name, (size, dtype) in shape.arrays().items()}
+        for shape in bucket_shapes(Wiring(run).train_shape(), tuple(sorted(run.data.buckets)))
+    ]
+
+
+def _program(run: "Run", topology: "Topology", batch: dict[str, Any]) -> Any:
+    from slm_jax.partitioning.mesh import make_mesh
+    from slm_jax.partitioning.sharding import check_batch_rows
+    from slm_jax.training.program import make_train_program
+
+    sizes = {"data": run.mesh.data, "fsdp": run.mesh.fsdp, "tensor": run.mesh.tensor}
+    mesh = make_mesh(**sizes, slices=topology.slices, devices=topology.devices)
+    check_batch_rows(run.data.batch_size, mesh, run.mesh.rules)
+    return make_train_program(
+        run.objective,
+        run.optimizer,
+        batch,
+        seed=run.loop.seed,
+        microbatches=run.loop.microbatches,
+        mesh=mesh,
+        rules=run.mesh.rules,
+        spikes=run.loop.spikes,
+    )
+
+
+def _remat(run: "Run") -> dict[str, str]:
+    config = getattr(run.objective.model, "config", None)
+    parts = {name: getattr(config, name, None) for name in ("speech_encoder", "adapter", "llm")}
+    return {name: getattr(part, "remat") for name, part in parts.items() if hasattr(part, "remat")}  # noqa: B009
+
+
+def _parameters(boxed: Mapping[str, Any], program: Any) -> dict[str, Any]:
+    import flax.linen as nn
+    import jax
+
+    found = {}
+    trees = {"params": program.shapes.state.params, "frozen": program.shapes.frozen}
+    for collection in boxed:
+        leaves = jax.tree.leaves(nn.unbox(boxed[collection]))
+        parts = {
+            part: sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
+            for part, tree in trees.get(collection, {}).items()
+        }
+        found[collection] = {"total": sum(math.prod(leaf.shape) for leaf in leaves), **parts}
+    return found
+
+
+# ---- search
+
+
+def _search(run: "Run", topology: "Topology", as_json: bool) -> int:
+    """Ranks remat policies and meshes by predicted audio-hours a second, each at its largest batch."""
+    from slm_jax.training.planning import granted_bytes
+
+    rows: list[dict[str, Any]] = []
+    choices = list(_choices(run, topology))
+    room = granted_bytes(topology)
+    if room is None:
+        raise UserError(f"--search needs to know what fits, and {topology.stand_in}")
+    _say(f"{len(choices)} policies and meshes, 2 to 4 compilations each; Ctrl-C prints what is known by then")
+    best = 0.0
+    try:
+        for number, (remat, sizes) in enumerate(choices, 1):
+            mesh = ", ".join(f"{axis}={size}" for axis, size in sizes.items())
+            about = f"{number} of {len(choices)}: remat {remat}, {mesh}"
+            changed = _changed(run, remat, sizes)
+            try:
+                # Before anything is compiled: what its products alone would allow.
+                if (most := _most_hours(changed, topology)) <= best:
+                    _say(f"{about}: at most {most:.3g} audio hours a second, skipped")
+                    continue
+                found = _largest(changed, topology, room)
+            except UserError as error:
+                _say(f"{about}: {error}")
+                continue
+            rows.append({"remat_of_llm": remat, **found})
+            best = max(best, found["audio_hours_per_second"] or 0.0)
+            _say(f"{about}: {found['rows']} rows fit")
+    except KeyboardInterrupt:
+        _say("interrupted")
+    rows.sort(key=lambda row: row["audio_hours_per_second"] or 0.0, reverse=True)
+    if as_json:
+        print(json.dumps({"topology": topology.name, "devices": len(topology.devices), "ranked": rows}))
+        return 0
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("remat of the LLM", "mesh", "rows that fit", "peak GB", "step s", "audio h/s", "MFU")
+    for row in rows:
+        mesh = " ".join(f"{axis}={size}" for axis, size in row["mesh"].items())
+        peak = row["bytes_per_device"] and f"{row['bytes_per_device']['peak'] / 1e9:.2f}"
+        table.add_row(
+            row["remat_of_llm"], mesh, str(row["rows"]), peak or "-", _number(row["predicted_step_seconds"]),
+            _number(row["audio_hours_per_second"]), f"{row['mfu']:.1%}" if row["mfu"] else "-",
+        )  # fmt: skip
+    Console(width=None if sys.stdout.isatty() else 120).print(table)
+    return 0
+
+
+def _choices(run: "Run", topology: "Topology") -> Iterator[tuple[str, dict[str, int]]]:
+    each = len(topology.devices) // topology.slices
+    for tensor in (1, 2, 4, 8):
+        if each % tensor == 0:
+            # Replicas hold more and send as much: frozen weights are split over all that is left.
+            for remat in _REMAT:
+                yield remat, {"data": 1, "fsdp": each // tensor, "tensor": tensor}
+
+
+def _changed(run: "Run", remat: str, sizes: dict[str, int]) -> "Run":
+    import copy
+
+    objective, model = copy.copy(run.objective), run.objective.model
+    config = dataclasses.replace(model.config, llm=dataclasses.replace(model.config.llm, remat=remat))
+    objective.model = model.clone(config=config)
+    mesh = dataclasses.replace(run.mesh, **sizes)
+    return dataclasses.replace(run, objective=objective, mesh=mesh)
+
+
+def _with_rows(run: "Run", rows: int) -> "Run":
+    return dataclasses.replace(run, data=dataclasses.replace(run.data, batch_size=rows))
+
+
+def _least_rows(run: "Run", topology: "Topology") -> int:
+    return topology.slices * run.mesh.data * run.mesh.fsdp * run.loop.microbatches
+
+
+def _most_hours(run: "Run", topology: "Topology") -> float:
+    """Hours of audio a second, were products all that takes time."""
+    from slm_jax.training.planning import audio_hours, least_seconds
+
+    run = _with_rows(run, _least_rows(run, topology))
+    batch = _batches(run)[-1]
+    seconds = least_seconds(_program(run, topology, batch), batch, topology)
+    return audio_hours(batch, run.objective.samples_per_position) / seconds if seconds else math.inf
+
+
+def _largest(run: "Run", topology: "Topology", room: int) -> dict[str, Any]:
+    """The largest batch that fits in `room`, within 2 %: memory grows evenly with rows."""
+    unit = _least_rows(run, topology)
+
+    def at(units: int) -> dict[str, Any]:
+        return {"rows": units * unit, **planned(_with_rows(run, units * unit), topology)}
+
+    def peak(found: dict[str, Any]) -> float:
+        return found["bytes_needed"] or found["bytes_per_device"]["peak"]
+
+    best = one = at(1)
+    if not one["fits"]:
+        return {**one, "rows": 0, "audio_hours_per_second": None}
+    # The line of memory over rows goes through the first size and, once there is another, the newest.
+    start = one["bytes_per_device"]["arguments"]
+    slope = max(peak(one) - start, 1.0)
+    too_many = math.inf
+    for _ in range(3):
+        units = int(min((0.99 * room - start) / slope, too_many - 1))
+        if units * unit <= 1.02 * best["rows"]:
+            break
+        found = at(units)
+        slope = max((peak(found) - peak(one)) / (units - 1), 1.0)
+        start = peak(one) - slope
+        if found["fits"]:
+            best = found
+        else:
+            too_many = units
+    return best
+
+
+# ---- the table
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _number(value: float | None) -> str:
+    return f"{value:.3g}" if value else "-"
+
+
+def _print(run: "Run", found: dict[str, Any], topology: "Topology", sharding: bool) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from slm_jax.cli import gin_config
+    from slm_jax.partitioning.sharding import plan_text
+
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    print(gin_config.resolved_config())
+    if sharding:
+        program = _program(run, topology, _batches(run)[-1])
+        print(plan_text(program.shapes.boxed, program.mesh, run.mesh.rules))
+    table = Table(show_header=False)
+    size, causes = found["bytes_per_device"], found["seconds_by_cause"]
+    fits = {True: "yes", False: "no", None: "unknown"}[found["fits"]]
+    rows = [
+        ("devices", f"{found['devices']} x {found['device_kind']}, {found['slices']} slice(s)"),
+        ("mesh", " ".join(f"{axis}={ways}" for axis, ways in found["mesh"].items())),
+        ("batch", ", ".join(f"{name} {shape}" for name, shape in found["batch"].items())),
+        ("remat", ", ".join(f"{part} {policy}" for part, policy in found["remat"].items())),
+    ]
+    for collection, parts in found["parameters"].items():
+        rows.append((collection, ", ".join(f"{part} {count:,}" for part, count in parts.items())))
+    parts = ", ".join(f"{part} {flops / 1e12:,.4g}" for part, flops in found["flops_by_part"].items())
+    rows.append(("TFLOP a step", f"{found['flops_per_step'] / 1e12:,.4g} ({parts})"))
+    if found["hardware_flops_per_step"]:
+        rows.append(("with recomputation", f"{found['hardware_flops_per_step'] / 1e12:,.4g}"))
+    if size:
+        text = ", ".join(f"{name} {count / 1e9:.2f} GB" for name, count in size.items())
+        rows.append(
+            ("a device's memory", f"{text} of {(found['usable_bytes'] or found['hbm_bytes']) / 1e9:.2f}")
+        )
+    if found["bytes_needed"]:
+        rows.append(
+            (
+                "a device's memory",
+                f"needs {found['bytes_needed'] / 1e9:.2f} GB of {found['usable_bytes'] / 1e9:.2f}",
+            )
+        )
+    for one in found["collectives"][:8]:
+        over = "*".join(one["axes"])
+        rows.append(
+            (one["kind"], f"{one['count']:,} over {over} ({one['group']}), {one['bytes'] / 1e9:.3f} GB")
+        )
+    if causes:
+        text = ", ".join(f"{cause} {seconds:.3g}" for cause, seconds in causes.items())
+        rows.append(("predicted seconds a step", f"{_number(found['predicted_step_seconds'])} ({text})"))
+        rows.append(("audio hours a second", _number(found["audio_hours_per_second"])))
+        rows.append(("MFU as predicted", f"{found['mfu']:.1%}" if found["mfu"] else "-"))
+    for smaller in found["smaller_batches"]:
+        peak = smaller["bytes_per_device"] and f"peak {smaller['bytes_per_device']['peak'] / 1e9:.2f} GB, "
+        step = _number(smaller["predicted_step_seconds"])
+        rows.append((f"slots of {smaller['batch']['speech'][-1]} samples", f"{peak or ''}step {step} s"))
+    rows.append(("fits", fits))
+    for name, text in rows:
+        table.add_row(name, text)
+    console.print(table)
+    for assumption in found["assumptions"]:
+        console.print(f"assumed: {assumption}")

@@ -1,0 +1,108 @@
+"""Collectives of compiled programs, counted in loops, against programs whose exchange is known."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from slm_jax.partitioning.collectives import count_collectives, memory_traffic
+from slm_jax.partitioning.mesh import make_mesh
+from slm_jax.partitioning.topology import Topology, compiling_for, find_topology
+
+LAYERS, DIM, ROWS = 5, 256, 64
+
+
+def lowered(mesh):
+    """A scan over layers whose weights are split over fsdp and gathered in each round; a sum at the end."""
+
+    def layer(x, part):
+        return jnp.tanh(x @ jax.lax.all_gather(part, "fsdp", tiled=True)), None
+
+    def step(weights, x):
+        y, _ = jax.lax.scan(layer, x, weights)
+        return jax.lax.psum(jnp.sum(y), "data")
+
+    specs = PartitionSpec(None, "fsdp"), PartitionSpec("data")
+    mapped = jax.shard_map(step, mesh=mesh, in_specs=specs, out_specs=PartitionSpec(), check_vma=False)
+    shapes = (LAYERS, DIM, DIM), (ROWS, DIM)
+    given = [
+        jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(mesh, spec))
+        for shape, spec in zip(shapes, specs, strict=True)
+    ]
+    return jax.jit(mapped).lower(*given)
+
+
+@pytest.mark.parametrize("where", ["cpu", "v5e:2x2"])
+def test_a_gather_in_a_loop_counts_as_often_as_the_loop_runs(where):
+    here = Topology("here", jax.devices()[:4], "", 1, (), "on virtual devices")
+    topology = here if where == "cpu" else find_topology(where)
+    mesh = make_mesh(data=2, fsdp=2, devices=topology.devices)
+    with compiling_for(topology) as options:
+        text = lowered(mesh).compile(options).as_text()
+    assert text
+    found = {(one.kind, one.axes): one for one in count_collectives(text, mesh)}
+    gathered = found["all-gather", ("fsdp",)]
+    assert gathered.group == 2
+    assert (gathered.count, gathered.bytes) == (LAYERS, LAYERS * DIM * DIM * 4)
+    summed = found["all-reduce", ("data",)]
+    assert (summed.count, summed.bytes) == (1, 4)
+    # At least the gathered weights are written and read.
+    assert memory_traffic(text) >= 2 * gathered.bytes
+
+
+GROUPS = {
+    "{{0,2},{1,3}}": ("data",),
+    "[2,2]<=[4]": ("fsdp",),
+    "[2,2]<=[2,2]T(1,0)": ("data",),
+    "[1,4]<=[4]": ("data", "fsdp"),
+    "mesh['a'=2,'b'=1,'c'=2] {'c'}": ("fsdp",),
+    "mesh['a'=2,'b'=2], device_ids=([2,2]T(1,0)) {'a'}": ("fsdp",),
+    "mesh['a'=4] {'a':(1)2}": ("data",),
+    "mesh['a'=4] {'a':(2)2}": ("fsdp",),
+}
+
+
+@pytest.mark.parametrize("groups", GROUPS)
+def test_axes_are_found_in_every_way_to_write_groups(groups):
+    mesh = make_mesh(data=2, fsdp=2, devices=jax.devices()[:4])
+    text = (
+        "ENTRY %main (p: f32[8]) -> f32[8] {\n"
+        f"  ROOT %x = f32[8]{{0}} all-reduce(%p), channel_id=1, replica_groups={groups}, to_apply=%add\n}}\n"
+    )
+    (found,) = count_collectives(text, mesh)
+    assert (found.kind, found.axes, found.bytes) == ("all-reduce", GROUPS[groups], 32)
+    assert found.group == np.prod([2] * len(GROUPS[groups]))
+
+
+def test_a_reduce_scatter_that_is_a_fusion_on_tpu_is_one():
+    mesh = make_mesh(data=2, fsdp=2, devices=jax.devices()[:4])
+    text = """
+%all-reduce-scatter.1 (p.1: f32[8]) -> f32[4] {
+  %p.1 = f32[8]{0:T(128)} parameter(0)
+  %y = f32[8]{0:T(128)} all-reduce(%p.1), channel_id=1, replica_groups={{0,1},{2,3}}, to_apply=%add
+  ROOT %z = f32[4]{0:T(128)} dynamic-slice(%y, %c), dynamic_slice_sizes={4}
+}
+
+ENTRY %main (p: f32[8]) -> f32[4] {
+  %p = f32[8]{0:T(128)} parameter(0)
+  ROOT %x = f32[4]{0:T(128)} fusion(%p), kind=kCustom, calls=%all-reduce-scatter.1
+}
+"""
+    (found,) = count_collectives(text, mesh)
+    assert found == ("reduce-scatter", ("fsdp",), 2, 1, 32)
+    # Of a fusion the result alone is in memory.
+    assert memory_traffic(text) == 2 * 16
+
+
+def test_of_a_start_and_its_end_one_counts():
+    mesh = make_mesh(data=2, fsdp=2, devices=jax.devices()[:4])
+    text = """
+ENTRY %main (p: f32[8]) -> f32[8] {
+  %p = f32[8]{0:T(128)} parameter(0)
+  %x = (f32[8]{0:T(128)}, f32[8]{0:T(128)}, u32[]{:S(2)}, u32[]{:S(2)}) collective-permute-start(%p), channel_id=1, source_target_pairs={{0,1},{1,0},{2,3},{3,2}}
+  ROOT %y = f32[8]{0:T(128)} collective-permute-done(%x)
+}
+"""  # noqa: E501
+    assert count_collectives(text, mesh) == [("collective-permute", ("fsdp",), 2, 1, 32)]
+    assert memory_traffic(text) == 2 * 32
