@@ -2,8 +2,8 @@
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +18,7 @@ from slm_jax.partitioning.rules import DEFAULT_RULES, LogicalRules
 from slm_jax.partitioning.sharding import check_batch_rows, plan_text
 from slm_jax.training.batches import BatchSource, PlacedBatch, check_same_plan
 from slm_jax.training.compiled import CompiledStep, CompiledSteps
+from slm_jax.training.compiler_options import check_option_types
 from slm_jax.training.evaluation_mark import EvaluationMark
 from slm_jax.training.first_lines import say_devices, say_first_batch
 from slm_jax.training.initialisation import LoadVariables, make_state, make_variables
@@ -65,6 +66,7 @@ class LoopConfig:
         `spikes.SpikeConfig`.
       peak_flops: dense products a second of one device, in FLOP/s, for MFU and HFU; None takes it from
         `device_kinds`, where the kind of device is known.
+      compiler_options: XLA's flags for the train step alone, name -> value; `gin/hardware` has some.
     """
 
     train_steps: int
@@ -85,6 +87,7 @@ class LoopConfig:
     spike_decay: float = 0.99
     max_spikes_in_a_row: int = 10
     peak_flops: float | None = None
+    compiler_options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self):
         positive = ("train_steps", "microbatches", "log_period", "checkpoint_period", "keep_last")
@@ -99,6 +102,7 @@ class LoopConfig:
             raise UserError(f"keep_best={self.keep_best} needs best_metric, a metric of the evaluation")
         if self.spike_skip and self.spike_zscore is None:
             raise UserError("spike_skip is True and spike_zscore is None, expected a number, such as 6.0")
+        check_option_types(self.compiler_options)
         _ = self.spikes
 
     @property
@@ -190,6 +194,7 @@ def train(
             seed=config.seed,
             microbatches=config.microbatches,
             spikes=config.spikes,
+            compiler_options=config.compiler_options,
             mesh=mesh,
             rules=rules,
         )

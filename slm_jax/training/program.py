@@ -3,6 +3,7 @@
 Training runs it, and what plans a run compiles it without data, weights or devices.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,7 @@ from jax.sharding import Mesh
 
 from slm_jax.partitioning.rules import DEFAULT_RULES, LogicalRules
 from slm_jax.partitioning.sharding import batch_sharding
+from slm_jax.training.compiler_options import check_compiler_options
 from slm_jax.training.initialisation import RunShapes, optimizer_of, run_shapes, shardings_of
 from slm_jax.training.objectives.base import Objective
 from slm_jax.training.optimizers import OptimizerConfig, make_schedule
@@ -49,8 +51,9 @@ def make_train_program(
     mesh: Mesh,
     rules: LogicalRules = DEFAULT_RULES,
     spikes: SpikeConfig | None = None,
+    compiler_options: Mapping[str, Any] | None = None,
 ) -> TrainProgram:
-    """Makes a run's program; computes nothing.
+    """Makes a run's program; computes nothing of it.
 
     Args:
       objective: what to minimise.
@@ -60,10 +63,13 @@ def make_train_program(
       microbatches: parts of a batch whose gradients are added up.
       mesh, rules: where arrays lie.
       spikes: which steps stand out, and whether they are left out; None watches for none.
+      compiler_options: of the step's compilation, name -> value.
 
     Raises:
-      UserError: from the partitioning rules, or the objective has nothing to train.
+      UserError: from the partitioning rules, the compiler refuses an option, or the objective has nothing
+        to train.
     """
+    check_compiler_options(compiler_options or {}, mesh)
     transformation = optimizer_of(optimizer, objective, batch_shapes, spikes)
     shapes = run_shapes(objective, transformation, batch_shapes, mesh, rules)
     step = make_train_step(
@@ -81,5 +87,6 @@ def make_train_program(
         shardings_of(shapes.frozen),
         dict.fromkeys(batch_shapes, batch_sharding(mesh, rules)),
         mesh,
+        compiler_options,
     )
     return TrainProgram(shapes, transformation, step, jitted, mesh, rules)

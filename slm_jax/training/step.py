@@ -1,6 +1,6 @@
 """The train step: gradients with respect to `params` alone, one optimizer update, metrics."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -93,6 +93,7 @@ def jit_train_step(
     frozen_shardings: Any,
     batch_shardings: dict[str, NamedSharding],
     mesh: Mesh,
+    compiler_options: Mapping[str, Any] | None = None,
 ) -> TrainStep:
     """Compiles a step with every in- and out-sharding pinned; the state is donated, `frozen` never."""
     everywhere = NamedSharding(mesh, PartitionSpec())
@@ -101,6 +102,7 @@ def jit_train_step(
         in_shardings=(state_shardings, frozen_shardings, batch_shardings),
         out_shardings=(state_shardings, everywhere),
         donate_argnums=(0,),
+        compiler_options=dict(compiler_options or {}),
     )
 
 

@@ -3,13 +3,17 @@
 import dataclasses
 
 import gin
+import jax
 import pytest
+from jax.experimental import topologies
 
 from slm_jax.cli import gin_config
 from slm_jax.cli.run import Run, load_run, save_config
 from slm_jax.demo import foundation
 from slm_jax.errors import UserError
 from slm_jax.models import slm
+from slm_jax.partitioning.mesh import make_mesh
+from slm_jax.training.compiler_options import check_compiler_options
 
 # What each packaged file leaves to the user, with a value that parses.
 _REQUIRED = {
@@ -71,17 +75,59 @@ def test_model_files_are_the_presets(size):
     assert gin_config.build(slm.SLM).config == slm.preset(size)
 
 
-def test_hardware_files_change_how_a_model_runs_and_not_what_it_is():
-    files = ["models/slm_xxl.gin", "runs/train.gin", "hardware/nvidia_gpu.gin"]
+_HARDWARE = ["nvidia_gpu", "tpu_v4", "tpu_v5e", "tpu_v5p", "tpu_v6e"]
+
+
+def _on(hardware):
+    files = ["models/slm_xxl.gin", "runs/train.gin", f"hardware/{hardware}.gin"]
     gin_config.parse(files, _bindings(files))
-    found, preset = gin_config.build(Run).objective.model.config, slm.preset("xxl")
-    assert (found.llm.attention_kernel, found.llm.remat, found.adapter.remat) == ("cudnn", "frozen", "none")
-    assert found.speech_encoder.attention_kernel == "cudnn"
+    return gin_config.build(Run)
+
+
+@pytest.mark.parametrize("hardware", _HARDWARE)
+def test_hardware_files_change_how_a_model_runs_and_not_what_it_is(hardware):
+    found, preset = _on(hardware).objective.model.config, slm.preset("xxl")
+    kernel = "cudnn" if hardware == "nvidia_gpu" else "plain"
+    remat = "full" if hardware == "tpu_v5e" else "frozen"
+    assert (found.llm.attention_kernel, found.llm.remat, found.adapter.remat) == (kernel, remat, "none")
+    assert found.speech_encoder.attention_kernel == kernel
     as_it_runs = {"attention_kernel": "plain", "remat": "full"}
     as_llm_runs = as_it_runs | {"loss_logits": preset.llm.loss_logits}
     assert dataclasses.replace(found.llm, **as_llm_runs) == preset.llm
     assert dataclasses.replace(found.speech_encoder, **as_it_runs) == preset.speech_encoder
     assert dataclasses.replace(found.adapter, remat="full") == preset.adapter
+
+
+@pytest.mark.parametrize("hardware", _HARDWARE)
+def test_options_of_other_hardware_are_refused_on_a_cpu(hardware):
+    other = "gpu" if hardware == "nvidia_gpu" else "tpu"
+    with pytest.raises(UserError, match=f"an option of {other}, and this run is on cpu"):
+        check_compiler_options(_on(hardware).loop.compiler_options, make_mesh(devices=jax.devices()[:1]))
+
+
+@pytest.mark.parametrize("name", ["v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
+def test_the_compiler_of_a_tpu_takes_the_options_of_its_file(name, monkeypatch):
+    # No chip is opened here, so several processes may load the library.
+    monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
+    kind = name.partition(":")[0]
+    cores = {"chip_config_name": "megacore"} if kind in ("v4", "v5p") else {}
+    devices = topologies.get_topology_desc(platform="tpu", topology_name=name, **cores).devices
+    mesh = make_mesh(fsdp=2, devices=devices)
+    options = _on(f"tpu_{kind}").loop.compiler_options
+    check_compiler_options(options, mesh)
+    with pytest.raises(UserError, match=r"'xla_tpu_scoped_vmem_limit_kib': 'much', .* tpu compiler refuses"):
+        check_compiler_options({**options, "xla_tpu_scoped_vmem_limit_kib": "much"}, mesh)
+
+
+def test_xla_knows_the_options_for_nvidia_gpus():
+    # The compiler for CPUs has no use for them and still takes none that XLA does not know.
+    lowered = jax.jit(lambda x: x + 1).lower(1.0)
+    options = _on("nvidia_gpu").loop.compiler_options
+    assert len(options) == 3
+    lowered.compile(compiler_options=options)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="No such compile option"):
+        lowered.compile(compiler_options={**options, "xla_gpu_enable_nothing": True})
 
 
 def test_files_are_found_in_any_order_and_overridden_by_flags():
