@@ -125,7 +125,7 @@ def test_xla_knows_the_options_for_nvidia_gpus():
     lowered = jax.jit(lambda x: x + 1).lower(1.0)
     options = _on("nvidia_gpu").loop.compiler_options
     assert len(options) == 3
-    lowered.compile(compiler_options=options)
+    lowered.compile(compiler_options=dict(options))
     with pytest.raises(jax.errors.JaxRuntimeError, match="No such compile option"):
         lowered.compile(compiler_options={**options, "xla_gpu_enable_nothing": True})
 

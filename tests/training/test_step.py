@@ -1,5 +1,8 @@
 """The step: accumulation, empty batches, donation, gradients of `params` alone."""
 
+from typing import Any, ClassVar
+
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,6 +16,7 @@ from slm_jax.partitioning.rules import DEFAULT_RULES
 from slm_jax.partitioning.sharding import batch_sharding, partitioned
 from slm_jax.training.initialisation import make_state, make_variables, run_shapes, shardings_of
 from slm_jax.training.optimizers import AdamWConfig, ScheduleConfig, make_optimizer, make_schedule
+from slm_jax.training.program import make_train_program
 from slm_jax.training.step import jit_train_step, make_train_step, split_rows
 
 
@@ -155,3 +159,34 @@ def test_the_learning_rate_of_the_metrics_is_the_one_that_is_used(rng):
     np.testing.assert_allclose(rates[0], 0.005, rtol=1e-3)
     assert rates[1][1] == 0.0
     np.testing.assert_allclose(rates[2], 0.01, rtol=1e-3)
+
+
+class _LargeLayers:
+    """Sums of squares behind a scan over layers, whose gradients dwarf everything else."""
+
+    parts: ClassVar[dict[str, str]] = {}
+    shapes: ClassVar = {"x": jax.ShapeDtypeStruct((8, 256), jnp.float32)}
+
+    def init(self, rng, batch):
+        init = nn.with_logical_partitioning(nn.initializers.normal(0.01), ("layers", "embed", "mlp"))
+        return {"params": {"layers": init(rng, (8, 256, 256), jnp.float32)}, "frozen": {}}
+
+    def loss(self, params, frozen, batch, rng):
+        out, _ = jax.lax.scan(lambda x, layer: (x + jnp.tanh(x @ layer), None), batch["x"], params["layers"])
+        return jnp.sum(out**2), jnp.float32(out.size), {}
+
+
+def test_microbatches_need_no_second_copy_of_the_gradients():
+    mesh = make_mesh(devices=jax.devices()[:1])
+    objective: Any = _LargeLayers()
+    temporaries = []
+    for microbatches in (1, 4):
+        program = make_train_program(
+            objective, AdamWConfig(), _LargeLayers.shapes, seed=0, microbatches=microbatches, mesh=mesh
+        )
+        with partitioned(mesh):
+            lowered = program.jitted.lower(program.shapes.state, program.shapes.frozen, _LargeLayers.shapes)
+        temporaries.append(lowered.compile().memory_analysis().temp_size_in_bytes)
+    gradients = 8 * 256 * 256 * 4
+    assert temporaries[0] > gradients
+    assert temporaries[1] - temporaries[0] < 0.5 * gradients
