@@ -10,16 +10,20 @@ kernel, I its inputs, O its outputs.
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal, cast
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.core import FrozenDict
 from flax.linen.spmd import with_logical_constraint
 from jax.typing import DTypeLike
 
 from slm_jax.errors import UserError
+from slm_jax.models.lora import A as LORA_A
+from slm_jax.models.lora import B as LORA_B
+from slm_jax.models.lora import LoRAConfig
 from slm_jax.models.remat import kept_when_frozen, rematted
 
 Initializer = Callable[..., jax.Array]
@@ -92,6 +96,11 @@ class Dense(nn.Module):
       features: size of the new dim, or sizes of several (heads, features of a head).
       axes: logical axis name of each kernel dim.
       contracted: how many trailing dims of the input are contracted.
+      lora: adds a low-rank product of this size; see `models.lora`.
+
+    Args of the call:
+      x: [..., contracted dims].
+      deterministic: False applies dropout to what goes into the low-rank product (rng `dropout`).
     """
 
     features: int | Sequence[int]
@@ -100,9 +109,10 @@ class Dense(nn.Module):
     use_bias: bool = False
     init_scale: float = 1.0
     dtype: DTypeLike = jnp.float32
+    lora: LoRAConfig | None = None
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, deterministic: bool = True) -> jax.Array:
         features = (self.features,) if isinstance(self.features, int) else tuple(self.features)
         inputs = x.shape[x.ndim - self.contracted :]
         init = nn.initializers.normal(self.init_scale / math.sqrt(math.prod(inputs)))
@@ -122,11 +132,39 @@ class Dense(nn.Module):
             if scale is None
             else int8_product(flat, kernel, scale.reshape(-1))
         )
+        if self.lora is not None:
+            y = y + self._low_rank_product(self.lora, flat, inputs, features, deterministic)
         y = y.reshape(*x.shape[: x.ndim - self.contracted], *features)
         if self.use_bias:
             zeros = nn.with_logical_partitioning(nn.initializers.zeros, tuple(self.axes[self.contracted :]))
             y = y + jnp.asarray(self.param("bias", zeros, features, jnp.float32), self.dtype)
         return y
+
+    def _low_rank_product(
+        self,
+        lora: LoRAConfig,
+        flat: jax.Array,
+        inputs: tuple[int, ...],
+        features: tuple[int, ...],
+        deterministic: bool,
+    ) -> jax.Array:
+        """Returns the scaled product of rows [N, I] with two small matrices, [N, O]."""
+        axes = tuple(self.axes)
+        size = math.prod(inputs)
+        a = self._lora(LORA_A, nn.initializers.normal(size**-0.5), (*inputs, lora.rank),
+                       (*axes[: self.contracted], "lora_rank"))  # fmt: skip
+        b = self._lora(LORA_B, nn.initializers.zeros, (lora.rank, *features),
+                       ("lora_rank", *axes[self.contracted :]))  # fmt: skip
+        flat = nn.Dropout(lora.dropout, name="lora_dropout")(flat, deterministic=deterministic)
+        # Small, and all that the gradient of `lora_b` needs.
+        inner = kept_when_frozen(flat @ a.astype(self.dtype).reshape(size, lora.rank))
+        return (inner @ b.astype(self.dtype).reshape(lora.rank, -1)) * jnp.asarray(lora.scale, self.dtype)
+
+    def _lora(self, name: str, init: Initializer, shape: tuple[int, ...], axes: tuple[str, ...]) -> jax.Array:
+        # A collection of its own, so that it can train beside a kernel that does not.
+        boxed = nn.with_logical_partitioning(init, axes)
+        variable = self.variable("lora", name, lambda: boxed(self.make_rng("params"), shape, jnp.float32))
+        return jnp.asarray(variable.value)
 
 
 class Conv(nn.Module):
@@ -250,6 +288,7 @@ class Mlp(nn.Module):
       activation: a name of ACTIVATIONS.
       gated: multiply the activated map by a second, linear one (https://arxiv.org/abs/2002.05202).
       out_dim: features of the result; those of the input where None.
+      lora: low-rank products of some of its maps, by their names.
 
     Args of the call:
       x: [B, L, D].
@@ -263,21 +302,24 @@ class Mlp(nn.Module):
     out_dim: int | None = None
     use_bias: bool = False
     dtype: DTypeLike = jnp.float32
+    lora: Mapping[str, LoRAConfig] = FrozenDict()
 
     @nn.compact
     def __call__(self, x: jax.Array, deterministic: bool = True) -> jax.Array:
-        def inner(name: str) -> jax.Array:
-            dense = Dense(
-                self.hidden_dim, ("embed", "mlp"), use_bias=self.use_bias, dtype=self.dtype, name=name
+        def dense(features: int, axes: Sequence[str], name: str) -> Dense:
+            return Dense(
+                features, axes, use_bias=self.use_bias, dtype=self.dtype, lora=self.lora.get(name), name=name
             )
-            return kept_when_frozen(dense(x))
+
+        def inner(name: str) -> jax.Array:
+            return kept_when_frozen(dense(self.hidden_dim, ("embed", "mlp"), name)(x, deterministic))
 
         activate = ACTIVATIONS[self.activation]
         hidden = activate(inner("wi_0")) * inner("wi_1") if self.gated else activate(inner("wi"))
         hidden = nn.Dropout(self.dropout, broadcast_dims=(-2,))(hidden, deterministic=deterministic)
         hidden = with_logical_constraint(hidden, ("activation_batch", "activation_length", "activation_mlp"))
         out_dim = self.out_dim or x.shape[-1]
-        return Dense(out_dim, ("mlp", "embed"), use_bias=self.use_bias, dtype=self.dtype, name="wo")(hidden)
+        return dense(out_dim, ("mlp", "embed"), "wo")(hidden, deterministic)
 
 
 class MultiHeadAttention(nn.Module):
@@ -292,6 +334,7 @@ class MultiHeadAttention(nn.Module):
         of its one position and attends to those of all `cache_length` positions (self-attention); "keep"
         projects the keys in the first step and takes them from the cache afterwards (cross-attention).
       kernel: of `dot_product_attention`; decoding steps and dropout take the plain one.
+      lora: low-rank products of some of its projections, by their names.
 
     Args of the call:
       queries_BQD: [B, Q, D]; keys_BKD: [B, K, D'], from which keys and values are projected.
@@ -312,6 +355,7 @@ class MultiHeadAttention(nn.Module):
     cache_length: int = 0
     key_bias: bool = True
     kernel: str = "plain"
+    lora: Mapping[str, LoRAConfig] = FrozenDict()
 
     @nn.compact
     def __call__(
@@ -330,8 +374,9 @@ class MultiHeadAttention(nn.Module):
                 use_bias=self.use_bias and (self.key_bias or name != "key"),
                 init_scale=init_scale,
                 dtype=self.dtype,
+                lora=self.lora.get(name),
                 name=name,
-            )(x)
+            )(x, deterministic)
             return with_logical_constraint(
                 kept_when_frozen(y),
                 ("activation_batch", "activation_length", "activation_heads", "activation_kv"),
@@ -371,8 +416,9 @@ class MultiHeadAttention(nn.Module):
             contracted=2,
             use_bias=self.use_bias,
             dtype=self.dtype,
+            lora=self.lora.get("out"),
             name="out",
-        )(mixed_BQHC)
+        )(mixed_BQHC, deterministic)
 
     def _append(self, name: str, new_B1HC: jax.Array, position: jax.Array) -> jax.Array:
         """Writes `new_B1HC` into the cache at `position`; returns all positions, [B, cache_length, H, C]."""

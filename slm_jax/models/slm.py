@@ -18,6 +18,7 @@ from slm_jax.errors import UserError, nearest
 from slm_jax.models import conformer, t5
 from slm_jax.models.adapters import AdapterConfig, TransformerAdapter
 from slm_jax.models.encoders import encoder_class
+from slm_jax.models.lora import LoRAConfig
 from slm_jax.models.reducers import DropReducer, StackReducer
 from slm_jax.models.t5 import T5, T5Config
 
@@ -33,6 +34,7 @@ class SLMConfig:
       llm, adapter: configurations of these parts.
       reducer: shortens the encoder's frames before the adapter.
       trainable: the parts that train, out of PARTS; their variables are in `params`, all others in `frozen`.
+      lora: low-rank products that train beside projections of the frozen LLM, in `params`; None for none.
     """
 
     speech_encoder: Any
@@ -40,6 +42,7 @@ class SLMConfig:
     adapter: AdapterConfig
     reducer: DropReducer | StackReducer
     trainable: tuple[str, ...] = ("adapter",)
+    lora: LoRAConfig | None = None
 
     def __post_init__(self):
         # Lists (from JSON or gin) become tuples, so that configurations stay hashable.
@@ -53,6 +56,18 @@ class SLMConfig:
         for part in self.trainable:
             if part not in PARTS:
                 raise UserError(f"SLMConfig.trainable has {part!r}{nearest(part, PARTS)}")
+        if self.lora is not None:
+            if "llm" in self.trainable:
+                raise UserError(
+                    "SLMConfig.lora is set and SLMConfig.trainable has 'llm', expected one of both: LoRA is "
+                    "for an LLM that is frozen"
+                )
+            self.lora.check(t5.projections(self.llm))
+
+    @property
+    def llm_learns(self) -> bool:
+        """Whether anything of the LLM trains, the whole of it or LoRA."""
+        return "llm" in self.trainable or self.lora is not None
 
 
 def preset(name: str) -> SLMConfig:
@@ -86,9 +101,9 @@ def _xxl() -> SLMConfig:
 class SLM(nn.Module):
     """Speech and text in, text out.
 
-    `init` returns the collections `params` (the trainable parts) and `frozen` (the others). The batch is
-    described in docs/architecture.md. One with `speech_frames` was encoded before, so the encoder does not
-    run, and `init` leaves it out; one without speech is text alone, and no speech part runs.
+    `init` returns the collections `params` (the trainable parts, and LoRA) and `frozen` (the others). The
+    batch is described in docs/architecture.md. One with `speech_frames` was encoded before, so the encoder
+    does not run, and `init` leaves it out; one without speech is text alone, and no speech part runs.
     """
 
     config: SLMConfig
@@ -98,7 +113,9 @@ class SLM(nn.Module):
         self.speech_encoder = self._place(encoder_class(config.speech_encoder), "speech_encoder")(
             config.speech_encoder
         )
-        self.llm = self._place(T5, "llm")(config.llm)
+        # The frozen LLM has no dropout; that of LoRA is its own.
+        llm = config.llm if config.lora is None else dataclasses.replace(config.llm, dropout=0.0)
+        self.llm = self._place(T5, "llm")(llm, config.lora)
         adapter = self._place(TransformerAdapter, "adapter")
         self.adapter = adapter(config.adapter, config.llm.emb_dim)
 
@@ -106,11 +123,13 @@ class SLM(nn.Module):
         """Returns the module with its variables in `params` if the part trains, else in `frozen`."""
         if part in self.config.trainable:
             return module
+        # The module's own collection -> where the SLM has it. Of a frozen part LoRA trains.
+        places = {"params": "frozen"} | ({"lora": "params"} if part == "llm" and self.config.lora else {})
         return nn.map_variables(
             module,
-            ["params", "frozen"],
-            trans_in_fn=lambda variables: _rename(variables, "frozen", "params"),
-            trans_out_fn=lambda variables: _rename(variables, "params", "frozen"),
+            ["params", "frozen", "lora"],
+            trans_in_fn=lambda variables: _renamed(variables, {to: own for own, to in places.items()}),
+            trans_out_fn=lambda variables: _renamed(variables, places),
             # Not `init=True`: that also fires, and fails, when a decoding step makes `cache` mutable.
             mutable=self.is_initializing(),
             methods=_METHODS[part],
@@ -145,7 +164,7 @@ class SLM(nn.Module):
             batch["targets"],
             batch["target_segment_ids"],
             batch["target_positions"],
-            deterministic or "llm" not in self.config.trainable,
+            deterministic or not self.config.llm_learns,
         )
         losses_BT, correct_BT = self.llm.score_tokens(
             hidden_BTD, batch["targets"], frozen_head="llm" not in self.config.trainable
@@ -178,8 +197,8 @@ class SLM(nn.Module):
             present_BL = jnp.take_along_axis(present_BP, jnp.maximum(batch["layout"], 0), axis=1)
             segment_ids_BL = jnp.where(present_BL, segment_ids_BL, 0)
         embeddings_BLD = lay_out(sources_BPD, batch["layout"])
-        frozen = "llm" not in self.config.trainable
-        return self.llm.encode(embeddings_BLD, segment_ids_BL, deterministic or frozen), segment_ids_BL
+        deterministic = deterministic or not self.config.llm_learns
+        return self.llm.encode(embeddings_BLD, segment_ids_BL, deterministic), segment_ids_BL
 
     def decode_step(
         self, encoded_BLD: jax.Array, segment_ids_BL: jax.Array, tokens_B1: jax.Array, max_tokens: int = 256
@@ -274,8 +293,8 @@ _METHODS = {
 }
 
 
-def _rename(variables: Mapping[str, Any], old: str, new: str) -> dict[str, Any]:
-    return {new: variables[old]} if old in variables else {}
+def _renamed(variables: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+    return {new: variables[old] for old, new in names.items() if old in variables}
 
 
 def lay_out(sources_BPD: jax.Array, layout_BL: jax.Array) -> jax.Array:

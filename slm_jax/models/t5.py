@@ -9,15 +9,17 @@ Shape suffixes: B rows, L positions of the encoder, T decoder tokens, D features
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.core import FrozenDict
 from flax.linen.spmd import with_logical_constraint
 
 from slm_jax.errors import UserError, nearest
 from slm_jax.models import layers
+from slm_jax.models.lora import LoRAConfig
 from slm_jax.models.losses import FrozenHead, chunked_cross_entropy, frozen_head_cross_entropy
 from slm_jax.models.remat import REMAT, kept_when_frozen, rematted
 from slm_jax.models.shards import shards_of
@@ -152,6 +154,26 @@ def preset(name: str, **overrides: Any) -> T5Config:
     return T5Config(**{**_PRESETS[name], **overrides})
 
 
+def projections(config: T5Config) -> dict[str, tuple[int, int]]:
+    """Returns path -> (inputs, outputs) of the maps of one layer of each stack that may get LoRA.
+
+    A path is `encoder/attention/query`: stack, part of the layer, projection.
+    """
+    features, inner = config.emb_dim, config.num_heads * config.head_dim
+    inward = dict.fromkeys(("query", "key", "value"), (features, inner))
+    attention = inward | {"out": (inner, features)}
+    hidden = ("wi_0", "wi_1") if config.gated else ("wi",)
+    mlp = dict.fromkeys(hidden, (features, config.mlp_dim)) | {"wo": (config.mlp_dim, features)}
+    parts = {
+        "encoder/attention": attention,
+        "encoder/mlp": mlp,
+        "decoder/self_attention": attention,
+        "decoder/encoder_decoder_attention": attention,
+        "decoder/mlp": mlp,
+    }
+    return {f"{part}/{name}": size for part, names in parts.items() for name, size in names.items()}
+
+
 def shift_within_segments(
     targets_BT: jax.Array, segment_ids_BT: jax.Array, positions_BT: jax.Array | None = None
 ) -> jax.Array:
@@ -177,8 +199,10 @@ _Positions = tuple[jax.Array, jax.Array]  # int32 [Q] of the queries, [K] of the
 class _Layer(nn.Module):
     """What the layers of both stacks share: their parts, from the configuration."""
 
+    stack: ClassVar[str]
     config: T5Config
     deterministic: bool
+    lora: LoRAConfig | None
 
     def bias(self, shared: jax.Array | None, positions: _Positions, bidirectional: bool) -> jax.Array:
         """The bias of self-attention: that of all layers, or where there is none, this layer's own."""
@@ -198,6 +222,7 @@ class _Layer(nn.Module):
             cache=cache,
             cache_length=cache_length,
             kernel=self.config.attention_kernel,
+            lora=self.products_of(name),
             name=name,
         )
 
@@ -208,7 +233,16 @@ class _Layer(nn.Module):
             gated=self.config.gated,
             dropout=self.config.dropout,
             dtype=jnp.dtype(self.config.dtype),
+            lora=self.products_of("mlp"),
             name="mlp",
+        )
+
+    def products_of(self, module: str) -> FrozenDict[str, LoRAConfig]:
+        """The low-rank products of a part of this layer, by the projection's name."""
+        lora, start = self.lora, f"{self.stack}/{module}/"
+        paths = [path for path in projections(self.config) if path.startswith(start)]
+        return FrozenDict(
+            {path.removeprefix(start): lora for path in paths if lora is not None and lora.selects(path)}
         )
 
     def drop(self, x_BLD: jax.Array) -> jax.Array:
@@ -222,6 +256,8 @@ def _dropout(config: T5Config, x_BLD: jax.Array, deterministic: bool) -> jax.Arr
 
 class EncoderLayer(_Layer):
     """Self-attention and MLP, each with a norm before and a residual around it."""
+
+    stack = "encoder"
 
     @nn.compact
     def __call__(
@@ -243,6 +279,7 @@ class DecoderLayer(_Layer):
     there if an earlier step left them.
     """
 
+    stack = "decoder"
     cache_length: int = 0
 
     @nn.compact
@@ -274,7 +311,7 @@ def _stack(layer: type[nn.Module], config: T5Config, count: int, broadcast: int)
     """Lifts a layer to `count` of them; `broadcast` arguments after the first are the same for all."""
     return nn.scan(
         rematted(layer, config.remat, prevent_cse=not config.scan),
-        variable_axes={"params": 0, "cache": 0},
+        variable_axes={"params": 0, "lora": 0, "cache": 0},
         split_rngs={"params": True, "dropout": True},
         in_axes=(nn.broadcast,) * broadcast,  # pyright: ignore[reportArgumentType]
         length=count,
@@ -298,6 +335,7 @@ class Encoder(nn.Module):
     """The encoder's stack: [B, L, D] embeddings to [B, L, D] states; see `T5.encode`."""
 
     config: T5Config
+    lora: LoRAConfig | None = None
 
     @nn.compact
     def __call__(
@@ -312,7 +350,7 @@ class Encoder(nn.Module):
         mask = layers.segment_mask(segment_ids_BL, segment_ids_BL)
         x = _dropout(config, _constrain(embeddings_BLD.astype(dtype)), deterministic)
         stack = _stack(EncoderLayer, config, config.encoder_layers, broadcast=3)
-        x, _ = stack(config, deterministic, name="encoder")(x, mask, bias, positions)
+        x, _ = stack(config, deterministic, self.lora, name="encoder")(x, mask, bias, positions)
         x = layers.RMSNorm(config.norm_epsilon, dtype=dtype, name="encoder_norm")(x)
         return _dropout(config, x, deterministic)
 
@@ -341,6 +379,7 @@ class Decoder(nn.Module):
     """The decoder's stack, for all tokens at once or, with `cache_length`, one token per call."""
 
     config: T5Config
+    lora: LoRAConfig | None = None
 
     def setup(self):
         if not self.config.tied_logits:
@@ -374,7 +413,7 @@ class Decoder(nn.Module):
         bias = _relative_bias(config, bidirectional=False)(*positions) if shared else None
         x = _dropout(config, _constrain(embeddings_BTD.astype(dtype)), deterministic)
         stack = _stack(DecoderLayer, config, config.decoder_layers, broadcast=6)
-        x, _ = stack(config, deterministic, cache_length, name="decoder")(
+        x, _ = stack(config, deterministic, self.lora, cache_length, name="decoder")(
             x, encoded_BLD.astype(dtype), self_mask, cross_mask, bias, positions, position
         )
         x = layers.RMSNorm(config.norm_epsilon, dtype=dtype, name="decoder_norm")(x)
@@ -389,15 +428,23 @@ class _Head(NamedTuple):
 
 
 class T5(nn.Module):
-    """An encoder-decoder language model that also takes embeddings in place of tokens."""
+    """An encoder-decoder language model that also takes embeddings in place of tokens.
+
+    Args:
+      config: its shape, and how it runs.
+      lora: low-rank products beside some projections, in the collection `lora`.
+    """
 
     config: T5Config
+    lora: LoRAConfig | None = None
 
     def setup(self):
         config = self.config
+        if self.lora is not None:
+            self.lora.check(projections(config))
         self.token_embedder = layers.Embed(config.vocab_size, config.emb_dim, dtype=jnp.dtype(config.dtype))
-        self.encoder = Encoder(config)
-        self.decoder = Decoder(config)
+        self.encoder = Encoder(config, self.lora)
+        self.decoder = Decoder(config, self.lora)
 
     def __call__(
         self,

@@ -24,6 +24,7 @@ DEFAULT_RULES: LogicalRules = (
     ("positions", None),
     ("codebooks", None),
     ("norm", None),
+    ("lora_rank", None),
     # Activations
     ("activation_batch", ("slice", "data", "fsdp")),
     ("activation_vocab", "tensor"),

@@ -15,8 +15,9 @@ from jax.extend.core import ClosedJaxpr, Jaxpr
 from slm_jax.models.adapters import AdapterConfig
 from slm_jax.models.conformer import ConformerConfig
 from slm_jax.models.encoders import encoder_class
+from slm_jax.models.lora import LoRAConfig
 from slm_jax.models.slm import SLMConfig
-from slm_jax.models.t5 import T5Config
+from slm_jax.models.t5 import T5Config, projections
 from slm_jax.models.wav2vec2 import Wav2Vec2Config
 from slm_jax.models.whisper import MEL_FRAMES_PER_FRAME, WhisperConfig
 
@@ -28,9 +29,9 @@ def slm_flops(config: SLMConfig, shapes: Mapping[str, jax.ShapeDtypeStruct]) -> 
     """Returns the operations that a step of an SLM asks for, by part, padding included.
 
     A product with N weights takes 2N for each position where it is frozen before what trains, 4N where it
-    is frozen after it (the gradient passes through), 6N where it trains. Attention's scores and mixes, which
-    have no weights, take their forward pass twice over again where gradients pass. Norms, activations,
-    softmax, mel filters and convolutions of single features are not counted.
+    is frozen after it (the gradient passes through), 6N where it trains, as LoRA's do. Attention's scores and
+    mixes, which have no weights, take their forward pass twice over again where gradients pass. Norms,
+    activations, softmax, mel filters and convolutions of single features are not counted.
 
     Args:
       config: of the model.
@@ -41,7 +42,6 @@ def slm_flops(config: SLMConfig, shapes: Mapping[str, jax.ShapeDtypeStruct]) -> 
     """
     speech_trains = "speech_encoder" in config.trainable
     adapter_trains = "adapter" in config.trainable
-    llm_trains = "llm" in config.trainable
     rows = shapes["layout"].shape[0]
     slots = positions = encoder = 0
     if "speech" in shapes:
@@ -57,28 +57,53 @@ def slm_flops(config: SLMConfig, shapes: Mapping[str, jax.ShapeDtypeStruct]) -> 
     dims = config.reducer.out_dim(config.speech_encoder.dim), config.llm.emb_dim
     adapter = rows * slots * _adapter_flops(config.adapter, *dims, positions, passes, speech_trains)
     reached = positions and (adapter_trains or speech_trains)
-    passes = TRAINED if llm_trains else FORWARD_AND_INPUT if reached else FORWARD
-    return {"speech_encoder": encoder, "adapter": adapter, **t5_flops(config.llm, shapes, passes)}
+    passes = TRAINED if "llm" in config.trainable else FORWARD_AND_INPUT if reached else FORWARD
+    llm = t5_flops(config.llm, shapes, passes, config.lora)
+    return {"speech_encoder": encoder, "adapter": adapter, **llm}
 
 
 def t5_flops(
-    config: T5Config, shapes: Mapping[str, jax.ShapeDtypeStruct], passes: int = TRAINED
+    config: T5Config,
+    shapes: Mapping[str, jax.ShapeDtypeStruct],
+    passes: int = TRAINED,
+    lora: LoRAConfig | None = None,
 ) -> dict[str, int]:
     """Returns the operations of a T5 by part: `llm_encoder`, `llm_decoder` and `head`.
 
     Args:
       config: of the T5.
       shapes: of the global batch, of which `layout` and `targets` are looked at.
-      passes: of a product with weights.
+      passes: of a product with weights, but for what LoRA adds.
+      lora: what trains beside frozen weights.
     """
     rows, length = shapes["layout"].shape
     tokens = shapes["targets"].shape[1]
+    sizes = projections(config)
+    products = {path for path in sizes if lora is not None and lora.selects(path)}
+
+    def weights(stack: str, passes: int) -> int:
+        """Products with weights of a layer, of one row."""
+        total = 0
+        for path, (inputs, outputs) in sizes.items():
+            if path.startswith(f"{stack}/"):
+                # Keys and values of cross-attention are of the encoder's positions.
+                of_encoder = stack == "encoder" or path.endswith(
+                    ("encoder_decoder_attention/key", "encoder_decoder_attention/value")
+                )
+                one = inputs * outputs * passes
+                if lora is not None and path in products:
+                    one += lora.rank * (inputs + outputs) * TRAINED
+                total += 2 * (length if of_encoder else tokens) * one
+        return total
+
     attention = config.num_heads * config.head_dim
-    mlp = (3 if config.gated else 2) * config.emb_dim * config.mlp_dim
-    encoder_layer = 2 * length * (4 * config.emb_dim * attention + mlp) * passes
-    encoder_layer += 4 * length * length * attention * _without_weights(passes)
-    of_tokens = tokens * (6 * config.emb_dim * attention + mlp)
-    decoder_layer = 2 * (of_tokens + length * 2 * config.emb_dim * attention) * passes
+    # Behind a product that trains the gradient passes through what is frozen.
+    if any(path.startswith("encoder/") for path in products):
+        passes = max(passes, FORWARD_AND_INPUT)
+    encoder_layer = weights("encoder", passes) + 4 * length * length * attention * _without_weights(passes)
+    if products:
+        passes = max(passes, FORWARD_AND_INPUT)
+    decoder_layer = weights("decoder", passes)
     decoder_layer += 4 * tokens * (tokens + length) * attention * _without_weights(passes)
     return {
         "llm_encoder": rows * config.encoder_layers * encoder_layer,

@@ -11,6 +11,7 @@ from slm_jax.models import conformer, wav2vec2, whisper
 from slm_jax.models.adapters import AdapterConfig
 from slm_jax.models.conformer import ConformerConfig, ConformerEncoder
 from slm_jax.models.encoders import encoder_class
+from slm_jax.models.lora import LoRAConfig
 from slm_jax.models.reducers import DropReducer, StackReducer
 from slm_jax.models.slm import SLM, SLMConfig
 from slm_jax.models.t5 import T5, T5Config
@@ -74,6 +75,10 @@ CASES = {
         SMALL, trainable=("adapter", "llm"), llm=dataclasses.replace(SMALL.llm, gated=False, tied_logits=True)
     ),
     "llm alone": dataclasses.replace(SMALL, trainable=("llm",)),
+    "lora": dataclasses.replace(SMALL, lora=LoRAConfig(16, 8.0, ("query", "value", "out", "wi_0", "wo"))),
+    "lora of the decoder": dataclasses.replace(
+        SMALL, lora=LoRAConfig(5, 8.0, ("decoder/mlp/wo", "encoder_decoder_attention/key"))
+    ),
     "w2v-bert": dataclasses.replace(
         SMALL,
         speech_encoder=conformer.preset("w2v_bert", layers=2, dim=64, heads=4, ffn_dim=96),
