@@ -22,8 +22,12 @@ from slm_jax.cli.main import add_gin_arguments, search_paths
 from slm_jax.cli.run import Run, save_config
 from slm_jax.cli.wiring import Wiring, subtree
 from slm_jax.errors import UserError, nearest
+from slm_jax.models.lora import merged
+from slm_jax.models.quantization import is_quantized
+from slm_jax.models.slm import SLM
 from slm_jax.training.loop import TrainResult
 from slm_jax.training.loop import train as train_loop
+from slm_jax.training.objectives.base import Part
 from slm_jax.training.phases import Phases, process_age
 from slm_jax.training.profiling import ProfileSteps
 from slm_jax.training.rollback import Rollback, Rollbacks
@@ -174,6 +178,12 @@ def _check_outputs(run: Run, wired: Wiring, rollback: Rollback | None) -> None:
             raise UserError(f"run.Run.save_foundations has part {part!r}{nearest(part, parts)}")
         if subtree(wired.shapes.state.params, parts[part].path) is None:
             raise UserError(f"run.Run.save_foundations has part {part!r}, which is frozen in this run")
+        base = subtree(wired.shapes.frozen, parts[part].path)
+        if base is not None and is_quantized(base):
+            raise UserError(
+                f"run.Run.save_foundations has part {part!r}, which is held as int8 beside its LoRA; LoRA is "
+                "merged into floats, expected FROZEN_WEIGHTS = 'float'"
+            )
         directory = run.path(run.save_foundations[part])
         if (directory / RECORD_FILE).is_file() and _newest_step(run, rollback) < run.loop.train_steps:
             raise UserError(
@@ -192,7 +202,7 @@ def _newest_step(run: Run, rollback: Rollback | None) -> int:
 def _save_foundations(run: Run, result: TrainResult, provenance: Provenance) -> None:
     for part, name in run.save_foundations.items():
         directory, place = run.path(name), run.objective.parts[part]
-        params = converted(subtree(result.state.params, place.path), run.save_dtype)
+        params = converted(_trained_part(run, result, place), run.save_dtype)
         if not (directory / RECORD_FILE).is_file():
             save_foundation(
                 directory,
@@ -209,3 +219,12 @@ def _save_foundations(run: Run, result: TrainResult, provenance: Provenance) -> 
                 "never overwritten; name another directory"
             )
         print(f"{part} is saved in {directory} (fingerprint {record.fingerprint[:12]})", file=sys.stderr)
+
+
+def _trained_part(run: Run, result: TrainResult, part: Part) -> Any:
+    """What trained of a part; where that is LoRA beside a frozen one, the whole of it, merged in float32."""
+    trained, base = (subtree(tree, part.path) for tree in (result.state.params, result.frozen))
+    if base is None:
+        return trained
+    assert isinstance(run.objective.model, SLM) and run.objective.model.config.lora is not None
+    return merged(converted(base, "float32"), trained, run.objective.model.config.lora)

@@ -352,8 +352,11 @@ class Wiring:
         loaded: dict[str, Any] = {}
         for part, name in self.run.foundations.items():
             place = self._part(part, "foundations")
-            for collection, tree in shapes.items():
-                if (abstract := subtree(tree, place.path)) is None:
+            for collection in ("frozen", "params"):
+                # What trains beside a frozen part, such as LoRA, is no part of the foundation.
+                beside = collection == "params" and subtree(self.shapes.frozen, place.path) is not None
+                abstract = subtree(shapes.get(collection), place.path)
+                if abstract is None or beside:
                     continue
                 params = load_foundation(
                     self.run.path(name),

@@ -1,7 +1,7 @@
 """The folder of an exported run: weights as safetensors, the model as StableHLO, and what each is.
 
-adapter.safetensors, .json   what was trained, and the foundation models that it fits on
-merged.safetensors, .json    all weights by name
+adapter.safetensors, .json   what was trained, LoRA too, and the foundation models that it fits on
+merged.safetensors, .json    all weights by name; LoRA is merged into the kernels that it stands beside
 model.stablehlo, .json       waveform and prompt to tokens, with `merged.safetensors` as its first argument
 tokenizer.model              sentencepiece model of prompts and answers
 """
@@ -25,6 +25,7 @@ from slm_jax.checkpoints.safetensors import flatten, load_safetensors, save_safe
 from slm_jax.errors import UserError, nearest
 from slm_jax.export import parity, stablehlo
 from slm_jax.export.weights import to_names
+from slm_jax.models.lora import merged
 from slm_jax.models.slm import SLM
 
 FORMATS = ("adapter", "merged", "stablehlo")
@@ -98,13 +99,14 @@ def export_run(
       report: takes a line on each artifact.
 
     Raises:
-      UserError: the directory holds something or cannot be written, an unknown format, or an artifact that
-        does not answer as the model does.
+      UserError: the directory holds something or cannot be written, an unknown format, an artifact that
+        does not answer as the model does, or LoRA beside int8 kernels, into which it cannot be merged.
     """
     directory = Path(directory).absolute()
     check_request(directory, formats, platforms)
     partial = directory.with_name(f".{directory.name}.partial-{uuid.uuid4().hex[:8]}")
     writers = {"adapter": _write_adapter, "merged": _write_merged}
+    whole = _with_merged_lora(source) if {"merged", "stablehlo"} & set(formats) else source
     try:
         partial.mkdir(parents=True)
         if source.tokenizer is not None:
@@ -113,10 +115,10 @@ def export_run(
             report("no tokenizer.model: the vocabulary is no sentencepiece model")
         for name in ("adapter", "merged"):
             if name in formats or (name == "merged" and "stablehlo" in formats):
-                writers[name](partial, source)
+                writers[name](partial, source if name == "adapter" else whole)
                 report(f"{name}.safetensors: read back, bit for bit the model's")
         if "stablehlo" in formats:
-            checked = _write_stablehlo(partial, source, platforms, questions, expected)
+            checked = _write_stablehlo(partial, whole, platforms, questions, expected)
             report(
                 f"model.stablehlo: {checked['tokens']} tokens of {len(questions)} answers equal the model's, "
                 f"together and alone; {checked['control']}; lowered for {', '.join(platforms)}"
@@ -135,12 +137,27 @@ def _platform() -> str:
     return {"gpu": "cuda"}.get(jax.default_backend(), jax.default_backend())
 
 
+def _with_merged_lora(source: Source) -> Source:
+    """The same model with plain kernels."""
+    config, variables = source.model.config, source.variables
+    if config.lora is None:
+        return source
+    products = variables["params"]["llm"]
+    llm = jax.device_get(merged(variables["frozen"]["llm"], products, config.lora))
+    plain = {
+        "params": {part: tree for part, tree in variables["params"].items() if part != "llm"},
+        "frozen": {**variables["frozen"], "llm": llm},
+    }
+    return source._replace(model=SLM(dataclasses.replace(config, lora=None)), variables=plain)
+
+
 def _write_adapter(folder: Path, source: Source) -> None:
     config = source.model.config
     record = {
         "config": dataclasses.asdict(config.adapter),
         "reducer": _reducer(source.model),
         "trainable": list(config.trainable),
+        "lora": config.lora and dataclasses.asdict(config.lora),
         "fits_on": {
             part: {"kind": found.kind, "config": found.config, "fingerprint": found.fingerprint}
             for part, found in source.foundations.items()

@@ -96,7 +96,7 @@ def test_a_mesh_that_does_not_fit_is_refused(asked, message):
 
 def test_every_axis_of_the_contract_has_a_rule():
     parameters = "embed heads kv mlp vocab layers relpos_buckets conv_kernel mel conv_in conv_out norm"
-    parameters += " positions codebooks gates"
+    parameters += " positions codebooks gates lora_rank"
     activations = "batch slots length embed heads kv mlp vocab"
     names = {*parameters.split(), *(f"activation_{name}" for name in activations.split())}
     assert {name for name, _ in DEFAULT_RULES} == names
