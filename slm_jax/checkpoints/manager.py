@@ -360,10 +360,10 @@ class KeepLastAndBest:
 
 
 def _of_model(provenance: Provenance) -> Provenance:
-    """The record without what describes the training data: a trained model answers any prompt."""
+    """The record without what the training was: a trained model answers any prompt, wherever it began."""
     kept = {
         name: value
         for name, value in provenance.fingerprints.items()
-        if name not in ("plan", "augmentation", "frames") and not name.startswith("templates/")
+        if name not in ("plan", "augmentation", "frames", "init_from") and not name.startswith("templates/")
     }
     return replace(provenance, fingerprints=kept)

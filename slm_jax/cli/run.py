@@ -17,6 +17,7 @@ from slm_jax.training.optimizers import OptimizerConfig
 
 # The resolved configuration in a run's directory: what commands read that take `--run`.
 CONFIG_FILE = "config.gin"
+STEPS = ("newest", "best")
 DTYPES = ("bfloat16", "float16", "float32")
 
 
@@ -183,6 +184,8 @@ class Run:
       evaluation: how the model is scored; None scores nothing.
       foundations: part of the model (`speech_encoder`, `llm`) -> directory of its foundation checkpoint.
       frozen_dtype: floating parameters of frozen parts are held in it; None keeps the dtype on disk.
+      init_from: directory of another run; what that one has trained this one begins with, by name.
+      init_from_step: of which checkpoint: `newest`, `best` by `LoopConfig.best_metric`, or a step.
       save_foundations: part of the model -> directory to which it is saved when the run is finished.
       save_format: of those: `orbax`, or `safetensors` for a model that one host holds.
       save_dtype: of their floating parameters; None keeps that of the training.
@@ -199,6 +202,8 @@ class Run:
     evaluation: EvaluationConfig | None = None
     foundations: Mapping[str, str] = dataclasses.field(default_factory=dict)
     frozen_dtype: str | None = "bfloat16"
+    init_from: str | None = None
+    init_from_step: int | str = "newest"
     save_foundations: Mapping[str, str] = dataclasses.field(default_factory=dict)
     save_format: str = "orbax"
     save_dtype: str | None = None
@@ -211,6 +216,11 @@ class Run:
         for name, dtype in (("frozen_dtype", self.frozen_dtype), ("save_dtype", self.save_dtype)):
             if dtype is not None and dtype not in DTYPES:
                 raise UserError(f"Run.{name} is {dtype!r}{nearest(dtype, DTYPES)}")
+        step = self.init_from_step
+        if isinstance(step, str) and step not in STEPS:
+            raise UserError(f"Run.init_from_step is {step!r}{nearest(step, STEPS)}")
+        if not isinstance(step, str):
+            check_whole("Run.init_from_step", step)
         if self.save_format not in FORMATS:
             raise UserError(f"Run.save_format is {self.save_format!r}{nearest(self.save_format, FORMATS)}")
 

@@ -14,10 +14,12 @@ from jax.sharding import Mesh
 from slm_jax.checkpoints.foundation import architecture, load_foundation, read_foundation
 from slm_jax.checkpoints.manager import RunCheckpoints
 from slm_jax.checkpoints.provenance import Provenance, make_provenance
+from slm_jax.checkpoints.safetensors import flatten
 from slm_jax.cli.frames import SpeechFrames
 from slm_jax.cli.main import default_cache_dir
 from slm_jax.cli.run import Run
 from slm_jax.cli.scoring import Evaluation
+from slm_jax.cli.starting_point import StartingPoint
 from slm_jax.errors import UserError, check_whole, nearest
 from slm_jax.evaluation.predictor import Prediction, Predictor
 from slm_jax.models.slm import SLM
@@ -346,6 +348,8 @@ class Wiring:
     def load_foundations(self, shapes: dict[str, Any]) -> dict[str, Any]:
         """Loads the foundation models of those parts that `shapes` holds (see `training.loop.train`).
 
+        What `Run.init_from` has trained takes the place of theirs.
+
         Raises:
           UserError: a part that the model lacks, or a checkpoint that does not fit it.
         """
@@ -370,6 +374,10 @@ class Wiring:
                     # What trains does so in its own dtype, whatever the one on disk.
                     params = jax.tree.map(lambda leaf, shape: leaf.astype(shape.dtype), params, abstract)
                 loaded = _merged(loaded, _at_path((collection, *place.path), params))
+        if self.run.init_from is not None and "params" in shapes:
+            start = StartingPoint(self.run, self._model_fingerprints(), flatten(self.shapes.frozen))
+            params = start.load(shapes["params"], say if jax.process_index() == 0 else lambda _: None)
+            loaded = _merged(loaded, {"params": params})
         return loaded
 
     def provenance(self, config: str) -> Provenance:
@@ -379,6 +387,8 @@ class Wiring:
             fingerprints["frames"] = self.frames.fingerprint
         if self._augmenter is not None:
             fingerprints["augmentation"] = self._augmenter.fingerprint
+        if self.run.init_from is not None:
+            fingerprints["init_from"] = StartingPoint.fingerprint(self.run)
         return make_provenance(config, fingerprints)
 
     def _model_fingerprints(self) -> dict[str, str]:
@@ -504,7 +514,9 @@ def _at_path(path: tuple[str, ...], leaf: Any) -> Any:
 
 
 def _merged(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:
+    """Both trees; of a leaf that both have, that of `b`."""
     both = {**a, **b}
     for name in a.keys() & b.keys():
-        both[name] = _merged(a[name], b[name])
+        if isinstance(a[name], Mapping):
+            both[name] = _merged(a[name], b[name])
     return both
