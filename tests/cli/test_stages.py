@@ -73,6 +73,10 @@ def test_the_adapter_goes_on_lora_begins_and_the_run_resumes_without_the_first(w
         done = workshop.slm(words(workshop, source, run, 2, *more))
         assert done.status == status, done.err
         assert told in done.err + done.out
+    recording = min((workshop.folder / "corpus" / "audio" / "test").glob("*.flac"))
+    asked = ["infer", "--run", str(run), "--audio", str(recording), "--prompt", "Transcribe:"]
+    done = workshop.slm([*asked, "--max_tokens", "4"])
+    assert done.status == 0, done.err
 
 
 @pytest.mark.parametrize(
