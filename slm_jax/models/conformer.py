@@ -22,14 +22,14 @@ from slm_jax.audio.kaldi_fbank import KaldiFbankConfig, kaldi_fbank
 from slm_jax.audio.log_mel import LogMelConfig, log_mel
 from slm_jax.errors import UserError, nearest
 from slm_jax.models.conformer_attention import (
+    CONFORMER_KERNELS,
     POSITIONS,
     Positions,
     RelativeAttention,
     attention_mask_of,
     position_inputs,
 )
-from slm_jax.models.conformer_attention import relative_shift as relative_shift
-from slm_jax.models.layers import ACTIVATIONS, ATTENTION_KERNELS, Dense, Mlp
+from slm_jax.models.layers import ACTIVATIONS, Dense, Mlp
 from slm_jax.models.norms import NORM_TYPES, NormType, feature_norm
 from slm_jax.models.remat import REMAT, rematted
 from slm_jax.models.shards import by_batch_shard
@@ -68,7 +68,7 @@ class ConformerConfig:
         a norm and a linear map and leaves the frames' rate.
       subsampling_channels: output channels of the two stride-2 convolutions.
       subsampling_epsilon: of the norm in `ahead`.
-      attention_kernel: which kernel computes attention; see `layers.dot_product_attention`.
+      attention_kernel: which kernel computes attention; see `conformer_attention.RelativeAttention`.
       dropout: rate where the encoder itself is trained.
       dtype: of computation; norms and softmax stay float32.
       remat: what each layer keeps for the backward pass; see `remat.rematted`.
@@ -134,7 +134,7 @@ class ConformerConfig:
             ("front_end", ("log_mel", "kaldi_fbank")),
             ("subsampling", ("centred", "ahead", "projection")),
             ("remat", REMAT),
-            ("attention_kernel", ATTENTION_KERNELS),
+            ("attention_kernel", CONFORMER_KERNELS),
         ):
             if (found := getattr(self, name)) not in choices:
                 raise UserError(f"ConformerConfig.{name} is {found!r}{nearest(found, choices)}")

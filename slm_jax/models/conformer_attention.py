@@ -16,11 +16,19 @@ import numpy as np
 from flax.linen.spmd import with_logical_constraint
 from jax.typing import DTypeLike
 
-from slm_jax.models.layers import MASKED_SCORE, Dense, dot_product_attention, segment_mask
+from slm_jax.models.layers import (
+    ATTENTION_KERNELS,
+    MASKED_SCORE,
+    Dense,
+    dot_product_attention,
+    segment_mask,
+)
+from slm_jax.models.relative_shift import padded_distances, relative_shift, rolled_shift
 
 Window = Literal["full", "local", "chunk"]
 Positions = Literal["transformer_xl", "usm", "shaw", "none"]
 POSITIONS = ("transformer_xl", "usm", "shaw", "none")
+CONFORMER_KERNELS = (*ATTENTION_KERNELS, "pallas")
 
 
 def attention_mask_of(
@@ -86,7 +94,8 @@ class RelativeAttention(nn.Module):
         learned s for each feature of a head.
       logit_cap: scores s become cap * tanh(s / cap); None leaves them.
       use_bias: in the projections of queries, keys, values and the result.
-      kernel: of `layers.dot_product_attention`; a `logit_cap` and dropout take the plain one.
+      kernel: of `layers.dot_product_attention`; a `logit_cap` and dropout take the plain one. `pallas`, for
+        TPUs, is the plain one with `relative_shift.rolled_shift`: the same numbers.
 
     Args of the call:
       x_BFD: [B, F, D].
@@ -120,7 +129,7 @@ class RelativeAttention(nn.Module):
         scale = head_dim**-0.5 if self.query_scale == "constant" else 1.0
         of_content_BFHC, of_position_BFHC = self._queries(query_BFHC)
         drops = self.dropout > 0 and not self.deterministic
-        if self.kernel == "plain" or self.logit_cap is not None or drops:
+        if self.kernel in ("plain", "pallas") or self.logit_cap is not None or drops:
             scores_BHFG = jnp.einsum(
                 "bfhc,bghc->bhfg", of_content_BFHC, key_BGHC, preferred_element_type=jnp.float32
             )
@@ -174,13 +183,16 @@ class RelativeAttention(nn.Module):
         if self.positions == "none":
             return None
         position_PHC = self._positions(positions_PD, query_BFHC.shape[-1])
+        if self.kernel == "pallas":
+            spare = padded_distances(query_BFHC.shape[1]) - position_PHC.shape[0]
+            position_PHC = jnp.pad(position_PHC, ((0, spare), (0, 0), (0, 0)))
         if dtype == jnp.float32:
             product = jnp.einsum("bfhc,phc->bhfp", query_BFHC, position_PHC, preferred_element_type=dtype)
         else:
             # Repeated for each row, so that the largest array comes out by rows and need not be transposed.
             position_BPHC = jnp.broadcast_to(position_PHC, (query_BFHC.shape[0], *position_PHC.shape))
             product = jnp.einsum("bfhc,bphc->bhfp", query_BFHC, position_BPHC, preferred_element_type=dtype)
-        return relative_shift(product)
+        return rolled_shift(product) if self.kernel == "pallas" else relative_shift(product)
 
     def _positions(self, positions_PD: jax.Array, head_dim: int) -> jax.Array:
         """The vector that a query scores for each distance, [P, H, C]."""
@@ -225,13 +237,3 @@ def position_inputs(frames: int, dim: int, positions: Positions, dtype: DTypeLik
     if positions == "shaw":
         return distances(frames)[:, None]
     return sinusoids(distances(frames), dim, to_the_end=positions == "usm").astype(dtype)
-
-
-def relative_shift(scores_BHFP: jax.Array) -> jax.Array:
-    """From scores per distance, [B, H, F, 2F-1] with F-1 first, to scores per key, [B, H, F, G]."""
-    frames = scores_BHFP.shape[2]
-    # Row f needs the columns from F-1-f on: in rows one longer, read as rows of the old length from
-    # F-1 on, each starts one column earlier than the one before. No gather is needed.
-    flat = jnp.pad(scores_BHFP, ((0, 0), (0, 0), (0, 0), (0, 1))).reshape(*scores_BHFP.shape[:2], -1)
-    flat = flat[..., frames - 1 : frames - 1 + frames * (2 * frames - 1)]
-    return flat.reshape(scores_BHFP.shape)[..., :frames]

@@ -1,7 +1,7 @@
 """What models ask of the mesh around them: how an axis is cut, and that rows are computed where they lie."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import jax
@@ -34,6 +34,22 @@ def by_batch_shard(function: Callable[..., Result], *arrays: jax.Array) -> Resul
         return function(*arrays)
     rows = PartitionSpec(_mesh_axes("activation_batch"))
     return jax.shard_map(function, in_specs=rows, out_specs=rows)(*arrays)
+
+
+def by_shard(function: Callable[[jax.Array], jax.Array], names: Sequence[str], array: jax.Array) -> jax.Array:
+    """Returns `function(array)`, of which each device computes its own shard: XLA cannot split a kernel.
+
+    Args:
+      function: to an array of which the same dims are cut, each part by itself.
+      names: logical axes of the first dims; where a mesh axis does not divide a dim, that dim is not cut.
+      array: what it takes.
+    """
+    cut = [array.shape[dim] % shards_of(name) == 0 for dim, name in enumerate(names)]
+    spec = PartitionSpec(*(_mesh_axes(name) if cut[dim] else None for dim, name in enumerate(names)))
+    if all(shards_of(name) == 1 for name in names):
+        return function(array)
+    # A kernel does not say over which axes its result varies.
+    return jax.shard_map(function, in_specs=spec, out_specs=spec, check_vma=False)(array)
 
 
 def _mesh_axes(logical_axis: str) -> str | tuple[str, ...] | None:

@@ -13,7 +13,7 @@ from flax.linen.spmd import logical_to_mesh_sharding
 from slm_jax.audio.log_mel import LogMelConfig
 from slm_jax.errors import UserError
 from slm_jax.models import conformer
-from slm_jax.models.conformer import ConformerConfig, ConformerEncoder, attention_mask, relative_shift
+from slm_jax.models.conformer import ConformerConfig, ConformerEncoder, attention_mask
 from slm_jax.partitioning.mesh import make_mesh
 from slm_jax.partitioning.rules import DEFAULT_RULES
 
@@ -320,15 +320,6 @@ def test_dropout_acts_only_when_not_deterministic(rng):
     np.testing.assert_array_equal(dropped(1), dropped(1))
     assert np.abs(dropped(1) - dropped(2)).max() > 0.1
     assert np.abs(dropped(1) - without).max() > 0.1
-
-
-def test_relative_shift_against_a_loop(rng):
-    by_distance = rng.normal(size=(2, 3, 5, 9))
-    shifted = relative_shift(jnp.asarray(by_distance))
-    for query in range(5):
-        for key in range(5):
-            # Column 0 holds distance query - key = 4, the last one -4.
-            np.testing.assert_allclose(shifted[:, :, query, key], by_distance[:, :, query, 4 - query + key])
 
 
 def test_chunks_count_from_the_segment_start():
