@@ -183,7 +183,9 @@ class RelativeAttention(nn.Module):
         if self.positions == "none":
             return None
         position_PHC = self._positions(positions_PD, query_BFHC.shape[-1])
-        if self.kernel == "pallas":
+        # Parameters are made, and their shapes found, on any device.
+        pallas = self.kernel == "pallas" and not self.is_initializing()
+        if pallas:
             spare = padded_distances(query_BFHC.shape[1]) - position_PHC.shape[0]
             position_PHC = jnp.pad(position_PHC, ((0, spare), (0, 0), (0, 0)))
         if dtype == jnp.float32:
@@ -192,7 +194,7 @@ class RelativeAttention(nn.Module):
             # Repeated for each row, so that the largest array comes out by rows and need not be transposed.
             position_BPHC = jnp.broadcast_to(position_PHC, (query_BFHC.shape[0], *position_PHC.shape))
             product = jnp.einsum("bfhc,bphc->bhfp", query_BFHC, position_BPHC, preferred_element_type=dtype)
-        return rolled_shift(product) if self.kernel == "pallas" else relative_shift(product)
+        return rolled_shift(product) if pallas else relative_shift(product)
 
     def _positions(self, positions_PD: jax.Array, head_dim: int) -> jax.Array:
         """The vector that a query scores for each distance, [P, H, C]."""

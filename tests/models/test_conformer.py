@@ -293,13 +293,17 @@ def test_remat_and_unrolling_change_nothing(rng, change):
 
 
 def test_bfloat16_computes_close_to_float32_and_keeps_parameters(rng):
-    variables = random_variables(rng, SMALL)
     speech, segments = packed_rows(rng, rows=2, samples=640 * 20)
-    exact, _ = encode(SMALL, variables, speech, segments)
-    rough, _ = encode(small(dtype="bfloat16"), variables, speech, segments)
-    assert rough.dtype == jnp.bfloat16
-    error = np.abs(np.asarray(rough, np.float32) - np.asarray(exact))
-    assert error.mean() < 0.03 * np.abs(np.asarray(exact)).mean() and error.max() > 0
+    errors = []
+    for _ in range(5):
+        variables = random_variables(rng, SMALL)
+        exact, _ = encode(SMALL, variables, speech, segments)
+        rough, _ = encode(small(dtype="bfloat16"), variables, speech, segments)
+        assert rough.dtype == jnp.bfloat16
+        error = np.abs(np.asarray(rough, np.float32) - np.asarray(exact))
+        errors.append(error.mean() / np.abs(np.asarray(exact)).mean())
+    # Of the median network: one in ten hangs on small differences of large numbers.
+    assert 0 < np.median(errors) < 0.03
     init = ConformerEncoder(small(dtype="bfloat16")).init
     fresh = jax.eval_shape(init, jax.random.key(0), speech, segments)
     assert {x.dtype.name for x in jax.tree.leaves(fresh)} == {"float32"}
@@ -363,8 +367,8 @@ def test_every_parameter_names_its_axes_and_shards_on_a_mesh(rng):
     query = placed["params"]["layers"]["attention"]["query"]["kernel"]
     assert query.addressable_shards[0].data.shape == (2, 16, 2, 8)
     assert len(sharded.sharding.device_set) == 8
-    # Sums over devices come in another order; the frames, of order 1, passed through two layers.
-    np.testing.assert_allclose(np.asarray(sharded), single, atol=1e-4)
+    # Sums over devices come in another order.
+    assert np.linalg.norm(np.asarray(sharded) - single) <= 1e-4 * np.linalg.norm(single)
 
 
 @pytest.mark.parametrize(
