@@ -39,7 +39,7 @@ foundation: $(VENV)/installed-demo
 		--run_dir $(FOUNDATION_DIR)/quickstart
 
 test: lint
-	$(VENV)/bin/python -m pytest -n $(WORKERS) --dist worksteal --timeout 900 --durations 15
+	$(VENV)/bin/python -m pytest -n $(WORKERS) --dist worksteal --timeout 1800 --durations 15
 
 lint: $(VENV)/installed-test
 	$(VENV)/bin/ruff check .

@@ -94,6 +94,11 @@ class Workshop(NamedTuple):
         return Done(process.returncode, out, err)
 
 
+@pytest.fixture(autouse=True)
+def registries_stay_clean(clean_registries) -> None:
+    """Commands that run in this process register tasks of this room's corpus."""
+
+
 @pytest.fixture(scope="session")
 def workshop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
     """The workshop of this worker."""

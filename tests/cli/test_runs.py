@@ -50,7 +50,7 @@ def test_the_flags_write_the_program_and_a_trace(whole):
     log = whole.with_name("log.txt").read_text()
     assert f"trace written to {whole / 'profile'}" in log
     (start,) = re.findall(r"^first step done after .*", log, re.M)
-    for phase in ("process start and imports", "configuration", "index and plan", "compiling"):
+    for phase in ("process start and imports", "configuration", "shapes", "tracing"):
         assert phase in start
 
 
