@@ -76,12 +76,13 @@ def main(args: argparse.Namespace) -> int:
 
 def mesh_sizes(text: str) -> dict[str, int]:
     """Returns the sizes that `data=4,fsdp=2` means; raises UserError where it means nothing."""
-    axes = ("slice", "data", "fsdp", "tensor")
-    sizes: dict[str, int] = dict.fromkeys(axes, 1)
+    from slm_jax.partitioning.mesh import MESH_AXES
+
+    sizes: dict[str, int] = dict.fromkeys(MESH_AXES, 1)
     for part in text.split(","):
         name, _, size = part.strip().partition("=")
-        if name not in axes:
-            raise UserError(f"--mesh {text}: there is no axis {name!r}{nearest(name, axes)}")
+        if name not in MESH_AXES:
+            raise UserError(f"--mesh {text}: there is no axis {name!r}{nearest(name, MESH_AXES)}")
         if not size.isdecimal() or int(size) < 1:
             raise UserError(f"--mesh {text}: {name} is {size!r}, expected a whole number of at least 1")
         sizes[name] = int(size)

@@ -32,7 +32,7 @@ from slm_jax.models.conformer_attention import (
 from slm_jax.models.layers import ACTIVATIONS, Dense, Mlp
 from slm_jax.models.norms import NORM_TYPES, NormType, feature_norm
 from slm_jax.models.remat import REMAT, rematted
-from slm_jax.models.shards import by_batch_shard
+from slm_jax.models.shards import by_shard
 from slm_jax.models.subsampling import ConvSubsampling, FeatureProjection
 
 ACTIVATION_AXES = ("activation_batch", "activation_length", "activation_embed")
@@ -288,7 +288,7 @@ class ConformerEncoder(nn.Module):
             front_end = functools.partial(kaldi_fbank, config=self.config.kaldi_fbank)
         else:
             front_end = functools.partial(log_mel, config=self.config.log_mel)
-        return by_batch_shard(front_end, speech, speech_segments)
+        return by_shard(front_end, ("activation_batch",), speech, speech_segments)
 
     @nn.compact
     def encode_features(

@@ -25,6 +25,7 @@ from slm_jax.models.lora import A as LORA_A
 from slm_jax.models.lora import B as LORA_B
 from slm_jax.models.lora import LoRAConfig
 from slm_jax.models.remat import kept_when_frozen, rematted
+from slm_jax.models.shards import platform
 
 Initializer = Callable[..., jax.Array]
 
@@ -478,11 +479,8 @@ def dot_product_attention(
 
 
 def _check_cudnn(dtype: DTypeLike, shape: tuple[int, ...]) -> None:
-    # Of the mesh first: a program may be compiled for devices that are not at hand.
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    platform = device.platform if device else jax.default_backend()
-    if platform not in ("gpu", "cuda"):
-        raise UserError(f"attention_kernel is 'cudnn' on a {platform}, expected 'plain' or 'xla' there")
+    if (found := platform()) not in ("gpu", "cuda"):
+        raise UserError(f"attention_kernel is 'cudnn' on a {found}, expected 'plain' or 'xla' there")
     if jnp.dtype(dtype).itemsize != 2:
         raise UserError(f"attention_kernel is 'cudnn' and dtype {jnp.dtype(dtype).name}, expected 'bfloat16'")
     if shape[2] % 2 or shape[3] % 2:

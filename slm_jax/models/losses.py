@@ -19,8 +19,8 @@ from slm_jax.models.shards import shards_of
 _WORDS = 128
 
 
-class FrozenHead(NamedTuple):
-    """The map from states to logits, which does not train.
+class HeadMatrix(NamedTuple):
+    """The map from states to logits.
 
     Attributes:
       kernel: floats or int8, [D, V], or [V, D] where `tied`.
@@ -37,7 +37,7 @@ class FrozenHead(NamedTuple):
 
 
 def frozen_head_cross_entropy(
-    hidden_BTD: jax.Array, targets_BT: jax.Array, head: FrozenHead, logits_at_once: int
+    hidden_BTD: jax.Array, targets_BT: jax.Array, head: HeadMatrix, logits_at_once: int
 ) -> tuple[jax.Array, jax.Array]:
     """Returns what `chunked_cross_entropy` does, from one pass over the vocabulary, gradient included.
 
@@ -85,6 +85,7 @@ def frozen_head_cross_entropy(
         is_new_W = start + jnp.arange(size) >= number * size
         part = part_of(start).astype(head.dtype)
         logits = cut(jnp.einsum(f"btd,{dims}->btsw", states_BTD, part, preferred_element_type=jnp.float32))
+        scale_SW = 1.0
         if word_scale_SV is not None:
             scale_SW = jax.lax.dynamic_slice_in_dim(word_scale_SV, start, size, axis=1)
             logits = logits * scale_SW
@@ -103,7 +104,7 @@ def frozen_head_cross_entropy(
         # The target's share is added at the end, as one number that loses no bits where it is nearly 1.
         weights = jnp.where(is_target, 0.0, weights)
         if word_scale_SV is not None:
-            weights = weights * scale_SW  # pyright: ignore[reportPossiblyUnboundVariable]
+            weights = weights * scale_SW
         new_BTSD = jnp.einsum(
             f"btsw,{dims}->btsd", weights.astype(head.dtype), part, preferred_element_type=jnp.float32
         )

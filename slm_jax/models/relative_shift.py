@@ -11,7 +11,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from slm_jax.errors import UserError
-from slm_jax.models.shards import by_shard
+from slm_jax.models.shards import by_shard, platform
 
 # Of a TPU's registers: the kernel's arrays are whole numbers of them.
 _LANES, _SUBLANES = 128, 8
@@ -43,15 +43,10 @@ def rolled_shift(scores_BHFP: jax.Array, *, interpret: bool = False) -> jax.Arra
     Raises:
       UserError: this is no TPU.
     """
-    if not interpret:
-        # Of the mesh first: a program may be compiled for devices that are not at hand.
-        device = jax.sharding.get_abstract_mesh().abstract_device
-        platform = device.platform if device else jax.default_backend()
-        if platform != "tpu":
-            raise UserError(f"attention_kernel is 'pallas' on a {platform}, expected 'plain' there")
+    if not interpret and (found := platform()) != "tpu":
+        raise UserError(f"attention_kernel is 'pallas' on a {found}, expected 'plain' there")
     shift = functools.partial(_rolled_shift, interpret)
-    names = ("activation_batch", "activation_heads")
-    return by_shard(shift, names, scores_BHFP)
+    return by_shard(shift, ("activation_batch", "activation_heads"), scores_BHFP)
 
 
 def padded_distances(frames: int) -> int:

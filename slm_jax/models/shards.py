@@ -1,4 +1,4 @@
-"""What models ask of the mesh around them: how an axis is cut, and that rows are computed where they lie."""
+"""What models ask of the mesh around them: its platform, how it cuts an axis, and to go shard by shard."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -19,37 +19,33 @@ def shards_of(logical_axis: str) -> int:
     return math.prod(shape.get(axis, 1) for axis in axes)
 
 
-def by_batch_shard(function: Callable[..., Result], *arrays: jax.Array) -> Result:
-    """Returns `function(*arrays)`, of which each batch shard computes its own rows.
+def platform() -> str:
+    """Of the devices that the program is made for: those of the mesh around this call, which may be described
+    and not at hand, else JAX's own."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return device.platform if device else jax.default_backend()
 
-    For what XLA does not split by itself: for a Fourier transform it would gather all rows on every device.
-    Without a mesh, and for rows that its shards do not divide, this is the plain call.
+
+def by_shard(function: Callable[..., Result], names: Sequence[str], *arrays: jax.Array) -> Result:
+    """Returns `function(*arrays)`, of which each device computes its own shard.
+
+    For what XLA does not split by itself: for a Fourier transform it would gather all rows on every device,
+    and a kernel it cannot split at all. Without a mesh this is the plain call.
 
     Args:
-      function: of arrays with rows along dim 0, to arrays with rows along dim 0, each row by itself.
-      arrays: [B, ...].
+      function: of arrays to arrays whose first dims are cut alike, each part by itself.
+      names: logical axes of the first dims; where the mesh does not divide a dim, that dim is not cut.
+      arrays: what it takes.
     """
-    shards = shards_of("activation_batch")
-    if shards == 1 or any(array.shape[0] % shards for array in arrays):
+    shards = [shards_of(name) for name in names]
+    if all(count == 1 for count in shards):
         return function(*arrays)
-    rows = PartitionSpec(_mesh_axes("activation_batch"))
-    return jax.shard_map(function, in_specs=rows, out_specs=rows)(*arrays)
-
-
-def by_shard(function: Callable[[jax.Array], jax.Array], names: Sequence[str], array: jax.Array) -> jax.Array:
-    """Returns `function(array)`, of which each device computes its own shard: XLA cannot split a kernel.
-
-    Args:
-      function: to an array of which the same dims are cut, each part by itself.
-      names: logical axes of the first dims; where a mesh axis does not divide a dim, that dim is not cut.
-      array: what it takes.
-    """
-    cut = [array.shape[dim] % shards_of(name) == 0 for dim, name in enumerate(names)]
-    spec = PartitionSpec(*(_mesh_axes(name) if cut[dim] else None for dim, name in enumerate(names)))
-    if all(shards_of(name) == 1 for name in names):
-        return function(array)
+    divide = [all(array.shape[dim] % count == 0 for array in arrays) for dim, count in enumerate(shards)]
+    spec = PartitionSpec(
+        *(_mesh_axes(name) if cut else None for name, cut in zip(names, divide, strict=True))
+    )
     # A kernel does not say over which axes its result varies.
-    return jax.shard_map(function, in_specs=spec, out_specs=spec, check_vma=False)(array)
+    return jax.shard_map(function, in_specs=spec, out_specs=spec, check_vma=False)(*arrays)
 
 
 def _mesh_axes(logical_axis: str) -> str | tuple[str, ...] | None:

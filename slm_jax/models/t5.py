@@ -20,7 +20,7 @@ from flax.linen.spmd import with_logical_constraint
 from slm_jax.errors import UserError, nearest
 from slm_jax.models import layers
 from slm_jax.models.lora import LoRAConfig
-from slm_jax.models.losses import FrozenHead, chunked_cross_entropy, frozen_head_cross_entropy
+from slm_jax.models.losses import HeadMatrix, chunked_cross_entropy, frozen_head_cross_entropy
 from slm_jax.models.remat import REMAT, kept_when_frozen, rematted
 from slm_jax.models.shards import shards_of
 
@@ -532,16 +532,8 @@ class T5(nn.Module):
 
     def _head(self) -> "_Head":
         """Returns `logits` as a function of arrays alone, for scan and checkpoint, and its transpose."""
-        config, dtype = self.config, jnp.dtype(self.config.dtype)
-        if config.tied_logits:
-            dims, kernel = "vd", jnp.asarray(self.token_embedder.embedding)
-            kernel_scale = self.token_embedder.scale
-        else:
-            dims, kernel = "dv", jnp.asarray(self.decoder.logits_dense.kernel)
-            kernel_scale = self.decoder.logits_dense.scale
-        scaled = config.scale_tied_logits if config.tied_logits else config.scale_untied_logits
-        scale = config.emb_dim**-0.5 if scaled else 1.0
-
+        kernel, tied, kernel_scale, scale, dtype = self._head_matrix()
+        dims = "vd" if tied else "dv"
         if kernel_scale is None:
             kernel = kernel.astype(dtype)
 
@@ -552,14 +544,14 @@ class T5(nn.Module):
                 f"btd,{dims}->btv", hidden_BTD, kernel.astype(dtype), preferred_element_type=jnp.float32
             )
             if kernel_scale is not None:
-                logits_BTV = logits_BTV * kernel_scale.reshape(-1)
+                logits_BTV = logits_BTV * kernel_scale
             return with_logical_constraint(
                 logits_BTV, ("activation_batch", "activation_length", "activation_vocab")
             )
 
         def states_gradient(gradient_BTV: jax.Array) -> jax.Array:
             if kernel_scale is not None:
-                gradient_BTV = gradient_BTV * kernel_scale.reshape(-1)
+                gradient_BTV = gradient_BTV * kernel_scale
             gradient_BTV = with_logical_constraint(
                 gradient_BTV.astype(dtype), ("activation_batch", "activation_length", "activation_vocab")
             )
@@ -585,8 +577,7 @@ class T5(nn.Module):
         words = config.vocab_size // shards_of("activation_vocab")
         at_once = config.loss_logits * shards_of("activation_batch")
         if frozen_head and targets_BT.size * words > at_once:
-            head = self._frozen_head()
-            return frozen_head_cross_entropy(hidden_BTD, targets_BT, head, config.loss_logits)
+            return frozen_head_cross_entropy(hidden_BTD, targets_BT, self._head_matrix(), config.loss_logits)
         head = self._head()
         return chunked_cross_entropy(
             hidden_BTD,
@@ -596,12 +587,12 @@ class T5(nn.Module):
             frozen_head=head.states_gradient if frozen_head else None,
         )
 
-    def _frozen_head(self) -> FrozenHead:
+    def _head_matrix(self) -> HeadMatrix:
         config = self.config
         tied = config.tied_logits
         matrix = self.token_embedder if tied else self.decoder.logits_dense
         scaled = config.scale_tied_logits if tied else config.scale_untied_logits
-        return FrozenHead(
+        return HeadMatrix(
             kernel=jnp.asarray(self.token_embedder.embedding if tied else self.decoder.logits_dense.kernel),
             tied=tied,
             kernel_scale=None if matrix.scale is None else matrix.scale.reshape(-1),

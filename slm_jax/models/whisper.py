@@ -20,7 +20,7 @@ from slm_jax.audio.whisper_mel import HOP, SAMPLE_RATE, whisper_mel
 from slm_jax.errors import UserError, check_whole, nearest
 from slm_jax.models.layers import ACTIVATIONS, Conv, PreNormTransformer
 from slm_jax.models.remat import REMAT
-from slm_jax.models.shards import by_batch_shard
+from slm_jax.models.shards import by_shard
 
 ACTIVATION_AXES = ("activation_batch", "activation_length", "activation_embed")
 
@@ -183,7 +183,7 @@ class WhisperEncoder(nn.Module):
         segment_ids, _ = frame_segments(speech_segments, frames, HOP)
         samples = jnp.where(speech_segments[..., 0, 0] > 0, speech_segments[..., 0, 2], 0)
         front_end = functools.partial(whisper_mel, frames=frames, mel_bins=self.config.mel_bins)
-        return by_batch_shard(front_end, speech, samples), segment_ids
+        return by_shard(front_end, ("activation_batch",), speech, samples), segment_ids
 
     @nn.compact
     def encode_features(

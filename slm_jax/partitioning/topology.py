@@ -127,22 +127,25 @@ def _virtual(count: int) -> list[Any]:
 
 @contextlib.contextmanager
 def compiling_for(topology: Topology) -> Iterator[dict[str, Any]]:
-    """Compile a program for a topology inside; gives the compiler's options, with which it is quickest.
-
-    What is compiled for devices that are not there cannot be loaded, as JAX's persistent cache does when it
-    writes or finds it, so the cache is off. JAX looks at that flag once in a process, until it is reset.
-    """
+    """Compile a program for a topology inside; gives the compiler's options, with which it is quickest."""
     if topology.stand_in:
         # Nothing runs it: machine code is not worth the time.
         yield {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
         return
+    with without_compilation_cache(), _quiet_library():
+        # An eighth of the time; the peak of memory differs by 1 %.
+        yield {"exec_time_optimization_effort": -1.0}
+
+
+@contextlib.contextmanager
+def without_compilation_cache() -> Iterator[None]:
+    """Turns off JAX's persistent cache, which loads what it writes, on devices that may not be there."""
     before = jax.config.values["jax_enable_compilation_cache"]
     jax.config.update("jax_enable_compilation_cache", False)
+    # JAX looks at that flag once in a process, until it is reset.
     compilation_cache.reset_cache()
     try:
-        with _quiet_library():
-            # An eighth of the time; the peak of memory differs by 1 %.
-            yield {"exec_time_optimization_effort": -1.0}
+        yield
     finally:
         jax.config.update("jax_enable_compilation_cache", before)
         compilation_cache.reset_cache()

@@ -1,15 +1,14 @@
 """Options of XLA's compiler for one program, by name: flags that no environment needs to carry."""
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from slm_jax.errors import UserError
+from slm_jax.partitioning.topology import without_compilation_cache
 
 # Compilers take options of other platforms and do nothing with them.
 _PLATFORMS = {"xla_cpu_": "cpu", "xla_gpu_": "gpu", "xla_tpu_": "tpu"}
@@ -66,22 +65,8 @@ def _refusal(options: Mapping[str, Any], mesh: Mesh) -> str | None:
     everywhere = NamedSharding(mesh, PartitionSpec())
     program = jax.jit(lambda: jnp.zeros(()), out_shardings=everywhere, compiler_options=dict(options))
     try:
-        with _without_cache():
+        with without_compilation_cache():
             program.lower().compile()
     except jax.errors.JaxRuntimeError as error:
         return str(error).splitlines()[0]
     return None
-
-
-@contextmanager
-def _without_cache() -> Iterator[None]:
-    """What is compiled for devices that are not there cannot be loaded, as the persistent cache does."""
-    before = jax.config.values["jax_enable_compilation_cache"]
-    jax.config.update("jax_enable_compilation_cache", False)
-    # JAX looks at that flag once in a process, until it is reset.
-    compilation_cache.reset_cache()
-    try:
-        yield
-    finally:
-        jax.config.update("jax_enable_compilation_cache", before)
-        compilation_cache.reset_cache()

@@ -129,13 +129,14 @@ class Throughput:
         )
 
     def _utilisation(self, seconds: float) -> dict[str, float]:
-        counts = {"m": self._model_flops, "h": self._hardware_flops}
-        known = {letter: flops / seconds / self._devices for letter, flops in counts.items() if flops}
-        if self._peak_flops:
-            shares = {f"{letter}fu_percent": 100 * rate / self._peak_flops for letter, rate in known.items()}
-        else:
-            shares = {}
-        return shares | ({"tflops_per_second_per_device": known["m"] / 1e12} if "m" in known else {})
+        """MFU and HFU where the peak is known, and the model's operations a second."""
+        found: dict[str, float] = {}
+        for name, flops in (("mfu_percent", self._model_flops), ("hfu_percent", self._hardware_flops)):
+            if flops and self._peak_flops:
+                found[name] = 100 * flops / seconds / self._devices / self._peak_flops
+        if self._model_flops:
+            found["tflops_per_second_per_device"] = self._model_flops / seconds / self._devices / 1e12
+        return found
 
 
 def _peak_memory() -> dict[str, float]:
