@@ -224,7 +224,7 @@ def _save_foundations(run: Run, result: TrainResult, provenance: Provenance) -> 
 def _trained_part(run: Run, result: TrainResult, part: Part) -> Any:
     """What trained of a part; where that is LoRA beside a frozen one, the whole of it, merged in float32."""
     trained, base = (subtree(tree, part.path) for tree in (result.state.params, result.frozen))
-    if not base:
+    if base is None:
         return trained
     assert isinstance(run.objective.model, SLM) and run.objective.model.config.lora is not None
     return merged(converted(base, "float32"), trained, run.objective.model.config.lora)

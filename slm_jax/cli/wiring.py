@@ -499,12 +499,12 @@ def _template_fingerprints(mixture_or_task: Any) -> dict[str, str]:
 
 
 def subtree(tree: Any, path: tuple[str, ...]) -> Any:
-    """Returns what lies at a path of nested dictionaries, or None."""
+    """Returns what lies at a path of nested dictionaries, or None where nothing does, or an empty tree."""
     for name in path:
         if not isinstance(tree, Mapping) or name not in tree:
             return None
         tree = tree[name]
-    return tree
+    return tree if jax.tree.leaves(tree) else None
 
 
 def _at_path(path: tuple[str, ...], leaf: Any) -> Any:
