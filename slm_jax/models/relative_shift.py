@@ -11,12 +11,14 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from slm_jax.errors import UserError
-from slm_jax.models.shards import by_shard, platform
+from slm_jax.models.shards import by_shard, device_kind, platform
 
 # Of a TPU's registers: the kernel's arrays are whole numbers of them.
 _LANES, _SUBLANES = 128, 8
 # Queries that the kernel shifts at a time: their scores, twice, fit the fast memory beside the result.
 _QUERIES = 128
+# In their registers all rows turn by the same number of places.
+_TURN_ROWS_ALIKE = ("TPU v2", "TPU v3", "TPU v4")
 
 
 def relative_shift(scores_BHFP: jax.Array) -> jax.Array:
@@ -54,6 +56,22 @@ def padded_distances(frames: int) -> int:
     return -(-(2 * frames - 1) // _LANES) * _LANES
 
 
+def _turn(block: jax.Array, first: jax.Array) -> jax.Array:
+    """Turns row r of [rows, width] right by first + r places."""
+    return pltpu.roll(block, first, 1, stride=1, stride_axis=0)
+
+
+def _turn_by_halves(block: jax.Array, first: jax.Array) -> jax.Array:
+    """The same, where all rows turn alike: by `first`, then some of them by each power of two."""
+    turned = pltpu.roll(block, first, 1)
+    row = jax.lax.broadcasted_iota(jnp.int32, block.shape, 0)
+    places = 1
+    while places < block.shape[0]:
+        turned = jnp.where(row & places, pltpu.roll(turned, places, 1), turned)
+        places *= 2
+    return turned
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _rolled_shift(interpret: bool, scores_BHFP: jax.Array) -> jax.Array:
     rows, heads, frames, distances = scores_BHFP.shape
@@ -61,14 +79,13 @@ def _rolled_shift(interpret: bool, scores_BHFP: jax.Array) -> jax.Array:
     if distances < width:
         scores_BHFP = jnp.pad(scores_BHFP, ((0, 0), (0, 0), (0, 0), (0, width - distances)))
     queries = min(_QUERIES, -(-frames // _SUBLANES) * _SUBLANES)
+    turn = _turn_by_halves if device_kind().startswith(_TURN_ROWS_ALIKE) else _turn
 
     def kernel(by_distance_ref, by_key_ref):
         # Frame f needs the columns from F-1-f on, so each row is turned one place more than the one before.
         first = pl.program_id(1) * queries
         # Registers are turned as 32 bits.
-        turned = pltpu.roll(
-            by_distance_ref[0].astype(jnp.float32), width - (frames - 1) + first, 1, stride=1, stride_axis=0
-        )
+        turned = turn(by_distance_ref[0].astype(jnp.float32), width - (frames - 1) + first)
         by_key_ref[0] = turned[:, :frames].astype(by_key_ref.dtype)
 
     shifted = pl.pallas_call(

@@ -26,6 +26,12 @@ def platform() -> str:
     return device.platform if device else jax.default_backend()
 
 
+def device_kind() -> str:
+    """JAX's name for the kind of those devices, such as `TPU v4`."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return (device or jax.devices()[0]).device_kind
+
+
 def by_shard(function: Callable[..., Result], names: Sequence[str], *arrays: jax.Array) -> Result:
     """Returns `function(*arrays)`, of which each device computes its own shard.
 

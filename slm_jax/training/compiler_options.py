@@ -11,7 +11,7 @@ from slm_jax.errors import UserError
 from slm_jax.partitioning.topology import without_compilation_cache
 
 # Compilers take options of other platforms and do nothing with them.
-_PLATFORMS = {"xla_cpu_": "cpu", "xla_gpu_": "gpu", "xla_tpu_": "tpu"}
+_PLATFORMS = {"xla_cpu_": "cpu", "xla_gpu_": "gpu", "xla_jf_": "tpu", "xla_tpu_": "tpu"}
 
 
 def check_option_types(options: object) -> None:

@@ -115,6 +115,7 @@ def test_the_compiler_of_a_tpu_takes_the_options_of_its_file(name, monkeypatch):
     devices = topologies.get_topology_desc(platform="tpu", topology_name=name, **cores).devices
     mesh = make_mesh(fsdp=2, devices=devices)
     options = _on(f"tpu_{kind}").loop.compiler_options
+    assert options["xla_jf_spmd_threshold_for_windowed_einsum_mib"] > 1000
     check_compiler_options(options, mesh)
     with pytest.raises(UserError, match=r"'xla_tpu_scoped_vmem_limit_kib': 'much', .* tpu compiler refuses"):
         check_compiler_options({**options, "xla_tpu_scoped_vmem_limit_kib": "much"}, mesh)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from slm_jax.errors import UserError
+from slm_jax.models import relative_shift as relative_shift_module
 from slm_jax.models.conformer_attention import RelativeAttention, position_inputs
 from slm_jax.models.relative_shift import padded_distances, relative_shift, rolled_shift
 from slm_jax.partitioning.mesh import make_mesh
@@ -36,6 +37,13 @@ def test_the_kernel_moves_the_same_numbers(rng, frames, dtype):
     # What is past the distances is never read.
     padded = jnp.pad(scores, ((0, 0), (0, 0), (0, 0), (0, spare)), constant_values=jnp.nan)
     np.testing.assert_array_equal(interpreted(padded), expected)
+
+
+@pytest.mark.parametrize("frames", [1, 12, 131])
+def test_where_all_rows_turn_alike_the_numbers_are_the_same(rng, monkeypatch, frames):
+    monkeypatch.setattr(relative_shift_module, "device_kind", lambda: "TPU v4")
+    scores = jnp.asarray(rng.normal(size=(1, 2, frames, 2 * frames - 1)), jnp.float32)
+    np.testing.assert_array_equal(interpreted(scores), relative_shift(scores))
 
 
 def test_the_kernel_has_the_same_gradient(rng):
@@ -68,7 +76,8 @@ def test_elsewhere_it_is_refused(rng):
         rolled_shift(jnp.zeros((1, 1, 3, 5)))
 
 
-def test_attention_compiles_for_tpus_and_gathers_nothing(rng):
+@pytest.mark.parametrize("name", ["v4:2x2x1", "v5e:2x2"])
+def test_attention_compiles_for_tpus_and_gathers_nothing(name):
     """With heads and rows cut over four chips: the kernel is in the program, and nothing is gathered."""
     frames, dim = 37, 64
     attention = RelativeAttention(dim, heads=4, kernel="pallas", dtype=jnp.bfloat16)
@@ -76,7 +85,7 @@ def test_attention_compiles_for_tpus_and_gathers_nothing(rng):
     x = jax.ShapeDtypeStruct((4, frames, dim), jnp.bfloat16)
     mask = jax.ShapeDtypeStruct((4, 1, frames, frames), jnp.bool)
     positions = position_inputs(frames, dim, "transformer_xl", jnp.bfloat16)
-    topology = find_topology("v5e:2x2")
+    topology = find_topology(name)
     mesh = make_mesh(data=2, tensor=2, devices=topology.devices)
     with compiling_for(topology), partitioned(mesh):
         boxed = jax.eval_shape(lambda *args: plain.init(jax.random.key(0), *args), x, mask, positions)
