@@ -1,6 +1,5 @@
 """The training loop: from the mesh to the last checkpoint, in the order in which things happen."""
 
-import contextlib
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -244,6 +243,7 @@ def train(
         on_start()
 
     process = jax.process_index()
+    throughput = Throughput(mesh.size, config.peak_flops or _peak_flops(mesh), phases)
     run = _Run(
         config=config,
         source=source,
@@ -257,8 +257,8 @@ def train(
         skipped=cursor.skipped,
         programs=CompiledSteps(program, objective, phases, dump_program),
         phases=phases,
-        profiler=StepProfiler(model_dir / "profile", profile_steps, reporter.say),
-        throughput=Throughput(mesh.size, config.peak_flops or _peak_flops(mesh)),
+        profiler=StepProfiler(model_dir / "profile", profile_steps, reporter.say, throughput.apart),
+        throughput=throughput,
     )
     try:
         # Before requests to stop are taken: a source that prepares for long can be stopped at once.
@@ -400,16 +400,8 @@ class _Run:
         self._log(step)
         anchor = self._source.anchor(rows_consumed)
         cursor = DataCursor(rows_consumed, self._source.fingerprint, anchor, self._skipped)
-        with self._apart("checkpoint"):
+        with self._throughput.apart("checkpoint"):
             self._checkpoints.save(step, state, cursor, self._provenance, scores)
-
-    @contextlib.contextmanager
-    def _apart(self, name: str) -> Iterator[None]:
-        """Counts the time of a block, in which nothing is trained, for no rate."""
-        began = time.monotonic()
-        with self._phases.phase(name):
-            yield
-        self._throughput.apart(name, time.monotonic() - began)
 
     def _compile(self, step: int, state: TrainState, frozen: Any, placed: PlacedBatch) -> CompiledStep:
         """Compiles the program of a batch shape, apart from the training around it."""
@@ -421,7 +413,7 @@ class _Run:
             what = f" with {speech.shape[-1]} samples a slot" if speech is not None else ""
             number = len(self._programs) + 1
             self._reporter.say(f"step {step + 1}: batch shape number {number}{what}; compiling")
-        with self._apart("compile"):
+        with self._throughput.apart("compile"):
             program = self._programs.compile(state, frozen, placed.arrays)
         self._reporter.say(program.line())
         return program
@@ -432,7 +424,7 @@ class _Run:
         self._reporter.say(start_line(seconds))
         scalars = {f"{name.replace(' ', '_')}_seconds": value for name, value in seconds.items()}
         # The first scalars may bring in their library.
-        with self._apart("start"):
+        with self._throughput.apart("start"):
             self._write(step, "start", {**scalars, "total_seconds": sum(seconds.values())})
 
     def _next(self, batches: Iterator[PlacedBatch]) -> PlacedBatch:
@@ -475,7 +467,7 @@ class _Run:
         assert self._evaluate is not None
         # Metrics go first: an evaluation may take long, and its time is no training time.
         self._log(step)
-        with self._apart("evaluation"):
+        with self._throughput.apart("evaluation"):
             scores = dict(self._evaluate(step, state, frozen))
         best = self._config.best_metric
         if self._config.keep_best and best not in scores:

@@ -1,5 +1,6 @@
 """A trace of some steps of a run, for XProf."""
 
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,10 +34,17 @@ class StepProfiler:
       directory: where traces go, each in a folder of its own time.
       steps: which are traced; None traces nothing.
       say: tells where the trace lies.
+      apart: counts the time in which the profiler starts and writes, see `Throughput.apart`.
     """
 
-    def __init__(self, directory: Path, steps: ProfileSteps | None, say: Callable[[str], None]):
-        self._directory, self._steps, self._say = directory, steps, say
+    def __init__(
+        self,
+        directory: Path,
+        steps: ProfileSteps | None,
+        say: Callable[[str], None],
+        apart: Callable[[str], contextlib.AbstractContextManager[None]],
+    ):
+        self._directory, self._steps, self._say, self._apart = directory, steps, say, apart
         self._running = False
 
     def before(self, step: int, state: Any) -> None:
@@ -44,7 +52,8 @@ class StepProfiler:
         if self._steps and not self._running and self._steps.first <= step <= self._steps.last:
             # What was dispatched before is no part of these steps.
             jax.block_until_ready(state)
-            jax.profiler.start_trace(str(self._directory))
+            with self._apart("profile"):
+                jax.profiler.start_trace(str(self._directory))
             self._running = True
 
     def after(self, step: int, state: Any) -> None:
@@ -57,7 +66,8 @@ class StepProfiler:
         """Stops and writes a trace under way."""
         if self._running:
             self._running = False
-            jax.profiler.stop_trace()
+            with self._apart("profile"):
+                jax.profiler.stop_trace()
             self._say(
                 f"trace written to {self._directory}; `pip install xprof`, then "
                 f"`xprof --logdir {self._directory}` or TensorBoard shows it"

@@ -1,13 +1,16 @@
 """What a run tells while it goes: one line, or a bar on a terminal, per log period."""
 
 import collections
+import contextlib
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple, Protocol
 
 import jax
 import numpy as np
+
+from slm_jax.training.phases import Phases
 
 
 class Writer(Protocol):
@@ -54,7 +57,7 @@ _PARTS = ("speech", "encoder", "decoder")
 
 _SHARES = {"MFU": "mfu_percent", "HFU": "hfu_percent"}
 # What takes time in which nothing is trained.
-_APART = ("start", "compile", "checkpoint", "evaluation")
+_APART = ("start", "compile", "profile", "checkpoint", "evaluation")
 
 
 class Throughput:
@@ -63,11 +66,13 @@ class Throughput:
     Args:
       devices: number of devices that rates are shared out to.
       peak_flops: of one device, in FLOP/s; None where it is not known.
+      phases: clock of the process, which gets what stands apart too.
     """
 
-    def __init__(self, devices: int, peak_flops: float | None = None) -> None:
+    def __init__(self, devices: int, peak_flops: float | None = None, phases: Phases | None = None) -> None:
         self._devices = devices
         self._peak_flops = peak_flops
+        self._phases = phases or Phases()
         self._apart: dict[str, float] = {}
         self.restart()
 
@@ -85,8 +90,13 @@ class Throughput:
         """Adds time in which the devices had no batch to go on with."""
         self._waited += seconds
 
-    def apart(self, name: str, seconds: float) -> None:
-        """Adds seconds that just ended in which nothing was trained; they count for no rate."""
+    @contextlib.contextmanager
+    def apart(self, name: str) -> Iterator[None]:
+        """Counts the time of a block, in which nothing is trained, for no rate."""
+        began = time.monotonic()
+        with self._phases.phase(name):
+            yield
+        seconds = time.monotonic() - began
         self._apart[name] = self._apart.get(name, 0.0) + seconds
         self._not_trained += seconds
 

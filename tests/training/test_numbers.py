@@ -58,10 +58,10 @@ def test_rates_leave_out_what_is_no_training():
     throughput = Throughput(2, peak_flops=1e9)
     time.sleep(0.05)
     throughput.add({"target_tokens": 10.0}, 4e6, 5e6)
-    time.sleep(0.2)
-    throughput.apart("checkpoint", 0.2)
+    with throughput.apart("checkpoint"):
+        time.sleep(0.2)
     rates = throughput.read(1)
-    assert 0.04 < rates["step_seconds"] < 0.15 and rates["checkpoint_seconds"] == 0.2
+    assert 0.04 < rates["step_seconds"] < 0.15 and 0.2 <= rates["checkpoint_seconds"] < 0.4
     assert rates["mfu_percent"] == pytest.approx(100 * 4e6 / rates["step_seconds"] / 2 / 1e9)
     assert rates["hfu_percent"] == pytest.approx(rates["mfu_percent"] * 5 / 4)
     assert "checkpoint_seconds" not in throughput.read(1)
@@ -88,10 +88,14 @@ def test_an_evaluation_a_save_and_the_start_stand_apart(tmp_path, capfd):
     assert {"start/tracing_seconds", "start/compiling_seconds", "start/first_step_seconds"} <= set(start)
 
 
-def test_programs_are_written_and_steps_are_traced(tmp_path, capfd):
+def test_programs_are_written_and_steps_are_traced(tmp_path, capfd, monkeypatch):
     plain = toy_train(tmp_path / "a", 6)
     dump = tmp_path / "dump"
-    found = toy_train(tmp_path / "b", 6, profile_steps=ProfileSteps(3, 4), dump_program=dump)
+    for name in ("start_trace", "stop_trace"):
+        monkeypatch.setattr(jax.profiler, name, slowly(getattr(jax.profiler, name)))
+    writer = Written()
+    profiled = {"profile_steps": ProfileSteps(3, 4), "log_period": 6, "checkpoint_period": 6}
+    found = toy_train(tmp_path / "b", 6, dump_program=dump, writer=writer, **profiled)
     # Looking on changes no bit.
     jax.tree.map(lambda x, y: (x == y).all() or pytest.fail("other bits"), plain.state, found.state)
     assert "HloModule jit_train_step" in (dump / "train_step.hlo.txt").read_text()
@@ -100,7 +104,20 @@ def test_programs_are_written_and_steps_are_traced(tmp_path, capfd):
     assert "temp_size_in_bytes" in (dump / "train_step.memory.txt").read_text()
     traces = list((tmp_path / "b" / "profile").rglob("*.xplane.pb"))
     assert len(traces) == 1 and b"jit_train_step" in traces[0].read_bytes()
-    assert f"trace written to {tmp_path / 'b' / 'profile'}" in capfd.readouterr().err
+    said = capfd.readouterr().err
+    assert f"trace written to {tmp_path / 'b' / 'profile'}" in said
+    # Neither the start of a trace nor its end is training.
+    rates = writer.scalars[6]
+    assert rates["train/profile_seconds"] >= 1.0 > 6 * rates["train/step_seconds"]
+    assert re.search(r"step 6/6  .*apart: .*profile \d\.\d", said)
+
+
+def slowly(function):
+    def slow(*args):
+        time.sleep(0.5)
+        return function(*args)
+
+    return slow
 
 
 class TwoLengths(ToySource):
