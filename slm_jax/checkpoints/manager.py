@@ -1,5 +1,6 @@
 """Checkpoints of a run: state, cursor and provenance, saved in the background, kept by age and by metric."""
 
+import contextlib
 import enum
 import json
 from collections.abc import Mapping, Sequence
@@ -10,6 +11,7 @@ from typing import Any, NamedTuple
 import absl.logging
 import jax
 import orbax.checkpoint as ocp
+from etils import epath
 
 from slm_jax.checkpoints.directories import first_line
 from slm_jax.checkpoints.parameters import (
@@ -26,6 +28,7 @@ from slm_jax.checkpoints.provenance import (
     read_provenance,
 )
 from slm_jax.errors import UserError, nearest
+from slm_jax.partitioning.sharding import path_text
 
 MARKER_FILE = "slm_run.json"
 
@@ -303,6 +306,30 @@ class RunCheckpoints:
         }
         check_parameters(saved, parameter_table(abstract_params), self._where(step), check_dtype=False)
         return self._restore_state(step, {"params": abstract_params}, partial=True)["params"]
+
+    def restore_arrays(self, wanted: Mapping[str, jax.ShapeDtypeStruct], step: int) -> dict[str, jax.Array]:
+        """Restores single arrays of a state.
+
+        Args:
+          wanted: shapes with shardings by name, as the record's `parameters` names them.
+          step: which one.
+
+        Raises:
+          UserError: damaged data.
+        """
+
+        def of_leaf(path: Any, _: Any) -> Any:
+            # Orbax leaves `...` as it is.
+            return wanted.get(path_text(path), ...)
+
+        try:
+            with contextlib.closing(ocp.PyTreeCheckpointHandler()) as handler:
+                saved = handler.metadata(epath.Path(self._directory / str(step) / "state")).tree
+        except (OSError, ValueError) as error:
+            raise UserError(f"{self._where(step)} is damaged: {first_line(error)}") from error
+        state = self._restore_state(step, jax.tree_util.tree_map_with_path(of_leaf, saved))
+        leaves = {path_text(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(state)}
+        return {name: leaves[name] for name in wanted}
 
     def _restore_state(self, step: int, abstract: Any, partial: bool = False) -> Any:
         args = ocp.args.PyTreeRestore(

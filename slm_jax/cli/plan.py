@@ -188,6 +188,7 @@ def _program(run: "Run", topology: "Topology", batch: dict[str, Any]) -> Any:
         mesh=mesh,
         rules=run.mesh.rules,
         spikes=run.loop.spikes,
+        apart=run.carries_optimizer,
         # Virtual CPU devices know none of them.
         compiler_options={} if topology.stand_in else run.loop.compiler_options,
     )

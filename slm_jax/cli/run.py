@@ -18,6 +18,7 @@ from slm_jax.training.optimizers import OptimizerConfig
 # The resolved configuration in a run's directory: what commands read that take `--run`.
 CONFIG_FILE = "config.gin"
 STEPS = ("newest", "best")
+OPTIMIZER_STATES = ("carried", "fresh")
 DTYPES = ("bfloat16", "float16", "float32")
 
 
@@ -186,6 +187,8 @@ class Run:
       frozen_dtype: floating parameters of frozen parts are held in it; None keeps the dtype on disk.
       init_from: directory of another run; what that one has trained this one begins with, by name.
       init_from_step: of which checkpoint: `newest`, `best` by `LoopConfig.best_metric`, or a step.
+      init_optimizer: what goes on from there does so with its optimizer state, `carried`, or with a new one,
+        `fresh`; the schedule begins anew in any case.
       save_foundations: part of the model -> directory to which it is saved when the run is finished.
       save_format: of those: `orbax`, or `safetensors` for a model that one host holds.
       save_dtype: of their floating parameters; None keeps that of the training.
@@ -204,6 +207,7 @@ class Run:
     frozen_dtype: str | None = "bfloat16"
     init_from: str | None = None
     init_from_step: int | str = "newest"
+    init_optimizer: str = "carried"
     save_foundations: Mapping[str, str] = dataclasses.field(default_factory=dict)
     save_format: str = "orbax"
     save_dtype: str | None = None
@@ -221,12 +225,20 @@ class Run:
             raise UserError(f"Run.init_from_step is {step!r}{nearest(step, STEPS)}")
         if not isinstance(step, str):
             check_whole("Run.init_from_step", step)
+        if self.init_optimizer not in OPTIMIZER_STATES:
+            state = self.init_optimizer
+            raise UserError(f"Run.init_optimizer is {state!r}{nearest(state, OPTIMIZER_STATES)}")
         if self.save_format not in FORMATS:
             raise UserError(f"Run.save_format is {self.save_format!r}{nearest(self.save_format, FORMATS)}")
 
     def path(self, path: str | Path) -> Path:
         """Returns a path of the configuration as an absolute one."""
         return (Path(self.working_dir or ".") / path).absolute()
+
+    @property
+    def carries_optimizer(self) -> bool:
+        """Whether optimizer state goes on from another run."""
+        return self.init_from is not None and self.init_optimizer == "carried"
 
     @property
     def answer_lengths(self) -> Mapping[str, int]:

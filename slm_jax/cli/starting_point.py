@@ -1,17 +1,24 @@
-"""What a fresh run begins with besides foundation models: the trained parameters of another run."""
+"""What a fresh run begins with besides foundation models: what another run has trained."""
 
 import contextlib
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+import jax
+import jax.numpy as jnp
 
 from slm_jax.checkpoints.manager import RunCheckpoints
 from slm_jax.checkpoints.safetensors import flatten, unflatten
 from slm_jax.cli.run import Run
 from slm_jax.errors import UserError
+from slm_jax.training.carried import carried_slots
+from slm_jax.training.initialisation import RunShapes
+
+_OPTIMIZER = "opt_state/"
 
 
 class StartingPoint:
@@ -20,34 +27,86 @@ class StartingPoint:
     Args:
       run: the run that begins, with `init_from`.
       fingerprints: of its foundation models and tokenizers, by name.
-      frozen: names of what is frozen in it.
+      shapes: of its variables, with shardings.
     """
 
-    def __init__(self, run: Run, fingerprints: Mapping[str, str], frozen: Iterable[str]):
+    def __init__(self, run: Run, fingerprints: Mapping[str, str], shapes: RunShapes):
         assert run.init_from is not None
         self._run = run
         self._fingerprints = dict(fingerprints)
-        self._frozen = set(frozen)
+        self._shapes = shapes
         self._directory: Path = run.path(run.init_from)
+        self._found: int | None = None
 
     @staticmethod
     def fingerprint(run: Run) -> str:
         """Of what is asked for, so that a run goes on where the other one is gone, or has gone on."""
         return hashlib.sha256(json.dumps([run.init_from, run.init_from_step]).encode()).hexdigest()
 
-    def load(self, shapes: Mapping[str, Any], report: Callable[[str], None]) -> dict[str, Any]:
+    def load(self, report: Callable[[str], None]) -> dict[str, Any]:
         """Returns the parameters that the other run has trained.
 
         Args:
-          shapes: of all that trains in this run, with shardings.
           report: takes a line that says what comes from where.
 
         Raises:
           UserError: there is no such checkpoint, it was trained on other foundation models or tokenizers, or
-            holds a parameter that does not train here or has another shape.
+            by another optimizer, of which state is wanted, or holds a parameter that does not train here or
+            has another shape.
         """
         if self._directory == self._run.path(self._run.model_dir):
             raise UserError(f"run.Run.init_from is {self._run.init_from!r}, this run, expected another one")
+        with self._open() as (checkpoints, step):
+            where = f"run.Run.init_from: checkpoint {checkpoints.directory / str(step)}"
+            record = checkpoints.read_record(step)
+            self._check_fingerprints(record["provenance"]["fingerprints"], where)
+            places, frozen = flatten(self._shapes.state.params), flatten(self._shapes.frozen)
+            saved = _below("params/", record["parameters"])
+            for name in sorted(saved.keys() - places.keys()):
+                if name in frozen:
+                    raise UserError(
+                        f"{where} has trained {name}, which is frozen in this run; expected that it "
+                        "trains, or a foundation model that run.Run.save_foundations of that run saves"
+                    )
+            kept = {name: place for name, place in places.items() if name in saved}
+            params = checkpoints.restore_params(unflatten(kept), step=step)
+            if self._run.carries_optimizer and self._slots(record) is None:
+                raise UserError(
+                    f"{where} has optimizer state of another form than {type(self._run.optimizer).__name__} "
+                    "has for what goes on; expected the optimizer of that run, or "
+                    "run.Run.init_optimizer = 'fresh'"
+                )
+        new = _by_part(places.keys() - saved.keys())
+        told = f"{where}: {_by_part(kept)} go on from it"
+        if self._run.carries_optimizer:
+            told += " with their optimizer state"
+        report(f"{told}, {new} do not" if new else told)
+        return params
+
+    def load_slots(self, opt_state: Any) -> dict[str, jax.Array]:
+        """Returns the optimizer state of what goes on, by name in this run's; after `load`.
+
+        Args:
+          opt_state: shapes of the optimizer's state, with shardings.
+        """
+        places = flatten(opt_state)
+        with self._open() as (checkpoints, step):
+            slots = self._slots(checkpoints.read_record(step))
+            assert slots is not None
+            wanted = {saved: places[name] for name, saved in slots.items()}
+            arrays = checkpoints.restore_arrays(
+                {f"{_OPTIMIZER}{name}": place for name, place in wanted.items()}, step
+            )
+        # One count may become that of many parameters; the state is donated, so each is an array of its own.
+        return {name: jnp.copy(arrays[f"{_OPTIMIZER}{saved}"]) for name, saved in slots.items()}
+
+    def _slots(self, record: Mapping[str, Any]) -> dict[str, str] | None:
+        saved = _below(_OPTIMIZER, record["parameters"])
+        going_on = _below("params/", record["parameters"]).keys() & flatten(self._shapes.state.params).keys()
+        return carried_slots(self._shapes.state.opt_state, saved, going_on)
+
+    @contextlib.contextmanager
+    def _open(self) -> Iterator[tuple[RunCheckpoints, int]]:
         loop = self._run.loop
         with contextlib.closing(
             RunCheckpoints(
@@ -57,26 +116,10 @@ class StartingPoint:
                 read_only=True,
             )
         ) as checkpoints:
-            step = self._step(checkpoints)
-            where = f"run.Run.init_from: checkpoint {checkpoints.directory / str(step)}"
-            record = checkpoints.read_record(step)
-            self._check_fingerprints(record["provenance"]["fingerprints"], where)
-            places = flatten(shapes)
-            saved = {
-                name.removeprefix("params/") for name in record["parameters"] if name.startswith("params/")
-            }
-            for name in sorted(saved - places.keys()):
-                if name in self._frozen:
-                    raise UserError(
-                        f"{where} has trained {name}, which is frozen in this run; expected that it "
-                        "trains, or a foundation model that run.Run.save_foundations of that run saves"
-                    )
-            kept = {name: place for name, place in places.items() if name in saved}
-            params = checkpoints.restore_params(unflatten(kept), step=step)
-        new = _by_part(places.keys() - saved)
-        told = f"{where}: {_by_part(kept)} go on from it"
-        report(f"{told}, {new} do not" if new else told)
-        return params
+            if self._found is None:
+                # Once: the other run may go on meanwhile.
+                self._found = self._step(checkpoints)
+            yield checkpoints, self._found
 
     def _step(self, checkpoints: RunCheckpoints) -> int:
         asked, metric = self._run.init_from_step, self._run.loop.best_metric
@@ -111,6 +154,15 @@ class StartingPoint:
                     f"{where} was made with another {name}: it has fingerprint {before or 'none'}, this run "
                     f"has {now or 'none'}, expected the same"
                 )
+
+
+def _below(prefix: str, table: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Shapes of the arrays of a record's table whose names begin so, by the rest of their names."""
+    return {
+        name.removeprefix(prefix): tuple(shape)
+        for name, (shape, _) in table.items()
+        if name.startswith(prefix)
+    }
 
 
 def _by_part(names: Iterable[str]) -> str:

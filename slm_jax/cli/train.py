@@ -129,6 +129,7 @@ def train(
         mesh=wired.mesh,
         rules=run.mesh.rules,
         load_variables=wired.load_foundations,
+        load_slots=wired.load_slots if run.carries_optimizer else None,
         provenance=wired.provenance(gin_config.operative_config()),
         evaluate=evaluate,
         writer=_TensorBoard(model_dir / "tensorboard") if first_process else None,

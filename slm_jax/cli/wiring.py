@@ -14,7 +14,6 @@ from jax.sharding import Mesh
 from slm_jax.checkpoints.foundation import architecture, load_foundation, read_foundation
 from slm_jax.checkpoints.manager import RunCheckpoints
 from slm_jax.checkpoints.provenance import Provenance, make_provenance
-from slm_jax.checkpoints.safetensors import flatten
 from slm_jax.cli.frames import SpeechFrames
 from slm_jax.cli.main import default_cache_dir
 from slm_jax.cli.run import Run
@@ -338,7 +337,7 @@ class Wiring:
     def shapes(self) -> RunShapes:
         """Shapes with shardings of all variables."""
         run, batch = self.run, self._batch_shapes()
-        optimizer = optimizer_of(run.optimizer, run.objective, batch, run.loop.spikes)
+        optimizer = optimizer_of(run.optimizer, run.objective, batch, run.loop.spikes, run.carries_optimizer)
         return run_shapes(run.objective, optimizer, batch, self.mesh, run.mesh.rules)
 
     def plan_text(self) -> str:
@@ -353,6 +352,10 @@ class Wiring:
         Raises:
           UserError: a part that the model lacks, or a checkpoint that does not fit it.
         """
+        begun: dict[str, Any] = {}
+        if self.run.init_from is not None and "params" in shapes:
+            # First: what does not fit is told before foundation models are read.
+            begun = {"params": self._start.load(say if jax.process_index() == 0 else lambda _: None)}
         loaded: dict[str, Any] = {}
         for part, name in self.run.foundations.items():
             place = self._part(part, "foundations")
@@ -374,11 +377,15 @@ class Wiring:
                     # What trains does so in its own dtype, whatever the one on disk.
                     params = jax.tree.map(lambda leaf, shape: leaf.astype(shape.dtype), params, abstract)
                 loaded = _merged(loaded, _at_path((collection, *place.path), params))
-        if self.run.init_from is not None and "params" in shapes:
-            start = StartingPoint(self.run, self._model_fingerprints(), flatten(self.shapes.frozen))
-            params = start.load(shapes["params"], say if jax.process_index() == 0 else lambda _: None)
-            loaded = _merged(loaded, {"params": params})
-        return loaded
+        return _merged(loaded, begun)
+
+    def load_slots(self, opt_state: Any) -> Mapping[str, jax.Array]:
+        """Loads the optimizer state that goes on with `Run.init_from` (see `training.loop.train`)."""
+        return self._start.load_slots(opt_state)
+
+    @functools.cached_property
+    def _start(self) -> StartingPoint:
+        return StartingPoint(self.run, self._model_fingerprints(), self.shapes)
 
     def provenance(self, config: str) -> Provenance:
         """Returns the record of this run for its checkpoints."""

@@ -1,6 +1,6 @@
 """The variables of a run: shapes, places, and how they come to be, never whole on one device."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -19,6 +19,8 @@ from slm_jax.training.state import TrainState
 
 # Gets shapes with shardings by collection; returns arrays for the parts of that tree that it knows.
 LoadVariables = Callable[[dict[str, Any]], dict[str, Any]]
+# Gets shapes with shardings of the optimizer's state; returns arrays by name, such as `inner_state/0/count`.
+LoadSlots = Callable[[Any], Mapping[str, jax.Array]]
 
 
 class RunShapes(NamedTuple):
@@ -40,15 +42,16 @@ def optimizer_of(
     objective: Objective,
     batch_shapes: dict[str, jax.ShapeDtypeStruct],
     spikes: SpikeConfig | None = None,
+    apart: bool = False,
 ) -> optax.GradientTransformation:
-    """Makes a run's optimizer, which may look at the logical axes of the parameters."""
+    """Makes a run's optimizer as `make_optimizer`, which may look at the logical axes of the parameters."""
     boxed = jax.eval_shape(objective.init, jax.random.key(0), batch_shapes)["params"]
     axes = jax.tree.map(
         lambda leaf: tuple(leaf.names) if isinstance(leaf, nn.Partitioned) else (),
         boxed,
         is_leaf=lambda leaf: isinstance(leaf, nn.Partitioned),
     )
-    return make_optimizer(config, axes, spikes)
+    return make_optimizer(config, axes, spikes, apart)
 
 
 def run_shapes(
@@ -137,9 +140,32 @@ def make_variables(
     )
 
 
-def make_state(params: Any, optimizer: optax.GradientTransformation, shapes: TrainState) -> TrainState:
-    """The state before the first step."""
-    opt_state = jax.jit(optimizer.init, out_shardings=shardings_of(shapes.opt_state))(params)
+def make_state(
+    params: Any,
+    optimizer: optax.GradientTransformation,
+    shapes: TrainState,
+    carried: Mapping[str, jax.Array] | None = None,
+) -> TrainState:
+    """The state before the first step.
+
+    Args:
+      params: the trained parameters.
+      optimizer: of the run.
+      shapes: of the state, with shardings.
+      carried: optimizer state by name, such as `inner_state/0/count`, that goes on from another run.
+    """
+    slots = {path_text(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(shapes.opt_state)}
+    carried = carried or {}
+    missing = [name for name in slots if name not in carried]
+
+    def initialise(params: Any) -> list[jax.Array]:
+        leaves = jax.tree_util.tree_leaves_with_path(optimizer.init(params))
+        return [leaf for path, leaf in leaves if path_text(path) not in carried]
+
+    fresh = jax.jit(initialise, out_shardings=[slots[name].sharding for name in missing])(params)
+    leaves = {**carried, **dict(zip(missing, fresh, strict=True))}
+    placed = [jax.device_put(leaves[name], slot.sharding) for name, slot in slots.items()]
+    opt_state = jax.tree.unflatten(jax.tree.structure(shapes.opt_state), placed)
     return TrainState(jax.device_put(jnp.int32(0), shapes.step.sharding), params, opt_state)
 
 

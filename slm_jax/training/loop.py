@@ -20,7 +20,7 @@ from slm_jax.training.compiled import CompiledStep, CompiledSteps
 from slm_jax.training.compiler_options import check_option_types
 from slm_jax.training.evaluation_mark import EvaluationMark
 from slm_jax.training.first_lines import say_devices, say_first_batch
-from slm_jax.training.initialisation import LoadVariables, make_state, make_variables
+from slm_jax.training.initialisation import LoadSlots, LoadVariables, make_state, make_variables
 from slm_jax.training.objectives.base import Objective
 from slm_jax.training.optimizers import OptimizerConfig
 from slm_jax.training.phases import Phases, start_line
@@ -145,6 +145,7 @@ def train(
     mesh: Mesh,
     rules: LogicalRules = DEFAULT_RULES,
     load_variables: LoadVariables | None = None,
+    load_slots: LoadSlots | None = None,
     provenance: Provenance | None = None,
     evaluate: Evaluate | None = None,
     writer: Writer | None = None,
@@ -165,6 +166,8 @@ def train(
       mesh, rules: where arrays lie.
       load_variables: brings foundation models: gets shapes with shardings by collection (`frozen`, and
         `params` in a fresh run), returns arrays for the parts that it knows; the rest is initialised.
+      load_slots: brings optimizer state into a fresh run: gets its shapes with shardings, returns arrays by
+        name of what goes on from elsewhere. With it every parameter counts its own updates (`carried`).
       provenance: operative configuration and fingerprints; the plan's fingerprint is added here.
       evaluate: called every `eval_period` steps and after the last one; a run that was stopped before that
         one is over calls it again.
@@ -194,6 +197,7 @@ def train(
             microbatches=config.microbatches,
             spikes=config.spikes,
             compiler_options=config.compiler_options,
+            apart=load_slots is not None,
             mesh=mesh,
             rules=rules,
         )
@@ -236,7 +240,8 @@ def train(
         rollbacks.forget()
         first_step, cursor = 0, DataCursor(0, source.fingerprint)
         with phases.phase("initialisation"):
-            state = make_state(variables["params"], program.optimizer, shapes.state)
+            carried = load_slots(shapes.state.opt_state) if load_slots else {}
+            state = make_state(variables["params"], program.optimizer, shapes.state, carried)
     if jax.process_index() == 0:
         (model_dir / "sharding_plan.txt").write_text(plan_text(shapes.boxed, mesh, rules), encoding="utf-8")
     if on_start:

@@ -10,6 +10,7 @@ import numpy as np
 import optax
 
 from slm_jax.errors import UserError, nearest
+from slm_jax.training.carried import alone, by_parameter, leaf_at
 from slm_jax.training.spikes import SpikeConfig, watch_spikes
 
 
@@ -135,7 +136,10 @@ def make_schedule(config: ScheduleConfig) -> optax.Schedule:
 
 
 def make_optimizer(
-    config: OptimizerConfig, axes: optax.Params | None = None, spikes: SpikeConfig | None = None
+    config: OptimizerConfig,
+    axes: optax.Params | None = None,
+    spikes: SpikeConfig | None = None,
+    apart: bool = False,
 ) -> optax.GradientTransformation:
     """The Optax transformation: clipping, then the optimizer; updates that are not finite are left out.
 
@@ -146,10 +150,23 @@ def make_optimizer(
       config: which one.
       axes: tree of the parameters with the tuple of logical axis names at each leaf; Muon needs it.
       spikes: which steps stand out, and whether they are left out too; None watches for none.
+      apart: whether every parameter counts its own updates (`carried.by_parameter`).
     """
+    if apart:
+        inner = by_parameter(lambda path: _unclipped(config, axes and alone(path, leaf_at(axes, path))))
+    else:
+        inner = _unclipped(config, axes)
+    if config.clip_norm is not None:
+        inner = optax.chain(optax.clip_by_global_norm(config.clip_norm), inner)
+    # Past its bound apply_if_finite would apply the poisoned update; the loop stops long before this one.
+    finite = optax.apply_if_finite(inner, max_consecutive_errors=np.iinfo(np.int32).max)
+    return watch_spikes(spikes, finite) if spikes else finite
+
+
+def _unclipped(config: OptimizerConfig, axes: optax.Params | None) -> optax.GradientTransformation:
     schedule = make_schedule(config.schedule)
     if isinstance(config, AdamWConfig):
-        inner = optax.adamw(
+        return optax.adamw(
             schedule,
             b1=config.b1,
             b2=config.b2,
@@ -157,29 +174,23 @@ def make_optimizer(
             weight_decay=config.weight_decay,
             mask=_is_matrix,
         )
-    elif isinstance(config, MuonConfig):
+    if isinstance(config, MuonConfig):
         if axes is None:
             raise ValueError("Muon needs the logical axes of the parameters")
-        inner = optax.contrib.muon(
+        return optax.contrib.muon(
             lambda count: config.matrix_scale * schedule(count),
             adam_learning_rate=schedule,
             muon_weight_dimension_numbers=jax.tree.map(matrix_dims, axes, is_leaf=is_names),
         )
-    else:
-        inner = optax.adafactor(
-            schedule,
-            min_dim_size_to_factor=config.min_dim_size_to_factor,
-            decay_rate=config.decay_rate,
-            multiply_by_parameter_scale=config.scale_by_parameter,
-            clipping_threshold=config.update_rms,
-            # Momentum would double the optimizer's memory, what Adafactor is there to save.
-            momentum=None,
-        )
-    if config.clip_norm is not None:
-        inner = optax.chain(optax.clip_by_global_norm(config.clip_norm), inner)
-    # Past its bound apply_if_finite would apply the poisoned update; the loop stops long before this one.
-    finite = optax.apply_if_finite(inner, max_consecutive_errors=np.iinfo(np.int32).max)
-    return watch_spikes(spikes, finite) if spikes else finite
+    return optax.adafactor(
+        schedule,
+        min_dim_size_to_factor=config.min_dim_size_to_factor,
+        decay_rate=config.decay_rate,
+        multiply_by_parameter_scale=config.scale_by_parameter,
+        clipping_threshold=config.update_rms,
+        # Momentum would double the optimizer's memory, what Adafactor is there to save.
+        momentum=None,
+    )
 
 
 # Axes that belong together: a head and what is in it, and the two maps of a joined gate.

@@ -52,6 +52,7 @@ def make_train_program(
     rules: LogicalRules = DEFAULT_RULES,
     spikes: SpikeConfig | None = None,
     compiler_options: Mapping[str, Any] | None = None,
+    apart: bool = False,
 ) -> TrainProgram:
     """Makes a run's program; computes nothing of it.
 
@@ -64,13 +65,14 @@ def make_train_program(
       mesh, rules: where arrays lie.
       spikes: which steps stand out, and whether they are left out; None watches for none.
       compiler_options: of the step's compilation, name -> value.
+      apart: whether every parameter counts its own updates, see `optimizers.make_optimizer`.
 
     Raises:
       UserError: from the partitioning rules, the compiler refuses an option, or the objective has nothing
         to train.
     """
     check_compiler_options(compiler_options or {}, mesh)
-    transformation = optimizer_of(optimizer, objective, batch_shapes, spikes)
+    transformation = optimizer_of(optimizer, objective, batch_shapes, spikes, apart)
     shapes = run_shapes(objective, transformation, batch_shapes, mesh, rules)
     step = make_train_step(
         objective,

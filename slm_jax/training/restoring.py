@@ -1,11 +1,15 @@
 """What a run goes on from: a checkpoint, with what has changed since about spikes and rollbacks."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import jax
 
 from slm_jax.checkpoints.manager import Restored, RunCheckpoints
+from slm_jax.checkpoints.parameters import parameter_table
 from slm_jax.checkpoints.provenance import Provenance
+from slm_jax.errors import UserError
+from slm_jax.training.carried import is_slot_apart
 from slm_jax.training.rollback import Rollbacks
 from slm_jax.training.spikes import SpikeState, fresh
 from slm_jax.training.state import DataCursor, TrainState
@@ -23,7 +27,9 @@ def restore_run(
     step = checkpoints.latest_step() if step is None else step
     if step is None:
         return None
-    saved = _STATISTICS in checkpoints.read_record(step)["parameters"]
+    names = checkpoints.read_record(step)["parameters"].keys()
+    _check_counts(names, parameter_table(shapes).keys(), f"checkpoint {checkpoints.directory / str(step)}")
+    saved = _STATISTICS in names
     wanted = isinstance(shapes.opt_state, SpikeState)
     if saved == wanted:
         return checkpoints.restore(shapes, provenance, step)
@@ -44,6 +50,18 @@ def restore_run(
         begun = jax.device_put(fresh(None), shapes.step.sharding)
         opt_state = begun._replace(inner_state=opt_state)
     return restored._replace(state=restored.state._replace(opt_state=opt_state))
+
+
+def _check_counts(saved: Iterable[str], wanted: Iterable[str], where: str) -> None:
+    """Refuses to go on with one count of updates where there were many, or the other way round."""
+    before, now = (
+        "carried" if any(is_slot_apart(name) for name in names) else "fresh" for names in (saved, wanted)
+    )
+    if before != now:
+        raise UserError(
+            f"{where} has optimizer state that began as init_optimizer={before!r}, and this run asks for "
+            f"{now!r}; expected init_from and init_optimizer as the run began"
+        )
 
 
 def cursor_after(restored: Restored, rollbacks: Rollbacks, rows_per_step: int) -> DataCursor:

@@ -12,24 +12,27 @@ import pytest
 from jax.sharding import SingleDeviceSharding
 
 from slm_jax.checkpoints.manager import RunCheckpoints
-from slm_jax.checkpoints.safetensors import flatten, unflatten
 from slm_jax.cli.run import load_run
 from slm_jax.cli.starting_point import StartingPoint
+from slm_jax.cli.wiring import Wiring
 from slm_jax.errors import UserError
+from slm_jax.training.initialisation import RunShapes
+from slm_jax.training.state import TrainState
 
 SCHEDULE = ("WARMUP_STEPS=1", "optimizers.ScheduleConfig.total_steps=4")
 LORA = ("LORA=@lora.LoRAConfig()", "lora.LoRAConfig.rank=4")
 
 
-def params_of(run: Path, step: int) -> dict[str, np.ndarray]:
+def arrays_of(run: Path, step: int, prefix: str = "params/") -> dict[str, np.ndarray]:
     sharding = SingleDeviceSharding(jax.devices()[0])
     with contextlib.closing(RunCheckpoints(run / "checkpoints", read_only=True)) as checkpoints:
         shapes = {
-            name.removeprefix("params/"): jax.ShapeDtypeStruct(tuple(shape), dtype, sharding=sharding)
+            name: jax.ShapeDtypeStruct(tuple(shape), dtype, sharding=sharding)
             for name, (shape, dtype) in checkpoints.read_record(step)["parameters"].items()
-            if name.startswith("params/")
+            if name.startswith(prefix)
         }
-        return jax.device_get(flatten(checkpoints.restore_params(unflatten(shapes), step=step)))
+        arrays = jax.device_get(checkpoints.restore_arrays(shapes, step))
+    return {name.removeprefix(prefix): array for name, array in arrays.items()}
 
 
 @pytest.fixture(scope="module")
@@ -54,8 +57,8 @@ def test_the_adapter_goes_on_lora_begins_and_the_run_resumes_without_the_first(w
     done = workshop.slm(words(workshop, source, run, 1))
     assert done.status == 0, done.err
     assert f"{source}/checkpoints/2: " in done.err
-    assert " of adapter go on from it, 12 parameters of llm do not" in done.err
-    taken, found = params_of(first, 2), params_of(run, 1)
+    assert " of adapter go on from it with their optimizer state, 12 parameters of llm do not" in done.err
+    taken, found = arrays_of(first, 2), arrays_of(run, 1)
     assert {name for name in found if name not in taken} == {name for name in found if "lora" in name}
     for name, leaf in taken.items():
         np.testing.assert_array_equal(found[name], leaf)
@@ -64,6 +67,25 @@ def test_the_adapter_goes_on_lora_begins_and_the_run_resumes_without_the_first(w
         for folder in (first, run)
     )
     assert log[0]["loss"] < first_log[0]["loss"]
+
+    # What the second run began with, by the wiring of it.
+    wired = Wiring(load_run(run))
+    wired.load_foundations({"params": wired.shapes.state.params})
+    slots = wired.load_slots(wired.shapes.state.opt_state)
+    before = arrays_of(first, 2, "opt_state/")
+    assert slots.keys() == {
+        f"inner_state/1/states/{name}/0/{slot}"
+        for name in taken
+        for slot in ("count", f"mu/{name}", f"nu/{name}")
+    }
+    for name, slot in slots.items():
+        _, _, saved = name.rpartition("/0/")
+        np.testing.assert_array_equal(slot, before[f"inner_state/1/0/{saved}"])
+    # After its first step.
+    after = arrays_of(run, 1, "opt_state/")
+    for name in found:
+        adam, schedule = (after[f"inner_state/1/states/{name}/{place}/count"] for place in (0, 2))
+        assert (int(adam), int(schedule)) == (3 if name in taken else 1, 1)
 
     shutil.rmtree(source)
     for more, status, told in (
@@ -88,6 +110,10 @@ def test_the_adapter_goes_on_lora_begins_and_the_run_resumes_without_the_first(w
             ["LORA=None", "slm.SLMConfig.trainable=('llm',)"],
             "which is frozen in this run",
         ),
+        (
+            ["OPTIMIZER=@optimizers.AdafactorConfig()"],
+            "another form than AdafactorConfig has for what goes on",
+        ),
     ],
 )
 def test_a_start_that_does_not_fit_is_refused_by_name(workshop, first, tmp_path, more, told):
@@ -98,14 +124,14 @@ def test_a_start_that_does_not_fit_is_refused_by_name(workshop, first, tmp_path,
 
 
 def test_which_checkpoint_and_on_what_it_was_trained(first):
-    known = load_run(first)
+    known, shapes = load_run(first), RunShapes({}, TrainState(0, {}, {}), {})
     run = dataclasses.replace(known, model_dir=str(first.parent / "second"), init_from=str(first))
 
     def told(fingerprints, metric=None, **changes) -> str:
         loop = dataclasses.replace(run.loop, best_metric=metric)
-        start = StartingPoint(dataclasses.replace(run, loop=loop, **changes), fingerprints, ())
+        start = StartingPoint(dataclasses.replace(run, loop=loop, **changes), fingerprints, shapes)
         with pytest.raises(UserError) as error:
-            start.load({}, print)
+            start.load(print)
         return str(error.value)
 
     assert "init_from_step is 7, and" in told({}, init_from_step=7)
@@ -113,5 +139,6 @@ def test_which_checkpoint_and_on_what_it_was_trained(first):
     assert "no checkpoint that was scored by a/wer" in told({}, "a/wer", init_from_step="best")
     assert "this run, expected another" in told({}, init_from=run.model_dir)
     assert "made with another foundation/llm" in told({"foundation/llm": "00"})
-    with pytest.raises(UserError, match="did you mean 'newest'"):
-        dataclasses.replace(run, init_from_step="newst")
+    for change, meant in (({"init_from_step": "newst"}, "newest"), ({"init_optimizer": "fesh"}, "fresh")):
+        with pytest.raises(UserError, match=f"did you mean '{meant}'"):
+            dataclasses.replace(run, **change)
