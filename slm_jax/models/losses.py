@@ -79,7 +79,7 @@ def frozen_head_cross_entropy(
         return jax.lax.dynamic_slice_in_dim(split(head.kernel, words), start, size, axis=axis)
 
     def add(sums: tuple[jax.Array, ...], number: jax.Array) -> tuple[tuple[jax.Array, ...], None]:
-        largest_BTS, total_BTS, mixed_BTSD, target_BTS, likeliest_BTS = sums
+        largest_BTS, total_BTS, mixed_BTSD, target_BTS = sums
         # The last chunk is as large as the others: what it has in common with the one before counts once.
         start = jnp.minimum(number * size, words - size)
         is_new_W = start + jnp.arange(size) >= number * size
@@ -94,10 +94,7 @@ def frozen_head_cross_entropy(
         is_target = start + first_S[:, None] + jnp.arange(size) == targets_BT[..., None, None]
         is_target &= is_new_W
         target_BTS = target_BTS + jnp.sum(jnp.where(is_target, logits, 0.0), axis=-1)
-        found_BTS = jnp.max(logits, axis=-1)
-        word_BTS = jnp.argmax(logits, axis=-1) + start + first_S
-        likeliest_BTS = jnp.where(found_BTS > largest_BTS, word_BTS, likeliest_BTS)
-        now_BTS = jnp.maximum(largest_BTS, found_BTS)
+        now_BTS = jnp.maximum(largest_BTS, jnp.max(logits, axis=-1))
         weights = jnp.exp(logits - now_BTS[..., None])
         kept_BTS = jnp.exp(largest_BTS - now_BTS)
         total_BTS = total_BTS * kept_BTS + jnp.sum(weights, axis=-1)
@@ -109,7 +106,7 @@ def frozen_head_cross_entropy(
             f"btsw,{dims}->btsd", weights.astype(head.dtype), part, preferred_element_type=jnp.float32
         )
         mixed_BTSD = cut(mixed_BTSD * kept_BTS[..., None] + new_BTSD)
-        return (now_BTS, total_BTS, mixed_BTSD, target_BTS, likeliest_BTS), None
+        return (now_BTS, total_BTS, mixed_BTSD, target_BTS), None
 
     zeros_BTS = cut(jnp.zeros((rows, length, shards), jnp.float32))
     sums = (
@@ -117,16 +114,15 @@ def frozen_head_cross_entropy(
         zeros_BTS,
         cut(jnp.zeros((rows, length, shards, dim), jnp.float32)),
         zeros_BTS,
-        jnp.zeros_like(zeros_BTS, jnp.int32),
     )
     sums = jax.lax.scan(add, sums, jnp.arange(math.ceil(words / size)))[0]
 
-    largest_BTS, total_BTS, mixed_BTSD, target_BTS, likeliest_BTS = sums
+    largest_BTS, total_BTS, mixed_BTSD, target_BTS = sums
     largest_BT1 = jnp.max(largest_BTS, axis=-1, keepdims=True)
     kept_BTS = jnp.exp(largest_BTS - largest_BT1)
     total_BT = jnp.sum(total_BTS * kept_BTS, axis=-1)
-    losses_BT = largest_BT1[..., 0] + jnp.log(total_BT) - jnp.sum(target_BTS, axis=-1)
-    likeliest_BT = jnp.min(jnp.where(largest_BTS == largest_BT1, likeliest_BTS, vocab), axis=-1)
+    largest_BT, target_BT = largest_BT1[..., 0], jnp.sum(target_BTS, axis=-1)
+    losses_BT = largest_BT + jnp.log(total_BT) - target_BT
     target_BTD = jnp.take(head.kernel, targets_BT, axis=0 if head.tied else 1)
     target_BTD = (target_BTD if head.tied else jnp.moveaxis(target_BTD, 0, -1)).astype(jnp.float32)
     if head.kernel_scale is not None:
@@ -136,7 +132,7 @@ def frozen_head_cross_entropy(
     gradient_BTD = with_logical_constraint(
         gradient_BTD.astype(head.dtype), ("activation_batch", "activation_length", "activation_embed")
     )
-    return _with_gradient(losses_BT, hidden_BTD, gradient_BTD), likeliest_BT == targets_BT
+    return _with_gradient(losses_BT, hidden_BTD, gradient_BTD), target_BT >= largest_BT
 
 
 def chunked_cross_entropy(
@@ -147,7 +143,7 @@ def chunked_cross_entropy(
     *,
     frozen_head: Callable[[jax.Array], jax.Array] | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns the cross-entropy of each token, float32 [B, T], and whether it is the likeliest, bool [B, T].
+    """Returns the cross-entropy of each token, float32 [B, T], and whether none is likelier, bool [B, T].
 
     The tokens are cut along T, so that rows stay where the mesh put them, and logits of more than one chunk
     never exist at a time. Where the head trains, each chunk's logits are computed again in the backward pass.
@@ -173,7 +169,7 @@ def chunked_cross_entropy(
         is_target = jnp.arange(logits_BCV.shape[-1]) == targets_BC[..., None]
         target_logit = jnp.sum(jnp.where(is_target, logits_BCV, 0.0), axis=-1)
         normalizer_BC = jax.nn.logsumexp(logits_BCV, axis=-1)
-        correct_BC = jnp.argmax(logits_BCV, axis=-1) == targets_BC
+        correct_BC = target_logit >= jnp.max(logits_BCV, axis=-1)
         if frozen_head is None:
             return normalizer_BC - target_logit, correct_BC
         gradient_BCV = jnp.exp(logits_BCV - normalizer_BC[..., None]) - is_target
