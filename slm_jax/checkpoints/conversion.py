@@ -31,7 +31,7 @@ from slm_jax.checkpoints.sources.t5x import T5XSource, find_t5x
 from slm_jax.checkpoints.streaming import StreamedArray
 from slm_jax.errors import UserError, nearest
 from slm_jax.models.networks import boxed_params
-from slm_jax.models.quantization import SCALE, quantized, rounded
+from slm_jax.models.quantization import SCALE, host_scales, quantized, rounded
 
 # int8 is of matrices; what else there is stays in the checkpoint's dtype.
 FLOATING = ("float32", "bfloat16")
@@ -283,11 +283,9 @@ class _Parts:
         """Returns what is written of a parameter's values, or of one layer's: themselves, int8, or scales."""
         table = self.plan.table
         if table[self.name][1] == "int8":
-            small, _ = rounded(values, self._scale_shape(values, self.name + SCALE, stacked))
-            return small
+            return rounded(values, self._scale_shape(values, self.name + SCALE, stacked))[0]
         if table.get(self.name.removesuffix(SCALE), ("", ""))[1] == "int8":
-            _, scale = rounded(values, self._scale_shape(values, self.name, stacked))
-            return scale
+            return host_scales(values, self._scale_shape(values, self.name, stacked))
         return values
 
     def _is_summed(self, dim: int) -> bool:

@@ -21,6 +21,8 @@ _TABLE = "embedding"
 _MATRIX_AXES = {"layers", "embed", "heads", "kv", "mlp", "vocab", "gates"}
 # The largest value of a channel becomes 127. A factor: compilers make one of a division, and round otherwise.
 _STEP = np.float32(1 / 127)
+# Numbers that are rounded at once on a host.
+_BLOCK = 1 << 18
 
 
 def quantized(boxed: Mapping[str, Any]) -> dict[str, Any]:
@@ -85,11 +87,19 @@ def rounded(matrix: np.ndarray, scale_shape: Sequence[int]) -> tuple[np.ndarray,
       matrix: of any floating dtype.
       scale_shape: its shape, but 1 in the dims over which a product sums.
     """
-    reduced = tuple(dim for dim, size in enumerate(scale_shape) if size == 1)
-    matrix = matrix.astype(np.float32)
-    largest = np.max(np.abs(matrix), axis=reduced, keepdims=True)
-    scale = np.where(largest > 0, largest, np.float32(1)) * _STEP
-    return np.round(matrix / scale).astype(np.int8), scale
+    scale = host_scales(matrix, scale_shape)
+    values, scales = np.empty(matrix.shape, np.int8), np.broadcast_to(scale, matrix.shape)
+    # As many rows at a time as the processor's cache holds, with what is computed on the way.
+    rows = max(1, _BLOCK // max(1, matrix[:1].size))
+    for first in range(0, len(matrix), rows):
+        block = slice(first, first + rows)
+        values[block] = _nearest(matrix[block], scales[block], np)
+    return values, scale
+
+
+def host_scales(matrix: np.ndarray, scale_shape: Sequence[int]) -> np.ndarray:
+    """Returns the scales of `rounded` alone."""
+    return _scales(matrix, tuple(dim for dim, size in enumerate(scale_shape) if size == 1), np)
 
 
 def is_quantized(shapes: Any) -> bool:
@@ -119,7 +129,28 @@ def _contracted(name: str, leaf: Any) -> tuple[int, ...]:
 
 def _split(matrix: jax.Array, reduced: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
     """Returns int8 values and float32 scales, whose product is nearest to the matrix."""
-    matrix = matrix.astype(jnp.float32)
-    largest = jnp.max(jnp.abs(matrix), axis=reduced, keepdims=True)
-    scale = jnp.where(largest > 0, largest, 1.0) * _STEP
-    return jnp.round(matrix / scale).astype(jnp.int8), scale
+    scale = _scales(matrix, reduced, jnp)
+    return _nearest(matrix, scale, jnp), scale
+
+
+def _scales(matrix: Any, reduced: tuple[int, ...], xp: Any) -> Any:
+    """Returns float32 scales of a matrix of JAX or NumPy, where `xp` is `jax.numpy` or `numpy`."""
+    largest = xp.max(xp.abs(matrix), axis=reduced, keepdims=True).astype(np.float32)
+    return xp.where(largest > 0, largest, np.float32(1)) * _STEP
+
+
+def _nearest(matrix: Any, scale: Any, xp: Any) -> Any:
+    """Returns as int8 the whole numbers whose products with the scales are nearest; half-way goes up.
+
+    Nothing here is rounded in a way that decides, so every compiler and device gives the same bits.
+    """
+    matrix = matrix.astype(np.float32)
+    # Compilers make a product with the reciprocal of this division. Either is off by far less than a quarter,
+    # so this is the nearest or the one below it, and the point half-way between the two says which.
+    below = xp.floor(matrix / scale + np.float32(0.25))
+    half_way = below + np.float32(0.5)
+    # That point has 8 bits at most: its products with the upper 16 bits of a scale and with the lower 8 are
+    # exact, and so is the difference to a number near it (Sterbenz, Floating-Point Computation, 1974).
+    upper = (scale.view(np.uint32) & np.uint32(0xFFFFFF00)).view(np.float32)
+    reached = matrix - half_way * upper >= half_way * (scale - upper)
+    return (below + reached).astype(np.int8)

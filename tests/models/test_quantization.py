@@ -7,15 +7,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from slm_jax.checkpoints.foundation import architecture, load_foundation, save_foundation
 from slm_jax.checkpoints.safetensors import flatten
-from slm_jax.models import conformer, layers, slm, t5, wav2vec2, whisper
+from slm_jax.models import conformer, layers, quantization, slm, t5, wav2vec2, whisper
 from slm_jax.models.networks import boxed_params
 from slm_jax.models.quantization import (
     SCALE,
     is_quantized,
     quantized,
+    rounded,
+    rounded_on_device,
     unquantized_shapes,
 )
 from slm_jax.partitioning.mesh import make_mesh
@@ -133,6 +136,39 @@ def test_loaded_floats_become_what_init_makes_split_over_the_mesh(pair, tmp_path
         np.testing.assert_array_equal(np.asarray(leaf), np.asarray(wanted.astype(leaf.dtype)), err_msg=name)
     wo = flatten(made)["encoder/encoder/mlp/wi_0/kernel_scale"]
     assert wo.sharding.shard_shape(wo.shape) == (3, 1, 10)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("reduced", [(0,), (1,), (0, 1)], ids=str)
+def test_host_and_devices_round_to_the_same_bits_also_next_to_half_way(rng, monkeypatch, reduced, dtype):
+    shape = (47, 64, 24)
+    monkeypatch.setattr(quantization, "_BLOCK", 3 * 64 * 24)
+    drawn = rng.normal(0, 0.1, shape).astype(dtype).astype(np.float32)
+    # Most values as near to a point half-way between two as the dtype can say, on either side of it.
+    scale_shape = tuple(1 if dim in reduced else size for dim, size in enumerate(shape))
+    _, scale = rounded(drawn, scale_shape)
+    half_way = ((np.floor(drawn / scale) + 0.5) * scale).astype(dtype)
+    side = np.where(rng.random(shape) < 0.5, np.inf, -np.inf).astype(dtype)
+    near = np.where(rng.random(shape) < 0.5, half_way, np.nextafter(half_way, side).astype(dtype))
+    matrix = np.where(np.abs(drawn) < 0.9 * 127 * scale, near, drawn.astype(dtype))
+
+    values, scale = rounded(matrix, scale_shape)
+    exact, channel = matrix.astype(np.float64), scale.astype(np.float64)
+    assert values.dtype == np.int8 and scale.dtype == np.float32
+    # In float64 these products are exact.
+    assert ((values - 0.5) * channel <= exact).all() and (exact < (values + 0.5) * channel).all()
+    assert (np.abs(values.astype(int)).max(axis=reduced) == 127).all()
+    mesh = make_mesh(2, 2, 2, devices=jax.devices()[:8])
+    for axes in ((None, None, None), (None, "fsdp", "tensor")):
+        kept = (None if dim in reduced else axis for dim, axis in enumerate(axes))
+        places = [NamedSharding(mesh, PartitionSpec(*names)) for names in (axes, kept)]
+        shapes = [
+            jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=place)
+            for array, place in zip((values, scale), places, strict=True)
+        ]
+        found = rounded_on_device(jax.device_put(matrix, places[0]), *shapes)
+        np.testing.assert_array_equal(found[0], values)
+        np.testing.assert_array_equal(found[1], scale)
 
 
 def test_a_channel_of_zeros_and_one_value_alone():
