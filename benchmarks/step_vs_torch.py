@@ -268,12 +268,12 @@ class Ours:
 
         from slm_jax.partitioning.sharding import partitioned
 
-        def loss(params: Any) -> jax.Array:
-            total, weight, _ = self.objective.loss(params, self.frozen, self.batch, jax.random.key(0))
+        def loss(params: Any, frozen: Any, batch: Any) -> jax.Array:
+            total, weight, _ = self.objective.loss(params, frozen, batch, jax.random.key(0))
             return total / weight
 
         with partitioned(self.mesh):
-            found, gradients = jax.jit(jax.value_and_grad(loss))(self.state.params)
+            found, gradients = jax.jit(jax.value_and_grad(loss))(self.state.params, self.frozen, self.batch)
         return float(found), {
             name: np.asarray(leaf) for name, leaf in self.flat(gradients["adapter"]).items()
         }
