@@ -1,16 +1,14 @@
 """`slm plan`: whether a run fits devices that are not there, and how fast it would be."""
 
 import argparse
-import dataclasses
 import json
 import math
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from slm_jax.cli.main import add_gin_arguments, search_paths
-from slm_jax.errors import UserError
 
 if TYPE_CHECKING:
     from slm_jax.cli.run import Run
@@ -27,7 +25,6 @@ _PLACES = {
     "CORPUS_DIR": "'none'",
     "TRAIN_STEPS": "1000",
 }
-_REMAT = ("none", "dots", "frozen", "full")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -40,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--search",
         action="store_true",
-        help="find the largest batch per remat policy and mesh; 2 to 4 compilations each",
+        help="find the largest batch per remat policy and mesh, and rank them; tens of compilations",
     )
     parser.add_argument("--sharding", action="store_true", help="print the sharding of every variable too")
     parser.add_argument("--json", action="store_true", help="print one object")
@@ -54,6 +51,7 @@ def main(args: argparse.Namespace) -> int:
 
     jax.config.update("jax_platforms", "cpu")
     from slm_jax.cli import gin_config
+    from slm_jax.cli.model_changes import with_plain_attention
     from slm_jax.partitioning.topology import find_topology
 
     run = _build(args)
@@ -63,9 +61,18 @@ def main(args: argparse.Namespace) -> int:
             f"{topology.stand_in}: compiled for virtual CPU devices, which know nothing of the memory that "
             f"{topology.kind}'s layouts and fusions take, of its compiler's collectives, nor whether it fits"
         )
+    assumed = []
+    if kernel := _kernel_of_stand_ins(run, topology):
+        assumed = [f"plain attention, which a CPU compiles, in place of '{kernel}': memory is an upper bound"]
+        _say(f"planned with {assumed[0]}")
+        run = with_plain_attention(run, kernel)
     if args.search:
-        return _search(run, topology, args.json)
-    found = planned(run, topology)
+        from slm_jax.cli.plan_search import print_ranking, search
+
+        ranking = search(run, topology, planned, _say)
+        print(json.dumps(ranking)) if args.json else print_ranking(ranking)
+        return 0
+    found = planned(run, topology, assumed)
     if args.json:
         print(json.dumps({**found, "config": gin_config.resolved_config()}))
     else:
@@ -87,8 +94,17 @@ def _build(args: argparse.Namespace) -> "Run":
     return gin_config.build(Run)
 
 
-def planned(run: "Run", topology: "Topology") -> dict[str, Any]:
-    """Returns the plan of a run as the object that `--json` prints."""
+def _kernel_of_stand_ins(run: "Run", topology: "Topology") -> str | None:
+    """The attention kernel in the run that virtual CPU devices lack, of the hardware that they stand for."""
+    from slm_jax.cli.model_changes import configs
+
+    kernel = "cudnn" if topology.kind.startswith("NVIDIA") else "pallas"
+    chosen = any(getattr(config, "attention_kernel", None) == kernel for config in configs(run))
+    return kernel if topology.stand_in and chosen else None
+
+
+def planned(run: "Run", topology: "Topology", assumed: Sequence[str] = ()) -> dict[str, Any]:
+    """Returns the plan of a run as the object that `--json` prints; `assumed` is so besides."""
     from slm_jax.training.planning import ASSUMPTIONS, audio_hours, granted_bytes, plan_step
 
     batches = _batches(run)
@@ -123,7 +139,7 @@ def planned(run: "Run", topology: "Topology") -> dict[str, Any]:
         "versions": _versions(),
         # The compiler reads its flags here, those of a plan as those of a run.
         "libtpu_init_args": os.environ.get("LIBTPU_INIT_ARGS", ""),
-        "assumptions": list(ASSUMPTIONS),
+        "assumptions": [*ASSUMPTIONS, *assumed],
         "unknown": topology.stand_in,
     }
 
@@ -214,126 +230,6 @@ def _parameters(boxed: Mapping[str, Any], program: Any) -> dict[str, Any]:
         }
         found[collection] = {"total": sum(math.prod(leaf.shape) for leaf in leaves), **parts}
     return found
-
-
-# ---- search
-
-
-def _search(run: "Run", topology: "Topology", as_json: bool) -> int:
-    """Ranks remat policies and meshes by predicted audio-hours a second, each at its largest batch."""
-    from slm_jax.training.planning import granted_bytes
-
-    rows: list[dict[str, Any]] = []
-    choices = list(_choices(run, topology))
-    room = granted_bytes(topology)
-    if room is None:
-        raise UserError(f"--search needs to know what fits, and {topology.stand_in}")
-    _say(f"{len(choices)} policies and meshes, 2 to 4 compilations each; Ctrl-C prints what is known by then")
-    best = 0.0
-    try:
-        for number, (remat, sizes) in enumerate(choices, 1):
-            mesh = ", ".join(f"{axis}={size}" for axis, size in sizes.items())
-            about = f"{number} of {len(choices)}: remat {remat}, {mesh}"
-            changed = _changed(run, remat, sizes)
-            try:
-                # Before anything is compiled: what its products alone would allow.
-                if (most := _most_hours(changed, topology)) <= best:
-                    _say(f"{about}: at most {most:.3g} audio hours a second, skipped")
-                    continue
-                found = _largest(changed, topology, room)
-            except UserError as error:
-                _say(f"{about}: {error}")
-                continue
-            rows.append({"remat_of_llm": remat, **found})
-            best = max(best, found["audio_hours_per_second"] or 0.0)
-            _say(f"{about}: {found['rows']} rows fit")
-    except KeyboardInterrupt:
-        _say("interrupted")
-    rows.sort(key=lambda row: row["audio_hours_per_second"] or 0.0, reverse=True)
-    if as_json:
-        print(json.dumps({"topology": topology.name, "devices": len(topology.devices), "ranked": rows}))
-        return 0
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table("remat of the LLM", "mesh", "rows that fit", "peak GB", "step s", "audio h/s", "MFU")
-    for row in rows:
-        mesh = " ".join(f"{axis}={size}" for axis, size in row["mesh"].items())
-        peak = row["bytes_per_device"] and f"{row['bytes_per_device']['peak'] / 1e9:.2f}"
-        table.add_row(
-            row["remat_of_llm"], mesh, str(row["rows"]), peak or "-", _number(row["predicted_step_seconds"]),
-            _number(row["audio_hours_per_second"]), f"{row['mfu']:.1%}" if row["mfu"] else "-",
-        )  # fmt: skip
-    Console(width=None if sys.stdout.isatty() else 120).print(table)
-    return 0
-
-
-def _choices(run: "Run", topology: "Topology") -> Iterator[tuple[str, dict[str, int]]]:
-    each = len(topology.devices) // topology.slices
-    for tensor in (1, 2, 4, 8):
-        if each % tensor == 0:
-            # Replicas hold more and send as much: frozen weights are split over all that is left.
-            for remat in _REMAT:
-                yield remat, {"data": 1, "fsdp": each // tensor, "tensor": tensor}
-
-
-def _changed(run: "Run", remat: str, sizes: dict[str, int]) -> "Run":
-    import copy
-
-    objective, model = copy.copy(run.objective), run.objective.model
-    config = dataclasses.replace(model.config, llm=dataclasses.replace(model.config.llm, remat=remat))
-    objective.model = model.clone(config=config)
-    mesh = dataclasses.replace(run.mesh, **sizes)
-    return dataclasses.replace(run, objective=objective, mesh=mesh)
-
-
-def _with_rows(run: "Run", rows: int) -> "Run":
-    return dataclasses.replace(run, data=dataclasses.replace(run.data, batch_size=rows))
-
-
-def _least_rows(run: "Run", topology: "Topology") -> int:
-    return topology.slices * run.mesh.data * run.mesh.fsdp * run.loop.microbatches
-
-
-def _most_hours(run: "Run", topology: "Topology") -> float:
-    """Hours of audio a second, were products all that takes time."""
-    from slm_jax.training.planning import audio_hours, least_seconds
-
-    run = _with_rows(run, _least_rows(run, topology))
-    batch = _batches(run)[-1]
-    seconds = least_seconds(_program(run, topology, batch), batch, topology)
-    return audio_hours(batch, run.objective.samples_per_position) / seconds if seconds else math.inf
-
-
-def _largest(run: "Run", topology: "Topology", room: int) -> dict[str, Any]:
-    """The largest batch that fits in `room`, within 2 %: memory grows evenly with rows."""
-    unit = _least_rows(run, topology)
-
-    def at(units: int) -> dict[str, Any]:
-        return {"rows": units * unit, **planned(_with_rows(run, units * unit), topology)}
-
-    def peak(found: dict[str, Any]) -> float:
-        return found["bytes_needed"] or found["bytes_per_device"]["peak"]
-
-    best = one = at(1)
-    if not one["fits"]:
-        return {**one, "rows": 0, "audio_hours_per_second": None}
-    # The line of memory over rows goes through the first size and, once there is another, the newest.
-    start = one["bytes_per_device"]["arguments"]
-    slope = max(peak(one) - start, 1.0)
-    too_many = math.inf
-    for _ in range(3):
-        units = int(min((0.99 * room - start) / slope, too_many - 1))
-        if units * unit <= 1.02 * best["rows"]:
-            break
-        found = at(units)
-        slope = max((peak(found) - peak(one)) / (units - 1), 1.0)
-        start = peak(one) - slope
-        if found["fits"]:
-            best = found
-        else:
-            too_many = units
-    return best
 
 
 # ---- the table

@@ -12,6 +12,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+# Over the whole of a closed 3D torus the TPU compiler gathers so: each device puts its part into zeros.
+GATHER_BY_SUM = "all-gather by all-reduce"
 
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) .*\{$")
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\((.*)$")
@@ -29,11 +31,12 @@ class Collective(NamedTuple):
     """Collectives of one kind over the same axes.
 
     Attributes:
-      kind: of `KINDS`.
+      kind: of `KINDS`, or `GATHER_BY_SUM`.
       axes: of the mesh, over which devices exchange.
       group: devices that exchange with one another.
       count: in a step.
       bytes: in a step, of the whole arrays, gathered or not yet scattered, on a device.
+      rings: dims of a TPU's torus round which it goes at a time, where the compiler says so of its gathers.
     """
 
     kind: str
@@ -41,6 +44,7 @@ class Collective(NamedTuple):
     group: int
     count: int
     bytes: int
+    rings: int | None = None
 
 
 class _Instruction(NamedTuple):
@@ -57,26 +61,68 @@ def count_collectives(hlo: str, mesh: Mesh) -> list[Collective]:
       hlo: of `compiled.as_text()`.
       mesh: that it was compiled for.
     """
-    sums: dict[tuple[str, tuple[str, ...], int], tuple[int, int]] = {}
-    for computation, instruction, runs in _walk(_parse(hlo)):
-        kind = instruction.opcode.removesuffix("-start")
-        if kind not in KINDS:
-            continue
-        # On TPU a reduce-scatter is a fusion of an all-reduce and the choice of a part.
-        if kind == "all-reduce" and "all-reduce-scatter" in computation:
-            kind = "reduce-scatter"
-        axes, group = _axes(instruction.rest, mesh)
+    sums: dict[tuple[str, tuple[str, ...], int, int | None], tuple[int, int]] = {}
+    computations = _parse(hlo)
+    for computation, instruction, runs in _walk(computations):
+        axes, group = (), 1
+        if instruction.opcode.removesuffix("-start") in KINDS:
+            axes, group = _axes(instruction.rest, mesh)
         if group == 1:
             continue
-        arrays = list(_arrays(instruction.type))
-        size = max(arrays) if instruction.opcode.endswith("-start") and kind != "all-reduce" else sum(arrays)
-        if kind == "reduce-scatter" and instruction.opcode.startswith("reduce-scatter"):
-            size *= group
-        count, total = sums.get((kind, axes, group), (0, 0))
-        sums[kind, axes, group] = (count + runs, total + runs * size)
+        found = re.search(r'"emitter":"(\d)DAllGather', instruction.rest)
+        rings = int(found.group(1)) if found else None
+        for kind, size in _sent(computations, computation, instruction, group).items():
+            count, total = sums.get((kind, axes, group, rings), (0, 0))
+            sums[kind, axes, group, rings] = (count + runs, total + runs * size)
     return sorted(
-        (Collective(*key, *value) for key, value in sums.items()), key=lambda one: one.bytes, reverse=True
+        (Collective(*key[:3], *value, key[3]) for key, value in sums.items()),
+        key=lambda one: one.bytes,
+        reverse=True,
     )
+
+
+def _sent(
+    computations: dict[str, list[_Instruction]], computation: str, instruction: _Instruction, group: int
+) -> dict[str, int]:
+    """Bytes of the whole arrays of one collective, by kind."""
+    kind, arrays = instruction.opcode.removesuffix("-start"), list(_arrays(instruction.type))
+    if kind != "all-reduce":
+        size = max(arrays) if instruction.opcode.endswith("-start") else sum(arrays)
+        return {kind: size * group if kind == "reduce-scatter" else size}
+    # On TPU a reduce-scatter is a fusion of an all-reduce and the choice of a part.
+    if "all-reduce-scatter" in computation:
+        return {"reduce-scatter": sum(arrays)}
+    # One instruction sums several arrays, some of which may be gathered.
+    sizes: dict[str, int] = {}
+    for size, operand in zip(arrays, _operands(instruction), strict=True):
+        one = GATHER_BY_SUM if _is_part_in_zeros(computations, computation, operand) else kind
+        sizes[one] = sizes.get(one, 0) + size
+    return sizes
+
+
+def _is_part_in_zeros(computations: dict[str, list[_Instruction]], computation: str, name: str) -> bool:
+    """Whether a value is an array of which one part was put in its place just before."""
+    by_name = {instruction.name: instruction for instruction in computations[computation]}
+    index = 0
+    while (instruction := by_name.get(name)) and instruction.opcode != "dynamic-update-slice":
+        operands = _operands(instruction)
+        if instruction.opcode == "fusion":
+            inside = computations[_CALLED.findall(instruction.rest)[0]]
+            by_name, name = {inner.name: inner for inner in inside}, inside[-1].name
+        elif instruction.opcode == "get-tuple-element":
+            index = int(re.findall(r"index=(\d+)", instruction.rest)[0])
+            name = operands[0]
+        elif instruction.opcode == "tuple":
+            name = operands[index]
+        elif instruction.opcode in ("bitcast", "convert", "copy", "reshape", "transpose"):
+            name = operands[0]
+        else:
+            return False
+    return instruction is not None
+
+
+def _operands(instruction: _Instruction) -> list[str]:
+    return re.findall(r"%([\w.\-]+)", instruction.rest.split(")")[0])
 
 
 def memory_traffic(hlo: str) -> int:
@@ -104,9 +150,8 @@ def memory_traffic(hlo: str) -> int:
 
 def _in_place(computation: list[_Instruction], update: _Instruction) -> int:
     """Bytes of the result of a dynamic-update-slice that stay as they were."""
-    operands = re.findall(r"%([\w.\-]+)", update.rest.split(")")[0])
     types = {instruction.name: instruction.type for instruction in computation}
-    return _in_memory(update.type) - _in_memory(types.get(operands[1], ""))
+    return _in_memory(update.type) - _in_memory(types.get(_operands(update)[1], ""))
 
 
 def _parse(hlo: str) -> dict[str, list[_Instruction]]:

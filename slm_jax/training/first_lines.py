@@ -12,7 +12,7 @@ from slm_jax.training.progress import Reporter
 
 
 def say_devices(reporter: Reporter, shapes: RunShapes, mesh: Mesh) -> None:
-    """Says which devices there are, and what lies on them."""
+    """Says which devices there are, and what of the train state lies on them."""
     local = jax.local_devices()
     reporter.say(
         f"process {jax.process_index()} of {jax.process_count()}: "
@@ -20,19 +20,18 @@ def say_devices(reporter: Reporter, shapes: RunShapes, mesh: Mesh) -> None:
         every_process=True,
     )
     reporter.say("mesh: " + ", ".join(f"{axis}={size}" for axis, size in mesh.shape.items()))
-    trees = {"params": shapes.state.params, "optimizer": shapes.state.opt_state, "frozen": shapes.frozen}
-    for name, tree in trees.items():
-        count, per_device = _sizes(tree)
-        reporter.say(f"{name}: {count:,} numbers, {per_device:,} bytes per device")
+    say_size(reporter, "params", shapes.state.params)
+    say_size(reporter, "optimizer", shapes.state.opt_state)
 
 
-def _sizes(tree: Any) -> tuple[int, int]:
+def say_size(reporter: Reporter, name: str, tree: Any) -> None:
+    """Says how large a tree is, of arrays or of the shapes that it will have."""
     leaves = jax.tree.leaves(tree)
     count = sum(math.prod(leaf.shape) for leaf in leaves)
     per_device = sum(
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves
     )
-    return count, per_device
+    reporter.say(f"{name}: {count:,} numbers, {per_device:,} bytes per device")
 
 
 def say_first_batch(reporter: Reporter, placed: PlacedBatch) -> None:

@@ -19,7 +19,7 @@ from slm_jax.training.batches import BatchSource, PlacedBatch, check_same_plan
 from slm_jax.training.compiled import CompiledStep, CompiledSteps
 from slm_jax.training.compiler_options import check_option_types
 from slm_jax.training.evaluation_mark import EvaluationMark
-from slm_jax.training.first_lines import say_devices, say_first_batch
+from slm_jax.training.first_lines import say_devices, say_first_batch, say_size
 from slm_jax.training.initialisation import LoadSlots, LoadVariables, make_state, make_variables
 from slm_jax.training.objectives.base import Objective
 from slm_jax.training.optimizers import OptimizerConfig
@@ -225,6 +225,7 @@ def train(
         load = load_variables and phases.timed("load of foundation models", load_variables)
         with phases.phase("initialisation"):
             variables = make_variables(objective, source.shapes, wanted, load, config.seed, mesh, rules)
+        say_size(reporter, "frozen", variables["frozen"])
         if restored and (line := rollbacks.carry_out(checkpoints)):
             reporter.say(line)
     except BaseException:

@@ -13,7 +13,7 @@ from jax.sharding import SingleDeviceSharding
 
 from slm_jax.errors import UserError
 from slm_jax.models.quantization import is_scale
-from slm_jax.partitioning.collectives import Collective, count_collectives, memory_traffic
+from slm_jax.partitioning.collectives import GATHER_BY_SUM, Collective, count_collectives, memory_traffic
 from slm_jax.partitioning.device_kinds import DEVICE_KINDS
 from slm_jax.partitioning.sharding import partitioned
 from slm_jax.partitioning.topology import Topology, compiling_for
@@ -26,9 +26,10 @@ PRODUCTS_SHARE = 0.64
 ASSUMPTIONS = (
     f"matrix products run at {PRODUCTS_SHARE:.0%} of the peak, recomputation included",
     "each result is written to memory once and read once, at the full bandwidth, beside the products",
-    "a collective takes a ring's time: over every dim of the torus that its group spans, both ways round; "
-    "a permute goes over one",
-    "collectives over `tensor` hold up the products; over `data`, `fsdp` and `slice` they go beside them",
+    "a collective takes a ring's time, both ways round: over every dim of the torus that its group spans, or "
+    "as many as the compiler says; a permute goes over one",
+    "collectives over `tensor`, and gathers by all-reduce, hold up the products; others over `data`, `fsdp` "
+    "and `slice` go beside them",
     "reading data, saving and evaluation take no time",
 )
 
@@ -117,16 +118,6 @@ def plan_step(
     return StepPlan(fits, None, size, collectives, flops, seconds, time.monotonic() - began)
 
 
-def least_seconds(
-    program: TrainProgram, batch: dict[str, jax.ShapeDtypeStruct], topology: Topology
-) -> float | None:
-    """Seconds that the products of a step take, which is the least it can take; compiles nothing."""
-    with partitioned(program.mesh, program.rules):
-        traced = program.jitted.trace(program.shapes.state, program.shapes.frozen, batch)
-    flops = countable_flops(traced.jaxpr)
-    return flops and _products(flops, program, topology)
-
-
 def granted_bytes(topology: Topology) -> int | None:
     """Bytes of a device's memory that programs may take, by the compiler's refusal of one that is too large.
 
@@ -182,9 +173,10 @@ def _predict(
         bandwidth = _bandwidth(program, topology, one)
         if bandwidth is None:
             return None
-        passes = {"all-reduce": 2.0, "collective-permute": one.group / (one.group - 1)}.get(one.kind, 1.0)
-        seconds = passes * one.bytes * (one.group - 1) / one.group / bandwidth
-        if "tensor" in one.axes:
+        share = (one.group - 1) / one.group
+        passes = {"all-reduce": 2 * share, GATHER_BY_SUM: 2 * share, "collective-permute": 1.0}
+        seconds = passes.get(one.kind, share) * one.bytes / bandwidth
+        if "tensor" in one.axes or one.kind == GATHER_BY_SUM:
             waiting += seconds
         else:
             beside += seconds
@@ -210,7 +202,8 @@ def _bandwidth(program: TrainProgram, topology: Topology, one: Collective) -> fl
     coords = [tuple(device.coords) for device in places.ravel()]
     spanned = sum(len(set(along)) > 1 for along in zip(*coords, strict=True))
     # A permute goes to a neighbour, half of them each way round.
-    return 2 * (1 if one.kind == "collective-permute" else max(spanned, 1)) * kind.link_bandwidth
+    rings = 1 if one.kind == "collective-permute" else min(spanned, one.rings or spanned)
+    return 2 * max(rings, 1) * kind.link_bandwidth
 
 
 def audio_hours(batch: dict[str, jax.ShapeDtypeStruct], samples_per_position: int) -> float:

@@ -6,9 +6,7 @@ import json
 import jax
 import pytest
 
-from slm_jax.cli import plan
-from slm_jax.cli.main import main, parse_arguments
-from slm_jax.partitioning.topology import find_topology
+from slm_jax.cli.main import main
 from slm_jax.training import planning
 
 TINY = [
@@ -78,6 +76,23 @@ def test_without_libtpu_it_says_what_it_cannot_know(capsys, monkeypatch):
     assert found["bytes_per_device"]["arguments"] > 0
 
 
+@pytest.mark.parametrize(("topology", "kernel"), [("gpu:h100x4", "cudnn"), ("v5e:2x2", "pallas")])
+def test_a_kernel_that_no_cpu_has_is_planned_as_plain(topology, kernel, capsys, monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "libtpu" else find(name))
+    bindings = [
+        f"--gin.conformer.preset.attention_kernel='{kernel}'",
+        "--gin.conformer.preset.dtype='bfloat16'",
+        "--gin.TASK_FEATURE_LENGTHS={'speech': 16000, 'inputs': 4, 'targets': 4}",
+    ]
+    assert main([*TINY, *bindings, "--topology", topology, "--json"]) == 0
+    printed = capsys.readouterr()
+    assert f"planned with plain attention, which a CPU compiles, in place of '{kernel}'" in printed.err
+    found = json.loads(printed.out)
+    assert found["bytes_per_device"]["temporaries"] > 0
+    assert "plain attention" in found["assumptions"][-1]
+
+
 @pytest.mark.parametrize(
     ("topology", "sentence"),
     [
@@ -93,28 +108,6 @@ def test_a_wrong_topology_is_one_sentence(topology, sentence, capsys):
     error = capsys.readouterr().err
     assert sentence in error
     assert error.count("\n") == 1
-
-
-def test_search_finds_the_largest_batch_where_memory_is_a_line(monkeypatch):
-    rows_of, room = [], 16 * 2**30
-
-    def pretend(run, topology):
-        rows = run.data.batch_size
-        rows_of.append(rows)
-        peak = 2**30 + rows * 3_000_000
-        fits = peak < room
-        return {
-            "fits": fits,
-            "bytes_per_device": {"arguments": 2**29, "peak": peak} if fits else None,
-            "bytes_needed": None if fits else peak,
-        }
-
-    monkeypatch.setattr(plan, "planned", pretend)
-    run = plan._build(parse_arguments([*TINY, "--topology", "v5e:2x2", "--gin.FSDP=2"]))
-    best = plan._largest(run, find_topology("v5e:2x2"), room)
-    # 99 % of the room, in pairs of rows.
-    assert best["rows"] == int((0.99 * room - 2**30) // (2 * 3_000_000)) * 2
-    assert len(rows_of) == 3
 
 
 @pytest.mark.parametrize(

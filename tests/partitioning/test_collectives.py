@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from slm_jax.partitioning.collectives import count_collectives, memory_traffic
+from slm_jax.partitioning.collectives import GATHER_BY_SUM, count_collectives, memory_traffic
 from slm_jax.partitioning.mesh import make_mesh
 from slm_jax.partitioning.topology import Topology, compiling_for, find_topology
 
@@ -51,6 +51,44 @@ def test_a_gather_in_a_loop_counts_as_often_as_the_loop_runs(where):
     assert memory_traffic(text) >= 2 * gathered.bytes
 
 
+@pytest.mark.parametrize(("data", "kind"), [(1, GATHER_BY_SUM), (2, "all-gather")])
+def test_over_a_whole_closed_torus_gathers_are_sums(data, kind):
+    """Why presets have `DATA`: half of the torus is gathered as it is."""
+    topology = find_topology("v5p:4x4x4")
+    mesh = make_mesh(data=data, fsdp=64 // data, devices=topology.devices)
+    with compiling_for(topology) as options:
+        found = count_collectives(str(lowered(mesh).compile(options).as_text()), mesh)
+    (gathered,) = [one for one in found if one.axes == ("fsdp",)]
+    assert (gathered.kind, gathered.rings) == (kind, 1 if data == 2 else None)
+    assert (gathered.count, gathered.bytes) == (LAYERS, LAYERS * DIM * DIM * 4)
+
+
+def test_of_arrays_that_are_summed_at_once_parts_in_zeros_are_gathered():
+    mesh = make_mesh(data=2, fsdp=2, devices=jax.devices()[:4])
+    text = """
+%put (z: f32[8], p: f32[2]) -> (f32[8], f32[8]) {
+  %z = f32[8]{0} parameter(0)
+  %p = f32[2]{0} parameter(1)
+  %first = f32[8]{0} dynamic-update-slice(%z, %p, %c)
+  ROOT %both = (f32[8]{0}, f32[8]{0}) tuple(%z, %first)
+}
+
+ENTRY %main (p: f32[8]) -> f32[8] {
+  %p = f32[8]{0} parameter(0)
+  %q = f32[2]{0} parameter(1)
+  %two = (f32[8]{0}, f32[8]{0}) fusion(%p, %q), kind=kLoop, calls=%put
+  %none = f32[8]{0} get-tuple-element(%two), index=0
+  %one = f32[8]{0} get-tuple-element(%two), index=1
+  %again = f32[4,2]{1,0} bitcast(%one)
+  ROOT %x = (f32[8]{0}, f32[4,2]{1,0}, f32[8]{0}) all-reduce(%none, %again, %p), replica_groups={{0,1},{2,3}}, to_apply=%add
+}
+"""  # noqa: E501
+    assert count_collectives(text, mesh) == [
+        ("all-reduce", ("fsdp",), 2, 1, 64, None),
+        (GATHER_BY_SUM, ("fsdp",), 2, 1, 32, None),
+    ]
+
+
 GROUPS = {
     "{{0,2},{1,3}}": ("data",),
     "[2,2]<=[4]": ("fsdp",),
@@ -90,7 +128,7 @@ ENTRY %main (p: f32[8]) -> f32[4] {
 }
 """
     (found,) = count_collectives(text, mesh)
-    assert found == ("reduce-scatter", ("fsdp",), 2, 1, 32)
+    assert found == ("reduce-scatter", ("fsdp",), 2, 1, 32, None)
     # Of a fusion the result alone is in memory.
     assert memory_traffic(text) == 2 * 16
 
@@ -104,5 +142,5 @@ ENTRY %main (p: f32[8]) -> f32[8] {
   ROOT %y = f32[8]{0:T(128)} collective-permute-done(%x)
 }
 """  # noqa: E501
-    assert count_collectives(text, mesh) == [("collective-permute", ("fsdp",), 2, 1, 32)]
+    assert count_collectives(text, mesh) == [("collective-permute", ("fsdp",), 2, 1, 32, None)]
     assert memory_traffic(text) == 2 * 32

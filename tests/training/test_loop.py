@@ -296,7 +296,7 @@ def test_says_what_it_does(tmp_path, capfd):
     assert "wi" in (tmp_path / "sharding_plan.txt").read_text()
 
 
-def test_loaded_variables_replace_fresh_ones(tmp_path, rng):
+def test_loaded_variables_replace_fresh_ones(tmp_path, rng, capfd):
     table = rng.normal(size=(VOCAB, EMBED)).astype(np.float16)
     wi = rng.normal(size=(EMBED, MLP)).astype(np.float32)
     asked = []
@@ -315,6 +315,7 @@ def test_loaded_variables_replace_fresh_ones(tmp_path, rng):
     np.testing.assert_array_equal(result.frozen["table"], table)
     assert result.frozen["table"].dtype == np.float16
     assert result.frozen["table"].sharding.spec == jax.sharding.PartitionSpec("tensor", "fsdp")
+    assert "frozen: 256 numbers, 128 bytes per device" in capfd.readouterr().err
     np.testing.assert_array_equal(result.state.params["wi"], wi)
     assert float(np.abs(result.state.params["wo"]).sum()) > 0
     toy_train(tmp_path, 3, load_variables=load, mesh=mesh, optimizer=optimizer)

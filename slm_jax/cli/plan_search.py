@@ -1,0 +1,229 @@
+"""The search of `slm plan`: the largest batch for each remat policy and mesh, ranked by predicted speed."""
+
+import dataclasses
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from slm_jax.cli.model_changes import with_remat
+from slm_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from slm_jax.cli.run import Run
+    from slm_jax.partitioning.topology import Topology
+
+REMAT = ("frozen", "dots", "none", "full")
+# Of the memory for programs: what a batch is aimed at, less after each that is too large, and what is enough.
+_AIM, _LESS, _ENOUGH = 0.985, 0.02, 0.96
+
+Plan = Callable[["Run", "Topology"], dict[str, Any]]
+
+
+class Candidate(NamedTuple):
+    """A remat policy and a mesh."""
+
+    remat: str
+    mesh: dict[str, int]
+
+    def __str__(self) -> str:
+        return f"remat {self.remat}, " + " ".join(f"{axis}={size}" for axis, size in self.mesh.items())
+
+
+def search(run: "Run", topology: "Topology", plan: Plan, say: Callable[[str], None]) -> dict[str, Any]:
+    """Ranks remat policies and meshes by predicted hours of audio a second, each at its largest batch.
+
+    A policy's first mesh is always searched to the end. Of one that sends activations over `tensor` besides,
+    a single compilation tells what a row costs; if no batch could be the best, it and wider ones are left.
+
+    Args:
+      run: whose batch is the first to be tried.
+      topology: to plan for.
+      plan: returns the plan of a run, as `--json` prints it.
+      say: writes a line of progress.
+
+    Returns:
+      the object that `--json` prints; after Ctrl-C with what is known by then.
+
+    Raises:
+      UserError: it is not known what fits on the topology.
+    """
+    from slm_jax.training.planning import granted_bytes
+
+    room = granted_bytes(topology)
+    if room is None:
+        raise UserError(f"--search needs to know what fits, and {topology.stand_in}")
+    ranked: list[dict[str, Any]] = []
+    left_out: list[dict[str, Any]] = []
+    interrupted = False
+    began = time.monotonic()
+    candidates = list(_candidates(topology))
+    say(f"{len(candidates)} candidates, 1 to 4 compilations each; Ctrl-C prints what is known by then")
+    try:
+        for number, candidate in enumerate(candidates, 1):
+            about = f"{number} of {len(candidates)}, {candidate}"
+            best = max((row["audio_hours_per_second"] or 0.0 for row in ranked), default=0.0)
+            reason = _slower_already(candidate, left_out)
+            if reason is None:
+                found = _try(run, topology, candidate, plan, room, best, lambda line: say(f"{about}: {line}"))  # noqa: B023
+                if not isinstance(found, str):
+                    ranked.append(found)
+                    continue
+                reason = found
+            left_out.append({"remat_of_llm": candidate.remat, "mesh": candidate.mesh, "reason": reason})
+            say(f"{about}: {reason}")
+    except KeyboardInterrupt:
+        interrupted = True
+        say("interrupted")
+    ranked.sort(key=lambda row: row["audio_hours_per_second"] or 0.0, reverse=True)
+    return {
+        "topology": topology.name,
+        "devices": len(topology.devices),
+        "seconds": round(time.monotonic() - began, 1),
+        "interrupted": interrupted,
+        "ranked": ranked,
+        "left_out": left_out,
+    }
+
+
+def print_ranking(found: dict[str, Any]) -> None:
+    """Prints what `search` found as a table."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("remat of the LLM", "mesh", "rows that fit", "peak GB", "step s", "audio h/s", "MFU")
+    for row in found["ranked"]:
+        table.add_row(
+            row["remat_of_llm"],
+            " ".join(f"{axis}={size}" for axis, size in row["mesh"].items()),
+            str(row["rows"]),
+            f"{row['bytes_per_device']['peak'] / 1e9:.2f}",
+            *(
+                form.format(row[name]) if row[name] else "-"
+                for name, form in (
+                    ("predicted_step_seconds", "{:.3g}"),
+                    ("audio_hours_per_second", "{:.3g}"),
+                    ("mfu", "{:.1%}"),
+                )
+            ),
+        )
+    Console(width=None if sys.stdout.isatty() else 120).print(table)
+    for row in found["left_out"]:
+        print(f"left out: {Candidate(row['remat_of_llm'], row['mesh'])}: {row['reason']}")
+
+
+def _candidates(topology: "Topology") -> Iterator[Candidate]:
+    each = len(topology.devices) // topology.slices
+    # Over the whole of a closed 3D torus the TPU compiler sums where it would gather (docs/performance.md).
+    closed = len(topology.dims) == 3 and all(dim % 4 == 0 for dim in topology.dims)
+    data = 2 if closed else 1
+    for tensor in (1, 2, 4, 8):
+        # More replicas hold more and send as much: frozen weights are split over all that is left.
+        if each % (data * tensor) == 0:
+            for remat in REMAT:
+                yield Candidate(remat, {"data": data, "fsdp": each // data // tensor, "tensor": tensor})
+
+
+def _slower_already(candidate: Candidate, left_out: list[dict[str, Any]]) -> str | None:
+    narrower = [
+        row["mesh"]["tensor"]
+        for row in left_out
+        if row["remat_of_llm"] == candidate.remat and row["reason"].startswith("at most")
+    ]
+    return f"more goes over tensor than with tensor={narrower[-1]}" if narrower else None
+
+
+def _try(
+    run: "Run",
+    topology: "Topology",
+    candidate: Candidate,
+    plan: Plan,
+    room: int,
+    best: float,
+    say: Callable[[str], None],
+) -> dict[str, Any] | str:
+    """Returns the plan of the largest batch, or why there is none worth looking for."""
+    one = with_remat(run, candidate.remat)
+    one = dataclasses.replace(one, mesh=dataclasses.replace(one.mesh, **candidate.mesh))
+    beaten_by = best if candidate.mesh["tensor"] > 1 else 0.0
+    try:
+        found = largest(one, topology, plan, room, say, beaten_by)
+    except UserError as error:
+        return str(error)
+    except Exception as error:
+        # A candidate that breaks the compiler takes no other with it.
+        return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no more is said'}"
+    return found if isinstance(found, str) else {"remat_of_llm": candidate.remat, **found}
+
+
+def largest(
+    run: "Run",
+    topology: "Topology",
+    plan: Plan,
+    room: int,
+    say: Callable[[str], None],
+    beaten_by: float = 0.0,
+) -> dict[str, Any] | str:
+    """Finds the largest batch that fits in `room` bytes: memory grows evenly with rows.
+
+    Args:
+      run: its batch is where the search begins.
+      topology: to plan for.
+      plan: of a run.
+      room: bytes of a device that programs may take.
+      say: writes a line of progress.
+      beaten_by: hours of audio a second; where no batch can reach them, none is looked for.
+
+    Returns:
+      the plan of that batch with its `rows`, or why there is none.
+    """
+    unit = topology.slices * run.mesh.data * run.mesh.fsdp * run.loop.microbatches
+
+    def at(units: int) -> dict[str, Any]:
+        began, rows = time.monotonic(), units * unit
+        data = dataclasses.replace(run.data, batch_size=rows)
+        found = {"rows": rows, **plan(dataclasses.replace(run, data=data), topology)}
+        needs = f"{_peak(found) / 1e9:.2f} GB, {'fits' if found['fits'] else 'too large'}"
+        say(f"{rows} rows: {needs} ({time.monotonic() - began:.0f} s)")
+        return found
+
+    units = max(run.data.batch_size // unit, 1)
+    known: dict[int, float] = {}
+    best, fitting, too_many, arguments, aim = None, 0, math.inf, 0, _AIM
+    for _ in range(5):
+        found = at(units)
+        known[units] = _peak(found)
+        if found["fits"]:
+            best, fitting, arguments = found, units, found["bytes_per_device"]["arguments"]
+            if (most := _most_hours(found)) <= beaten_by:
+                return f"at most {most:.3g} audio hours a second, for products and what goes over tensor"
+            if known[units] >= _ENOUGH * room:
+                break
+        else:
+            too_many, aim = units, aim - _LESS
+        units = int(min(max(_units_at(aim * room, known, arguments), 1), too_many - 1))
+        if units <= fitting:
+            break
+    return best or f"not even {min(known) * unit} rows fit"
+
+
+def _units_at(peak: float, known: dict[int, float], arguments: float) -> int:
+    """Where the line through the two newest sizes, or one and the arguments, reaches a peak."""
+    points = [(0, arguments), *known.items()][-2:]
+    (few, less), (many, more) = sorted(points)
+    slope = (more - less) / (many - few)
+    return int(many + (peak - more) / slope) if slope > 0 else many
+
+
+def _peak(found: dict[str, Any]) -> float:
+    return found["bytes_needed"] or found["bytes_per_device"]["peak"]
+
+
+def _most_hours(found: dict[str, Any]) -> float:
+    """Hours of audio a second with any batch: products and what goes over `tensor` grow as rows do."""
+    causes = found["seconds_by_cause"]
+    if not causes:
+        return math.inf
+    hours = found["audio_hours_per_second"] * found["predicted_step_seconds"]
+    return hours / (causes["products"] + causes["waiting"])
