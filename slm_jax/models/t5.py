@@ -20,7 +20,8 @@ from flax.linen.spmd import with_logical_constraint
 from slm_jax.errors import UserError, nearest
 from slm_jax.models import layers
 from slm_jax.models.lora import LoRAConfig
-from slm_jax.models.losses import HeadMatrix, chunked_cross_entropy, frozen_head_cross_entropy
+from slm_jax.models.losses import chunked_cross_entropy
+from slm_jax.models.losses_by_words import HeadMatrix, frozen_head_cross_entropy, trained_head_cross_entropy
 from slm_jax.models.remat import REMAT, kept_when_frozen, rematted
 from slm_jax.models.shards import shards_of
 
@@ -52,8 +53,9 @@ class T5Config:
       scan: layers run as a loop (compiles fast); False unrolls it. The parameters are the same.
       attention_kernel: which kernel computes attention; see `layers.dot_product_attention`.
       loss_chunk: most tokens of all rows whose logits exist at one time in `token_losses`.
-      loss_logits: most logits of a device that do, in float32 and twice; a frozen head is cut along its
-        vocabulary where all logits are more. Memory then depends on this alone, not on `vocab_size`.
+      loss_logits: most logits of a device that do, in float32 and twice; the head is cut along its
+        vocabulary where all logits are more. Memory then depends on this alone, not on `vocab_size`, but for
+        the gradient of a head that trains.
     """
 
     vocab_size: int = 250112
@@ -576,14 +578,17 @@ class T5(nn.Module):
         config = self.config
         words = config.vocab_size // shards_of("activation_vocab")
         at_once = config.loss_logits * shards_of("activation_batch")
-        if frozen_head and targets_BT.size * words > at_once:
-            return frozen_head_cross_entropy(hidden_BTD, targets_BT, self._head_matrix(), config.loss_logits)
+        if targets_BT.size * words > at_once:
+            matrix = self._head_matrix()
+            trains = not frozen_head and matrix.kernel_scale is None
+            score = trained_head_cross_entropy if trains else frozen_head_cross_entropy
+            return score(hidden_BTD, targets_BT, matrix, config.loss_logits)
         head = self._head()
         return chunked_cross_entropy(
             hidden_BTD,
             targets_BT,
             head.logits,
-            min(config.loss_chunk, at_once // words),
+            config.loss_chunk,
             frozen_head=head.states_gradient if frozen_head else None,
         )
 

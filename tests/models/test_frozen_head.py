@@ -1,4 +1,7 @@
-"""Cross-entropy under a frozen head: loss and gradient of one that trains, in two passes over the logits."""
+"""Cross-entropy under a head that trains or is frozen, cut along tokens or the vocabulary: one gradient.
+
+A frozen head needs two passes over the logits.
+"""
 
 import dataclasses
 import functools
@@ -63,6 +66,29 @@ def value_and_gradient(config, variables, hidden, targets, frozen, weights):
     return jax.value_and_grad(loss, has_aux=True)(hidden)
 
 
+def kernel_of(config: T5Config, variables: Any) -> Any:
+    params = variables["params"]
+    return (
+        params["token_embedder"]["embedding"]
+        if config.tied_logits
+        else params["decoder"]["logits_dense"]["kernel"]
+    )
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def trained(config, variables, hidden, targets, weights):
+    """Value and gradients of the head and of the states."""
+
+    def loss(variables, hidden):
+        losses, correct = scored(config, variables, hidden, targets, False)
+        return jnp.sum(losses * weights), (losses, correct)
+
+    value, (of_variables, of_hidden) = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(
+        variables, hidden
+    )
+    return value, (kernel_of(config, of_variables), of_hidden)
+
+
 def draw_states(rng: np.random.Generator, config: T5Config, rows: int, tokens: int) -> tuple[Any, Any, Any]:
     hidden = rng.normal(0, 1, (rows, tokens, config.emb_dim)).astype(np.float32)
     targets = rng.integers(0, config.vocab_size, (rows, tokens)).astype(np.int32)
@@ -84,7 +110,8 @@ def test_it_is_the_gradient_of_the_head_that_trains(rng, kind, cut, int8):
     boxed = drawn(rng, config)
     variables = nn.unbox(quantized(boxed) if int8 else boxed)
     hidden, targets, weights = draw_states(rng, config, int(rng.integers(1, 5)), int(rng.integers(1, 12)))
-    (_, plain), plain_gradient = value_and_gradient(config, variables, hidden, targets, False, weights)
+    uncut = dataclasses.replace(config, loss_logits=SMALL.loss_logits)
+    (_, plain), plain_gradient = value_and_gradient(uncut, variables, hidden, targets, False, weights)
     (_, frozen), gradient = value_and_gradient(config, variables, hidden, targets, True, weights)
     if cut:
         assert relative(frozen[0], plain[0]) < 1e-5
@@ -94,20 +121,41 @@ def test_it_is_the_gradient_of_the_head_that_trains(rng, kind, cut, int8):
     assert relative(gradient, plain_gradient) < 1e-5
 
 
-def test_it_is_the_gradient_that_torch_finds(rng):
-    variables = nn.unbox(drawn(rng, SMALL))
-    hidden, targets, weights = draw_states(rng, SMALL, 3, 7)
-    (_, (losses, _)), gradient = value_and_gradient(SMALL, variables, hidden, targets, True, weights)
+@pytest.mark.parametrize("cut", [{}, CUT], ids=["tokens", "vocabulary"])
+def test_it_is_the_gradient_that_torch_finds(rng, cut):
+    config = dataclasses.replace(SMALL, **cut)
+    variables = nn.unbox(drawn(rng, config))
+    hidden, targets, weights = draw_states(rng, config, 3, 7)
+    (_, (losses, _)), gradient = value_and_gradient(config, variables, hidden, targets, True, weights)
     states = torch.tensor(hidden, requires_grad=True)
-    logits = states @ torch.tensor(np.array(variables["params"]["decoder"]["logits_dense"]["kernel"]))
+    kernel = torch.tensor(np.array(kernel_of(config, variables)), requires_grad=True)
     expected = torch.nn.functional.cross_entropy(
-        logits.reshape(-1, SMALL.vocab_size),
+        (states @ kernel).reshape(-1, config.vocab_size),
         torch.tensor(targets.reshape(-1), dtype=torch.long),
         reduction="none",
     )
     (expected * torch.tensor(weights.reshape(-1))).sum().backward()
     assert relative(losses.reshape(-1), expected.detach().numpy()) < 1e-5
     assert states.grad is not None and relative(gradient, states.grad.numpy()) < 1e-5
+    (_, (losses, _)), gradients = trained(config, variables, hidden, targets, weights)
+    assert relative(losses.reshape(-1), expected.detach().numpy()) < 1e-5
+    assert kernel.grad is not None
+    for found, from_torch in zip(gradients, (kernel.grad, states.grad), strict=True):
+        assert relative(found, from_torch.numpy()) < 1e-5
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_head_that_trains_has_one_gradient_however_it_is_cut(rng, kind):
+    config = dataclasses.replace(KINDS[kind], **CUT)
+    variables = nn.unbox(drawn(rng, config))
+    hidden, targets, weights = draw_states(rng, config, int(rng.integers(1, 5)), int(rng.integers(1, 12)))
+    uncut = dataclasses.replace(config, loss_logits=SMALL.loss_logits)
+    (_, (plain, likeliest)), expected = trained(uncut, variables, hidden, targets, weights)
+    (_, (losses, correct)), gradients = trained(config, variables, hidden, targets, weights)
+    np.testing.assert_array_equal(correct, likeliest)
+    assert relative(losses, plain) < 1e-5
+    for found, wanted in zip(gradients, expected, strict=True):
+        assert relative(found, wanted) < 1e-5
 
 
 @pytest.mark.parametrize("cut", [{}, CUT], ids=["tokens", "vocabulary"])
@@ -118,9 +166,13 @@ def test_bfloat16_states_get_a_bfloat16_gradient_near_the_exact_one(rng, cut):
     hidden, targets, weights = draw_states(rng, config, 4, 9)
     _, exact = value_and_gradient(exact_config, variables, hidden, targets, True, weights)
     half = jnp.asarray(hidden, jnp.bfloat16)
+    _, exact_gradients = trained(exact_config, variables, hidden, targets, weights)
     _, gradient = value_and_gradient(config, variables, half, targets, True, weights)
-    assert gradient.dtype == jnp.bfloat16
+    _, (of_kernel, of_states) = trained(config, variables, half, targets, weights)
+    assert gradient.dtype == of_states.dtype == jnp.bfloat16 and of_kernel.dtype == jnp.float32
     assert relative(gradient.astype(jnp.float32), exact) < 0.02
+    assert relative(of_states.astype(jnp.float32), exact) < 0.02
+    assert relative(of_kernel, exact_gradients[0]) < 0.02
 
 
 def test_logits_are_computed_once_and_never_of_all_tokens(rng):
@@ -182,10 +234,16 @@ def test_a_split_vocabulary_gives_the_same(rng, axes, cut):
     with partitioned(mesh):
         found = jax.jit(gradient, out_shardings=rows)(placed, jax.device_put(hidden, rows))
     assert relative(found, expected) < 1e-5
+    _, expected = trained(config, nn.unbox(boxed), hidden, targets, weights)
+    with partitioned(mesh):
+        _, found = trained(config, placed, jax.device_put(hidden, rows), targets, weights)
+    for part, wanted in zip(found, expected, strict=True):
+        assert relative(part, wanted) < 1e-5
 
 
+@pytest.mark.parametrize("trains", [False, True], ids=["frozen", "trained"])
 @pytest.mark.parametrize("axes", [{}, {"data": 8}, {"fsdp": 8}, {"tensor": 8}, MESHES[1]], ids=str)
-def test_memory_does_not_depend_on_the_vocabulary(axes):
+def test_memory_does_not_depend_on_the_vocabulary(axes, trains):
     devices = jax.devices()[: 8 if axes else 1]
     mesh = make_mesh(**{"data": 1, "fsdp": 1, "tensor": 1, **axes}, devices=devices)
     rows = batch_sharding(mesh)
@@ -196,17 +254,22 @@ def test_memory_does_not_depend_on_the_vocabulary(axes):
         config = dataclasses.replace(SMALL, vocab_size=vocab, emb_dim=32, num_heads=8, loss_logits=2**17)
         ids = jnp.ones((1, 2), jnp.int32)
         boxed = jax.eval_shape(T5(config).init, jax.random.key(0), ids, ids, ids, ids)
+        shardings = named_shardings(boxed, mesh)
         variables = jax.tree.map(
             lambda shape, sharding: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding),
             nn.unbox(boxed),
-            named_shardings(boxed, mesh),
+            shardings,
         )
 
         def gradient(variables, hidden, targets):
+            if trains:
+                # The head's is a result; beside it there is no room for another one.
+                return trained(config, variables, hidden, targets, 1.0)[1]
             return jax.grad(lambda h: jnp.sum(scored(config, variables, h, targets, True)[0]))(hidden)
 
+        places = (kernel_of(config, shardings), rows) if trains else rows
         with partitioned(mesh):
-            compiled = jax.jit(gradient, out_shardings=rows).lower(variables, hidden, targets).compile()
+            compiled = jax.jit(gradient, out_shardings=places).lower(variables, hidden, targets).compile()
         memory = compiled.memory_analysis()
         assert memory is not None
         return memory.temp_size_in_bytes
