@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from slm_jax.cli.main import add_gin_arguments, search_paths
+from slm_jax.cli.plan_search import POLICIES, candidates_for, print_ranking, search
 
 if TYPE_CHECKING:
     from slm_jax.cli.run import Run
@@ -36,8 +37,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--slices", type=int, metavar="N", help="of that topology (default: the run's)")
     parser.add_argument(
         "--search",
-        action="store_true",
-        help="find the largest batch per remat policy and mesh, and rank them; tens of compilations",
+        nargs="*",
+        choices=POLICIES,
+        metavar="POLICY",
+        help="find the largest batch per remat policy and mesh, and rank them "
+        f"(default: all of {', '.join(POLICIES)})",
+    )
+    parser.add_argument(
+        "--search_tensor",
+        nargs="+",
+        type=int,
+        default=[1, 2, 4, 8],
+        metavar="N",
+        help="sizes of the mesh axis `tensor` that --search tries (default: 1 2 4 8)",
     )
     parser.add_argument("--sharding", action="store_true", help="print the sharding of every variable too")
     parser.add_argument("--json", action="store_true", help="print one object")
@@ -66,10 +78,9 @@ def main(args: argparse.Namespace) -> int:
         assumed = [f"plain attention, which a CPU compiles, in place of '{kernel}': memory is an upper bound"]
         _say(f"planned with {assumed[0]}")
         run = with_plain_attention(run, kernel)
-    if args.search:
-        from slm_jax.cli.plan_search import print_ranking, search
-
-        ranking = search(run, topology, planned, _say)
+    if args.search is not None:
+        candidates = candidates_for(topology, args.search or POLICIES, args.search_tensor)
+        ranking = search(run, topology, candidates, planned, _say)
         print(json.dumps(ranking)) if args.json else print_ranking(ranking)
         return 0
     found = planned(run, topology, assumed)

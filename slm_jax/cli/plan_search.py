@@ -4,17 +4,17 @@ import dataclasses
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from slm_jax.cli.model_changes import with_remat
-from slm_jax.errors import UserError
+from slm_jax.errors import UserError, check_whole
 
 if TYPE_CHECKING:
     from slm_jax.cli.run import Run
     from slm_jax.partitioning.topology import Topology
 
-REMAT = ("frozen", "dots", "none", "full")
+POLICIES = ("frozen", "dots", "none", "full")
 # Of the memory for programs: what a batch is aimed at, less after each that is too large, and what is enough.
 _AIM, _LESS, _ENOUGH = 0.985, 0.02, 0.96
 
@@ -31,15 +31,22 @@ class Candidate(NamedTuple):
         return f"remat {self.remat}, " + " ".join(f"{axis}={size}" for axis, size in self.mesh.items())
 
 
-def search(run: "Run", topology: "Topology", plan: Plan, say: Callable[[str], None]) -> dict[str, Any]:
+def search(
+    run: "Run",
+    topology: "Topology",
+    candidates: Sequence[Candidate],
+    plan: Plan,
+    say: Callable[[str], None],
+) -> dict[str, Any]:
     """Ranks remat policies and meshes by predicted hours of audio a second, each at its largest batch.
 
-    A policy's first mesh is always searched to the end. Of one that sends activations over `tensor` besides,
-    a single compilation tells what a row costs; if no batch could be the best, it and wider ones are left.
+    A mesh that does not split over `tensor` is searched to the end. Of one that sends activations besides, a
+    single compilation tells what a row costs; if no batch could be the best, it and wider ones are left.
 
     Args:
       run: whose batch is the first to be tried.
       topology: to plan for.
+      candidates: in this order.
       plan: returns the plan of a run, as `--json` prints it.
       say: writes a line of progress.
 
@@ -58,7 +65,6 @@ def search(run: "Run", topology: "Topology", plan: Plan, say: Callable[[str], No
     left_out: list[dict[str, Any]] = []
     interrupted = False
     began = time.monotonic()
-    candidates = list(_candidates(topology))
     say(f"{len(candidates)} candidates, 1 to 4 compilations each; Ctrl-C prints what is known by then")
     try:
         for number, candidate in enumerate(candidates, 1):
@@ -113,16 +119,29 @@ def print_ranking(found: dict[str, Any]) -> None:
         print(f"left out: {Candidate(row['remat_of_llm'], row['mesh'])}: {row['reason']}")
 
 
-def _candidates(topology: "Topology") -> Iterator[Candidate]:
+def candidates_for(
+    topology: "Topology", policies: Sequence[str], tensor_sizes: Sequence[int]
+) -> list[Candidate]:
+    """The policies on the meshes of a topology that such sizes of `tensor` allow.
+
+    Raises:
+      UserError: a size that is no whole number, or none that divides the devices of a slice.
+    """
+    for tensor in tensor_sizes:
+        check_whole("--search_tensor", tensor)
     each = len(topology.devices) // topology.slices
     # Over the whole of a closed 3D torus the TPU compiler sums where it would gather (docs/performance.md).
     closed = len(topology.dims) == 3 and all(dim % 4 == 0 for dim in topology.dims)
     data = 2 if closed else 1
-    for tensor in (1, 2, 4, 8):
-        # More replicas hold more and send as much: frozen weights are split over all that is left.
-        if each % (data * tensor) == 0:
-            for remat in REMAT:
-                yield Candidate(remat, {"data": data, "fsdp": each // data // tensor, "tensor": tensor})
+    # More replicas hold more and send as much: frozen weights are split over all that is left.
+    meshes = [
+        {"data": data, "fsdp": each // data // tensor, "tensor": tensor}
+        for tensor in tensor_sizes
+        if each % (data * tensor) == 0
+    ]
+    if not meshes:
+        raise UserError(f"--search_tensor is {tensor_sizes}, of which none divides a slice's {each} devices")
+    return [Candidate(remat, mesh) for mesh in meshes for remat in policies]
 
 
 def _slower_already(candidate: Candidate, left_out: list[dict[str, Any]]) -> str | None:

@@ -72,7 +72,9 @@ def run_of(*bindings):
 def found_by(compiler, monkeypatch, *bindings):
     monkeypatch.setattr("slm_jax.training.planning.granted_bytes", lambda topology: ROOM)
     said = []
-    return plan_search.search(run_of(*bindings), find_topology("v5e:2x2"), compiler, said.append), said
+    topology = find_topology("v5e:2x2")
+    candidates = plan_search.candidates_for(topology, plan_search.POLICIES, [1, 2, 4, 8])
+    return plan_search.search(run_of(*bindings), topology, candidates, compiler, said.append), said
 
 
 @pytest.mark.parametrize("remat", ROW)
@@ -140,11 +142,34 @@ def test_after_an_interrupt_what_is_known_is_there(monkeypatch):
     assert "frozen" in {row["remat_of_llm"] for row in found["ranked"]}
 
 
-def test_closed_3d_tori_are_planned_with_two_copies():
-    meshes = [candidate.mesh for candidate in plan_search._candidates(find_topology("v5p:4x4x4"))]
-    assert meshes[0] == {"data": 2, "fsdp": 32, "tensor": 1}
-    flat = plan_search._candidates(find_topology("v5e:4x4"))
-    assert {candidate.mesh["data"] for candidate in flat} == {1}
+def test_candidates_are_the_policies_on_each_mesh_and_closed_3d_tori_hold_two_copies():
+    cube = plan_search.candidates_for(find_topology("v5p:4x4x4"), ["full"], [1, 3, 4])
+    assert [candidate.mesh for candidate in cube] == [
+        {"data": 2, "fsdp": 32, "tensor": 1},
+        {"data": 2, "fsdp": 8, "tensor": 4},
+    ]
+    flat = plan_search.candidates_for(find_topology("v5e:4x4", 2), ["full", "none"], [1])
+    assert [str(candidate) for candidate in flat] == [
+        "remat full, data=1 fsdp=16 tensor=1",
+        "remat none, data=1 fsdp=16 tensor=1",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (["--search", "frozzen"], "frozzen"),
+        (
+            ["--search", "--search_tensor", "3"],
+            "--search_tensor is [3], of which none divides",
+        ),
+        (["--search", "--search_tensor", "0"], "--search_tensor is 0"),
+    ],
+)
+def test_what_cannot_be_searched_is_one_sentence(flags, sentence, capsys):
+    assert main([*TINY, *flags]) == 2
+    error = capsys.readouterr().err
+    assert sentence in error and error.count("\n") == 1
 
 
 def test_what_fits_is_asked_of_the_compiler_and_unknown_for_gpus(capsys):
