@@ -112,6 +112,9 @@ def plan_step(
             return StepPlan(False, needed, None, [], flops, None, time.monotonic() - began)
     found, hlo = compiled.memory_analysis(), compiled.as_text()
     size = Bytes(found.argument_size_in_bytes, found.temp_size_in_bytes, found.peak_memory_in_bytes)
+    if topology.stand_in:
+        # Of a CPU the compiler tells no peak that holds the temporaries.
+        size = size._replace(peak=size.arguments + size.temporaries)
     collectives = count_collectives(hlo, program.mesh)
     seconds = _predict(program, topology, flops, memory_traffic(hlo), collectives)
     fits = None if topology.stand_in else True

@@ -89,7 +89,8 @@ def test_a_kernel_that_no_cpu_has_is_planned_as_plain(topology, kernel, capsys, 
     printed = capsys.readouterr()
     assert f"planned with plain attention, which a CPU compiles, in place of '{kernel}'" in printed.err
     found = json.loads(printed.out)
-    assert found["bytes_per_device"]["temporaries"] > 0
+    size = found["bytes_per_device"]
+    assert size["peak"] == size["arguments"] + size["temporaries"] > size["arguments"]
     assert "plain attention" in found["assumptions"][-1]
 
 
