@@ -65,7 +65,7 @@ def search(
     left_out: list[dict[str, Any]] = []
     interrupted = False
     began = time.monotonic()
-    say(f"{len(candidates)} candidates, 1 to 4 compilations each; Ctrl-C prints what is known by then")
+    say(f"candidates: {len(candidates)}; 1 to 5 compilations each; Ctrl-C prints what is known by then")
     try:
         for number, candidate in enumerate(candidates, 1):
             about = f"{number} of {len(candidates)}, {candidate}"

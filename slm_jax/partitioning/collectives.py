@@ -18,6 +18,8 @@ GATHER_BY_SUM = "all-gather by all-reduce"
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) .*\{$")
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\((.*)$")
 _ARRAY = re.compile(r"\b(pred|[suf]\d+|bf16|f8\w*)\[([\d,]*)\](\{[^}]*\})?")
+# Between TPU slices hosts exchange what devices hand to them.
+_BETWEEN_SLICES = re.compile(r'_xla_megascale_transfer_type="(\w+)"')
 _CALLED = re.compile(r"\b(?:calls|to_apply|body)=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"\b(?:branch_computations=\{([^}]*)\}|(?:true|false)_computation=%?([\w.\-]+))")
 # They move nothing, or what they call is counted by itself; of a pair of start and done, the end counts.
@@ -67,6 +69,8 @@ def count_collectives(hlo: str, mesh: Mesh) -> list[Collective]:
         axes, group = (), 1
         if instruction.opcode.removesuffix("-start") in KINDS:
             axes, group = _axes(instruction.rest, mesh)
+        elif instruction.opcode == "send" and _BETWEEN_SLICES.search(instruction.rest):
+            axes, group = ("slice",), mesh.shape["slice"]
         if group == 1:
             continue
         found = re.search(r'"emitter":"(\d)DAllGather', instruction.rest)
@@ -86,6 +90,9 @@ def _sent(
 ) -> dict[str, int]:
     """Bytes of the whole arrays of one collective, by kind."""
     kind, arrays = instruction.opcode.removesuffix("-start"), list(_arrays(instruction.type))
+    if found := _BETWEEN_SLICES.search(instruction.rest):
+        kind = found.group(1).lower().replace("_", "-")
+        return {kind: arrays[0] * (group if kind == "all-gather" else 1)}
     if kind != "all-reduce":
         size = max(arrays) if instruction.opcode.endswith("-start") else sum(arrays)
         return {kind: size * group if kind == "reduce-scatter" else size}

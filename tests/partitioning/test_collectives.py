@@ -63,6 +63,20 @@ def test_over_a_whole_closed_torus_gathers_are_sums(data, kind):
     assert (gathered.count, gathered.bytes) == (LAYERS, LAYERS * DIM * DIM * 4)
 
 
+def test_what_hosts_exchange_between_slices_counts():
+    topology = find_topology("v5e:2x2", 2)
+    mesh = make_mesh(data=1, fsdp=4, slices=2, devices=topology.devices)
+    spec = PartitionSpec(("slice", "fsdp"))
+    summed = jax.shard_map(
+        lambda x: jax.lax.psum(x, "slice"), mesh=mesh, in_specs=spec, out_specs=PartitionSpec("fsdp")
+    )
+    x = jax.ShapeDtypeStruct((ROWS, DIM), jnp.float32, sharding=NamedSharding(mesh, spec))
+    with compiling_for(topology) as options:
+        text = str(jax.jit(summed).lower(x).compile(options).as_text())
+    (found,) = count_collectives(text, mesh)
+    assert found == ("all-reduce", ("slice",), 2, 1, ROWS // 8 * DIM * 4, None)
+
+
 def test_of_arrays_that_are_summed_at_once_parts_in_zeros_are_gathered():
     mesh = make_mesh(data=2, fsdp=2, devices=jax.devices()[:4])
     text = """
