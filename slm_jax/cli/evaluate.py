@@ -40,7 +40,7 @@ def main(args: argparse.Namespace) -> int:
     from slm_jax.evaluation.evaluator import write_results
 
     run = load_run(args.run, args.gin_bindings)
-    wired = Wiring(run)
+    wired = Wiring.to_answer(run)
     split = args.split or run.evaluated().split
     evaluate = wired.evaluation(args.mixture, split)
     prompt = args.transcribe_prompt or TRANSCRIBE_PROMPT

@@ -54,7 +54,7 @@ def main(args: argparse.Namespace) -> int:
         raise UserError("slm export: one process holds all weights; run it on one host")
     check_request(args.to, args.formats, args.platforms)
     run = load_run(args.run, args.gin_bindings)
-    wired = Wiring(run)
+    wired = Wiring.to_answer(run)
     tokenizer, eos_id = _tokenizer(wired)
     variables = wired.trained_variables(args.step)
     max_tokens = args.max_tokens or run.answer_tokens
@@ -62,7 +62,7 @@ def main(args: argparse.Namespace) -> int:
     if "stablehlo" in args.formats:
         asked = _asked(args, wired, variables, max_tokens)
     source = Source(
-        model=run.objective.model,
+        model=wired.run.objective.model,
         variables=jax.device_get(variables),
         step=wired.saved_step(args.step),
         foundations={part: read_foundation(run.path(name)) for part, name in run.foundations.items()},

@@ -41,7 +41,7 @@ def main(args: argparse.Namespace) -> int:
     from slm_jax.cli.run import load_run
     from slm_jax.cli.wiring import Wiring
 
-    wired = Wiring(load_run(args.run, args.gin_bindings))
+    wired = Wiring.to_answer(load_run(args.run, args.gin_bindings))
     vocabulary = wired.vocabulary("targets")
     # After the tasks, which bring TensorFlow in quietly.
     from slm_jax.data.preprocessors import prompt_tokens

@@ -1,6 +1,7 @@
 """Joins the rooms for one run: tasks, batches, mesh, foundation models, decoding, evaluation."""
 
 import contextlib
+import copy
 import dataclasses
 import functools
 import hashlib
@@ -44,6 +45,20 @@ class Wiring:
     def __init__(self, run: Run):
         self.run = run
         self._predictors: dict[tuple[int, int, int | None], Predictor] = {}
+
+    @classmethod
+    def to_answer(cls, run: Run) -> "Wiring":
+        """Joins the rooms of a run that answers here, maybe on another platform than it was trained on."""
+        platform = jax.default_backend()
+        if isinstance(run.objective.model, SLM):
+            config, others = run.objective.model.config.on_platform(platform)
+            if others:
+                objective = copy.copy(run.objective)
+                objective.model = SLM(config)
+                run = dataclasses.replace(run, objective=objective)
+                found = " and ".join(f"{part} is {kernel!r}" for part, kernel in others.items())
+                say(f"attention_kernel of {found}, which this {platform} lacks: 'plain' is taken")
+        return cls(run)
 
     @functools.cached_property
     def mesh(self) -> Mesh:
@@ -126,6 +141,15 @@ class Wiring:
         if data.has_frames and shape.has_speech:
             return dataclasses.replace(shape, frame_dim=self.frames.dim)
         return shape
+
+    def compiled_batches(self) -> list[dict[str, Any]]:
+        """Returns the shapes of every batch that training compiles a step for, the largest last."""
+        from slm_jax.data.packing import bucket_shapes
+
+        return [
+            {name: jax.ShapeDtypeStruct(size, dtype) for name, (size, dtype) in shape.arrays().items()}
+            for shape in bucket_shapes(self.train_shape(), tuple(sorted(self.run.data.buckets)))
+        ]
 
     def plan(self) -> Any:
         """Returns the order of rows of the training split.

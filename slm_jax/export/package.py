@@ -107,6 +107,8 @@ def export_run(
     partial = directory.with_name(f".{directory.name}.partial-{uuid.uuid4().hex[:8]}")
     writers = {"adapter": _write_adapter, "merged": _write_merged}
     whole = _with_merged_lora(source) if {"merged", "stablehlo"} & set(formats) else source
+    if "stablehlo" in formats:
+        whole = _with_plain_attention(whole, report)
     try:
         partial.mkdir(parents=True)
         if source.tokenizer is not None:
@@ -149,6 +151,15 @@ def _with_merged_lora(source: Source) -> Source:
         "frozen": {**variables["frozen"], "llm": llm},
     }
     return source._replace(model=SLM(dataclasses.replace(config, lora=None)), variables=plain)
+
+
+def _with_plain_attention(source: Source, report: Callable[[str], None]) -> Source:
+    """The same model in the form that one program has for all platforms and lengths."""
+    config, others = source.model.config.on_platform(None)
+    if others:
+        found = " and ".join(f"{part} ({kernel})" for part, kernel in others.items())
+        report(f"model.stablehlo: attention of {found} is lowered as plain, for any platform and length")
+    return source._replace(model=SLM(config))
 
 
 def _write_adapter(folder: Path, source: Source) -> None:

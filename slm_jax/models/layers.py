@@ -30,6 +30,8 @@ from slm_jax.models.shards import platform
 Initializer = Callable[..., jax.Array]
 
 ATTENTION_KERNELS = ("plain", "xla", "cudnn")
+# Those that not every platform has.
+KERNEL_PLATFORMS = {"cudnn": ("gpu", "cuda"), "pallas": ("tpu",)}
 
 # Far below any score, yet finite: a query that may attend to nothing gets an even mean and never NaN.
 MASKED_SCORE = -1e30
@@ -479,7 +481,7 @@ def dot_product_attention(
 
 
 def _check_cudnn(dtype: DTypeLike, shape: tuple[int, ...]) -> None:
-    if (found := platform()) not in ("gpu", "cuda"):
+    if (found := platform()) not in KERNEL_PLATFORMS["cudnn"]:
         raise UserError(f"attention_kernel is 'cudnn' on a {found}, expected 'plain' or 'xla' there")
     if jnp.dtype(dtype).itemsize != 2:
         raise UserError(f"attention_kernel is 'cudnn' and dtype {jnp.dtype(dtype).name}, expected 'bfloat16'")

@@ -11,6 +11,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from slm_jax.errors import UserError
+from slm_jax.models.layers import KERNEL_PLATFORMS
 from slm_jax.models.shards import by_shard, device_kind, platform
 
 # Of a TPU's registers: the kernel's arrays are whole numbers of them.
@@ -45,7 +46,7 @@ def rolled_shift(scores_BHFP: jax.Array, *, interpret: bool = False) -> jax.Arra
     Raises:
       UserError: this is no TPU.
     """
-    if not interpret and (found := platform()) != "tpu":
+    if not interpret and (found := platform()) not in KERNEL_PLATFORMS["pallas"]:
         raise UserError(f"attention_kernel is 'pallas' on a {found}, expected 'plain' there")
     shift = functools.partial(_rolled_shift, interpret)
     return by_shard(shift, ("activation_batch", "activation_heads"), scores_BHFP)

@@ -18,6 +18,7 @@ from slm_jax.errors import UserError, nearest
 from slm_jax.models import conformer, t5
 from slm_jax.models.adapters import AdapterConfig, TransformerAdapter
 from slm_jax.models.encoders import encoder_class
+from slm_jax.models.layers import KERNEL_PLATFORMS
 from slm_jax.models.lora import LoRAConfig
 from slm_jax.models.reducers import DropReducer, StackReducer
 from slm_jax.models.t5 import T5, T5Config
@@ -68,6 +69,27 @@ class SLMConfig:
     def llm_learns(self) -> bool:
         """Whether anything of the LLM trains, the whole of it or LoRA."""
         return "llm" in self.trainable or self.lora is not None
+
+    def on_platform(self, platform: str | None) -> "tuple[SLMConfig, dict[str, str]]":
+        """Returns the same with attention that a platform has, and part -> kernel of what was another.
+
+        A model of it has the same parameters, and answers the same but for rounding.
+
+        Args:
+          platform: as JAX names it, such as `gpu`; None for one program for all of them.
+        """
+        kernels = {
+            part: getattr(getattr(self, part), "attention_kernel", "plain")
+            for part in ("speech_encoder", "llm")
+        }
+        others = {
+            part: kernel
+            for part, kernel in kernels.items()
+            if kernel != "plain"
+            and (platform is None or platform not in KERNEL_PLATFORMS.get(kernel, (platform,)))
+        }
+        plain = {part: dataclasses.replace(getattr(self, part), attention_kernel="plain") for part in others}
+        return dataclasses.replace(self, **plain), others
 
 
 def preset(name: str) -> SLMConfig:

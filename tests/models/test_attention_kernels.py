@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from slm_jax.errors import UserError
-from slm_jax.models import layers
+from slm_jax.models import layers, slm
 from slm_jax.models.conformer import ConformerConfig, ConformerEncoder
 from slm_jax.models.t5 import T5, T5Config
 from slm_jax.training.flops import traced_flops
@@ -127,3 +127,27 @@ def test_what_a_policy_computes_again(rng):
     # The last product of a layer is needed by nothing and is not run again.
     last = 2 * rows * length * config.emb_dim * config.mlp_dim
     assert count("full") == count("none") + layers_ * (weights - last + 2 * scores)
+
+
+def test_a_model_goes_to_a_platform_with_the_kernels_that_it_has_there():
+    config = slm.preset("tiny")
+    trained = dataclasses.replace(
+        config,
+        speech_encoder=dataclasses.replace(config.speech_encoder, attention_kernel="pallas"),
+        llm=dataclasses.replace(config.llm, attention_kernel="cudnn"),
+    )
+    for platform, others in (
+        ("cpu", {"speech_encoder": "pallas", "llm": "cudnn"}),
+        ("gpu", {"speech_encoder": "pallas"}),
+        ("tpu", {"llm": "cudnn"}),
+        (None, {"speech_encoder": "pallas", "llm": "cudnn"}),
+    ):
+        here, found = trained.on_platform(platform)
+        assert found == others
+        for part in ("speech_encoder", "llm"):
+            expected = getattr(config if part in others else trained, part)
+            assert getattr(here, part) == expected
+    # JAX's own form is there everywhere, but not for lengths that are open.
+    anywhere = dataclasses.replace(config, llm=dataclasses.replace(config.llm, attention_kernel="xla"))
+    assert anywhere.on_platform("cpu") == (anywhere, {})
+    assert anywhere.on_platform(None) == (config, {"llm": "xla"})
