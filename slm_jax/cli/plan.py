@@ -186,16 +186,9 @@ def _mfu(flops: int, seconds: float | None, topology: "Topology") -> float | Non
 
 
 def _batches(run: "Run") -> list[dict[str, Any]]:
-    """Shapes of every batch that is compiled, the largest last."""
-    import jax
-
     from slm_jax.cli.wiring import Wiring
-    from slm_jax.data.packing import bucket_shapes
 
-    return [
-        {name: jax.ShapeDtypeStruct(size, dtype) for name, (size, dtype) in shape.arrays().items()}
-        for shape in bucket_shapes(Wiring(run).train_shape(), tuple(sorted(run.data.buckets)))
-    ]
+    return Wiring(run).compiled_batches()
 
 
 def _program(run: "Run", topology: "Topology", batch: dict[str, Any]) -> Any:

@@ -20,16 +20,19 @@ from slm_jax.checkpoints.provenance import Provenance
 from slm_jax.cli import gin_config
 from slm_jax.cli.main import add_gin_arguments, search_paths
 from slm_jax.cli.run import Run, save_config
-from slm_jax.cli.wiring import Wiring, subtree
+from slm_jax.cli.wiring import Wiring, say, subtree
 from slm_jax.errors import UserError, nearest
 from slm_jax.models.lora import merged
 from slm_jax.models.quantization import is_quantized
 from slm_jax.models.slm import SLM
+from slm_jax.partitioning.sharding import check_batch_rows
+from slm_jax.training.compiled import CompiledSteps
 from slm_jax.training.loop import TrainResult
 from slm_jax.training.loop import train as train_loop
 from slm_jax.training.objectives.base import Part
 from slm_jax.training.phases import Phases, process_age
 from slm_jax.training.profiling import ProfileSteps
+from slm_jax.training.program import make_train_program
 from slm_jax.training.rollback import Rollback, Rollbacks
 
 
@@ -39,7 +42,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dry_run",
         action="store_true",
-        help="print the resolved configuration and the sharding plan; train nothing",
+        help="print the resolved configuration and the sharding plan; train nothing, and compile only for "
+        "--dump_program",
     )
     parser.add_argument(
         "--rollback_to", type=int, metavar="STEP",
@@ -67,19 +71,41 @@ def main(args: argparse.Namespace) -> int:
     rollback = _rollback(args)
     phases = Phases(process_age())
     profile_steps = ProfileSteps.parse(args.profile_steps) if args.profile_steps is not None else None
-    if args.dry_run and (profile_steps or args.dump_program):
-        raise UserError(
-            "--dry_run trains nothing, so --profile_steps and --dump_program have no meaning with it"
-        )
+    if args.dry_run and profile_steps:
+        raise UserError("--dry_run trains nothing, so --profile_steps has no meaning with it")
     with phases.phase("configuration"):
         gin_config.parse(args.gin_file, args.gin_bindings, search_paths(args))
         run = gin_config.build(Run)
     if args.dry_run:
         print(gin_config.resolved_config())
-        print(Wiring(run).plan_text())
+        wired = Wiring(run)
+        print(wired.plan_text())
+        if args.dump_program:
+            _dump(wired, args.dump_program)
         return 0
     train(run, rollback=rollback, phases=phases, profile_steps=profile_steps, dump_program=args.dump_program)
     return 0
+
+
+def _dump(wired: Wiring, directory: Path) -> None:
+    """Writes the texts of the run's programs, compiled from shapes alone; says what they took and need."""
+    run, batches = wired.run, wired.compiled_batches()
+    check_batch_rows(run.data.batch_size, wired.mesh, run.mesh.rules)
+    program = make_train_program(
+        run.objective,
+        run.optimizer,
+        batches[-1],
+        seed=run.loop.seed,
+        microbatches=run.loop.microbatches,
+        mesh=wired.mesh,
+        rules=run.mesh.rules,
+        spikes=run.loop.spikes,
+        compiler_options=run.loop.compiler_options,
+        apart=run.carries_optimizer,
+    )
+    steps = CompiledSteps(program, run.objective, Phases(), directory)
+    for batch in reversed(batches):
+        say(steps.compile(program.shapes.state, program.shapes.frozen, batch).line())
 
 
 def _rollback(args: argparse.Namespace) -> Rollback | None:

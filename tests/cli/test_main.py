@@ -17,7 +17,6 @@ from slm_jax.cli.main import main
         (["train", "--gin_file", "x", "--rollback_to", "0"], "--rollback_to is 0, expected a whole number"),
         (["train", "--gin_file", "runs/train.gin", "--profile_steps", "9"], "--profile_steps is '9'"),
         (["train", "--gin_file", "runs/train.gin", "--profile_steps", "4:3"], "such as 100:105"),
-        (["train", "--gin_file", "runs/train.gin", "--dry_run", "--dump_program", "x"], "--dry_run"),
         (
             ["train", "--gin_file", "runs/train.gin", "--dry_run", "--profile_steps", "1:2"],
             "--dry_run trains",

@@ -54,6 +54,17 @@ def test_the_flags_write_the_program_and_a_trace(whole):
         assert phase in start
 
 
+def test_a_dry_run_writes_the_program_that_training_runs(workshop, whole, tmp_path):
+    words = workshop.train_words(tmp_path / "run", STEPS, SAVING)
+    done = workshop.slm([*words, "--dry_run", "--dump_program", str(tmp_path / "program")])
+    assert done.status == 0, done.err
+    assert re.search(r"^train step: .* compiled in .* bytes per device", done.err, re.M)
+    assert [path.name for path in tmp_path.iterdir()] == ["program"]
+    for kind in ("stablehlo", "memory"):
+        text = (tmp_path / "program" / f"train_step.{kind}.txt").read_text()
+        assert text == (whole.with_name("program") / f"train_step.{kind}.txt").read_text()
+
+
 def test_a_killed_run_goes_on_bit_for_bit(workshop, whole, tmp_path, rng):
     run = tmp_path / "run"
     words = workshop.train_words(run, STEPS, SAVING)
