@@ -155,6 +155,12 @@ def memory_traffic(hlo: str) -> int:
     return total
 
 
+def instructions(hlo: str) -> Iterator[tuple[_Instruction, int]]:
+    """Yields each instruction of a compiled program that runs, and how often it does."""
+    for _, instruction, runs in _walk(_parse(hlo)):
+        yield instruction, runs
+
+
 def _in_place(computation: list[_Instruction], update: _Instruction) -> int:
     """Bytes of the result of a dynamic-update-slice that stay as they were."""
     types = {instruction.name: instruction.type for instruction in computation}

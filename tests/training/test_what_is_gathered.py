@@ -19,6 +19,7 @@ from slm_jax.models.reducers import DropReducer
 from slm_jax.models.slm import SLM, SLMConfig
 from slm_jax.models.t5 import T5Config
 from slm_jax.models.whisper import WhisperConfig
+from slm_jax.partitioning.collectives import instructions
 from slm_jax.partitioning.mesh import make_mesh
 from slm_jax.partitioning.sharding import batch_sharding, partitioned, spec_of
 from slm_jax.training.flops import traced_flops
@@ -51,29 +52,13 @@ class Gather(NamedTuple):
 
 def gathers(program: str) -> list[Gather]:
     """Reads them off the text of a compiled program."""
-    lines_of: dict[str, list[str]] = {}
-    for line in program.splitlines():
-        if head := re.match(r"(?:ENTRY )?%?([\w.\-]+) \(.*\{$", line):
-            lines = lines_of.setdefault(head[1], [])
-        elif line.startswith(" "):
-            lines.append(line)
-    called = {
-        name: set(re.findall(r"(?:calls|to_apply|body|condition)=%?([\w.\-]+)", "\n".join(lines)))
-        for name, lines in lines_of.items()
-    }
-    inside, left = set(), re.findall(r"\bbody=%?([\w.\-]+)", program)
-    while left:
-        if (name := left.pop()) not in inside:
-            inside.add(name)
-            left += called[name]
     found = []
-    for name, lines in lines_of.items():
-        for line in lines:
-            if made := re.search(r"= (.*) all-gather(?:-start)?\(", line):
-                where = re.search(r'op_name="([^"]*)"', line)
-                for dims in re.findall(r"\w+\[([\d,]*)\]", made[1]):
-                    shape = tuple(int(size) for size in dims.split(",") if size)
-                    found.append(Gather(shape, where[1] if where else "", name in inside))
+    for instruction, runs in instructions(program):
+        if instruction.opcode in ("all-gather", "all-gather-start"):
+            where = re.search(r'op_name="([^"]*)"', instruction.rest)
+            for dims in re.findall(r"\w+\[([\d,]*)\]", instruction.type):
+                shape = tuple(int(size) for size in dims.split(",") if size)
+                found.append(Gather(shape, where[1] if where else "", runs > 1))
     return found
 
 
