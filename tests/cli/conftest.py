@@ -3,7 +3,7 @@
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,6 +13,7 @@ from flax import linen as nn
 
 from slm_jax.checkpoints.foundation import architecture, save_foundation
 from slm_jax.cli import demo, gin_config
+from slm_jax.cli.main import main
 from slm_jax.models.slm import SLM
 
 # What makes the recipe small enough for a test.
@@ -97,6 +98,23 @@ class Workshop(NamedTuple):
 @pytest.fixture(autouse=True)
 def registries_stay_clean(clean_registries) -> None:
     """Commands that run in this process register tasks of this room's corpus."""
+
+
+@pytest.fixture
+def slm_here(
+    workshop: Workshop, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[[Sequence[str]], Done]:
+    """`slm` in this process, for what is refused: only JAX and TensorFlow take long to load."""
+
+    def run(words: Sequence[str]) -> Done:
+        capsys.readouterr()
+        status = main(words)
+        printed = capsys.readouterr()
+        return Done(status, printed.out, printed.err)
+
+    monkeypatch.setenv("SLM_CACHE_DIR", str(workshop.folder / "cache"))
+    monkeypatch.chdir(workshop.folder)
+    return run
 
 
 @pytest.fixture(scope="session")

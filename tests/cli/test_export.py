@@ -133,7 +133,7 @@ def test_some_formats_alone(workshop, run, recordings, tmp_path):
         (["--to", "."], "an export is never overwritten"),
     ],
 )
-def test_a_mistake_is_one_sentence_and_leaves_nothing(workshop, run, recordings, tmp_path, more, told):
+def test_a_mistake_is_one_sentence_and_leaves_nothing(slm_here, run, recordings, tmp_path, more, told):
     flags = {
         "--run": [str(run)],
         "--to": [str(tmp_path / "out")],
@@ -141,13 +141,13 @@ def test_a_mistake_is_one_sentence_and_leaves_nothing(workshop, run, recordings,
         "--prompt": [PROMPT],
     }
     flags[more[0]] = more[1:]
-    done = workshop.slm(["export", *(word for name, values in flags.items() for word in (name, *values))])
+    done = slm_here(["export", *(word for name, values in flags.items() for word in (name, *values))])
     assert done.status == 2, done.err
     (line,) = [line for line in done.err.splitlines() if line.startswith("slm: error: ")]
     assert told in line and "Traceback" not in done.err
     assert not list(tmp_path.iterdir())
 
 
-def test_audio_and_prompt_go_together(workshop, run, tmp_path):
-    done = workshop.slm(["export", "--run", str(run), "--to", str(tmp_path / "out"), "--prompt", PROMPT])
+def test_audio_and_prompt_go_together(slm_here, run, tmp_path):
+    done = slm_here(["export", "--run", str(run), "--to", str(tmp_path / "out"), "--prompt", PROMPT])
     assert done.status == 2 and "together or not at all" in done.err

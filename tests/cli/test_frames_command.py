@@ -64,10 +64,25 @@ def frames(workshop, tmp_path_factory) -> Path:
     return to
 
 
-def test_frames_train_as_the_live_encoder_and_evaluate(workshop, live, frames, tmp_path):
-    run = tmp_path / "run"
+@pytest.fixture(scope="module")
+def small_frames(workshop, tmp_path_factory) -> Path:
+    """The same frames in int8."""
+    to = tmp_path_factory.mktemp("encoded_small") / "frames"
+    done = workshop.slm(encode_words(workshop, to.parent / "run", to, "--dtype", "int8"))
+    assert done.status == 0, done.err
+    return to
+
+
+@pytest.fixture(scope="module")
+def run(workshop, frames, tmp_path_factory) -> Path:
+    """A run on frames, scored on the way."""
+    run = tmp_path_factory.mktemp("on_frames") / "run"
     done = workshop.slm(workshop.train_words(run, STEPS, (frames_of(frames), *EVALUATING)))
     assert done.status == 0, done.err
+    return run
+
+
+def test_frames_train_as_the_live_encoder_and_evaluate(workshop, live, frames, run):
     found, expected = losses(run), losses(live)
     assert sorted(found) == sorted(expected) and found != expected
     for step, loss in expected.items():
@@ -111,9 +126,7 @@ def test_another_mesh_writes_the_same_utterances_to_the_last_bits(workshop, fram
             assert (found == expected).mean() > 0.9
 
 
-def test_int8_takes_half_and_trains(workshop, live, frames, tmp_path):
-    done = workshop.slm(encode_words(workshop, tmp_path / "run", tmp_path / "frames", "--dtype", "int8"))
-    assert done.status == 0, done.err
+def test_int8_takes_half_and_trains(workshop, live, frames, small_frames, tmp_path):
     # Files of so little are mostly padding.
     small, large = (
         sum(
@@ -121,21 +134,18 @@ def test_int8_takes_half_and_trains(workshop, live, frames, tmp_path):
             for path in folder.glob("*.array_record")
             for number in (0, 1)
         )
-        for folder in (tmp_path / "frames", frames)
+        for folder in (small_frames, frames)
     )
     assert 0.5 < small / large < 0.53
-    done = workshop.slm(workshop.train_words(tmp_path / "run", STEPS, (frames_of(tmp_path / "frames"),)))
+    done = workshop.slm(workshop.train_words(tmp_path / "run", STEPS, (frames_of(small_frames),)))
     assert done.status == 0, done.err
     for step, loss in losses(live).items():
         assert losses(tmp_path / "run")[step] == pytest.approx(loss, rel=3e-2)
 
 
-def test_a_run_does_not_go_on_with_other_frames(workshop, frames, tmp_path):
-    run, other = tmp_path / "run", tmp_path / "other"
-    done = workshop.slm(workshop.train_words(run, STEPS, (frames_of(frames),)))
-    assert done.status == 0, done.err
-    assert workshop.slm(encode_words(workshop, run, other, "--dtype", "int8")).status == 0
-    done = workshop.slm(workshop.train_words(run, STEPS + 1, (frames_of(other),)))
+def test_a_run_does_not_go_on_with_other_frames(workshop, slm_here, run, small_frames, tmp_path):
+    again = shutil.copytree(run, tmp_path / "run")
+    done = slm_here(workshop.train_words(again, STEPS + 1, (frames_of(small_frames), *EVALUATING)))
     assert done.status == 2 and "was made with another frames" in done.err
 
 

@@ -122,9 +122,9 @@ def test_frozen_int8_trains_the_same_adapter_and_resumes_bit_for_bit(brought, wh
     assert "kernel_scale" in plan and "int8" in plan
 
 
-def test_rows_longer_than_whispers_window_are_refused_at_once(brought, tmp_path):
+def test_rows_longer_than_whispers_window_are_refused_at_once(brought, slm_here, tmp_path):
     lengths = "{'speech': 100000, 'inputs': 16, 'targets': 24}"
-    done = brought.train(tmp_path / "run", more=(f"TASK_FEATURE_LENGTHS={lengths}",))
+    done = slm_here(brought.words(tmp_path / "run", more=(f"TASK_FEATURE_LENGTHS={lengths}", "BATCH_SIZE=8")))
     assert done.status == 2
     assert "expected at most 80000: the speech encoder takes no more" in done.err
     assert not (tmp_path / "run").exists()
@@ -137,16 +137,16 @@ def test_rows_longer_than_whispers_window_are_refused_at_once(brought, tmp_path)
         ("SPEECH_ENCODER_CHECKPOINT={t5!r}", "SPEECH_ENCODER_CHECKPOINT, is no speech encoder"),
     ],
 )
-def test_one_model_in_the_place_of_the_other_is_named(brought, tmp_path, binding, told):
+def test_one_model_in_the_place_of_the_other_is_named(brought, slm_here, tmp_path, binding, told):
     names = {name: str(brought.folder / name) for name in ("whisper", "t5")}
-    done = brought.train(tmp_path / "run", more=(binding.format(**names),))
+    done = slm_here(brought.words(tmp_path / "run", more=(binding.format(**names), "BATCH_SIZE=8")))
     assert done.status == 2
     assert told in done.err
     assert not (tmp_path / "run").exists()
 
 
-def test_a_mistyped_sort_of_weights_is_named(brought, tmp_path):
-    done = brought.train(tmp_path / "run", more=("FROZEN_WEIGHTS='int4'",))
+def test_a_mistyped_sort_of_weights_is_named(brought, slm_here, tmp_path):
+    done = slm_here(brought.words(tmp_path / "run", more=("FROZEN_WEIGHTS='int4'", "BATCH_SIZE=8")))
     assert done.status == 2
     assert "did you mean 'int8'" in done.err
 

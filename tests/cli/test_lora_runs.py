@@ -94,9 +94,9 @@ def test_a_run_is_scored_and_exported_and_its_t5_is_base_and_products(workshop, 
         np.testing.assert_array_equal(saved[name], exported[f"llm/{name}"])
 
 
-def test_what_could_not_be_merged_is_told_before_training(workshop, tmp_path):
+def test_what_could_not_be_merged_is_told_before_training(workshop, slm_here, tmp_path):
     more = (*LORA, "FROZEN_WEIGHTS='int8'", "run.Run.save_foundations={'llm': 'x'}")
-    done = workshop.slm(workshop.train_words(tmp_path / "run", 3, more))
+    done = slm_here(workshop.train_words(tmp_path / "run", 3, more))
     assert done.status == 2, done
     (line,) = [line for line in done.err.splitlines() if line.startswith("slm: error: ")]
     assert "LoRA is merged into floats" in line and "Traceback" not in done.err

@@ -144,8 +144,8 @@ def test_what_rows_cannot_be_asked(capsys, trained, flags, sentence):
     assert sentence in error and len(error.splitlines()) == 1
 
 
-def test_rows_that_the_mesh_does_not_divide(workshop, trained):
-    done = workshop.slm(["data", "rows", "--run", str(trained), "--mesh", "data=3"])
+def test_rows_that_the_mesh_does_not_divide(slm_here, trained):
+    done = slm_here(["data", "rows", "--run", str(trained), "--mesh", "data=3"])
     assert done.status == 2, done.err
     assert "BATCH_SIZE is 8, which the 3 batch shards of the mesh do not divide" in done.err
 

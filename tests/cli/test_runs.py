@@ -248,8 +248,8 @@ def test_infer_names_audio_that_it_cannot_use(workshop, whole, tmp_path, name, t
         ),
     ],
 )
-def test_a_mistake_in_a_run_is_one_sentence(workshop, tmp_path, more, told):
-    done = workshop.slm(workshop.train_words(tmp_path / "run", 5, more))
+def test_a_mistake_in_a_run_is_one_sentence(workshop, slm_here, tmp_path, more, told):
+    done = slm_here(workshop.train_words(tmp_path / "run", 5, more))
     assert done.status == 2, done
     (line,) = [line for line in done.err.splitlines() if line.startswith("slm: error: ")]
     assert told in line
@@ -264,16 +264,16 @@ def test_a_mistake_in_a_run_is_one_sentence(workshop, tmp_path, more, told):
         (["LLM_CHECKPOINT=%SPEECH_ENCODER_CHECKPOINT"], "foundation/llm"),
     ],
 )
-def test_a_run_is_not_gone_on_with_as_another(workshop, whole, more, told):
+def test_a_run_is_not_gone_on_with_as_another(workshop, slm_here, whole, more, told):
     before = {path: path.read_bytes() for path in whole.rglob("*") if path.is_file()}
-    done = workshop.slm(workshop.train_words(whole, STEPS + 1, (*SAVING, *more)))
+    done = slm_here(workshop.train_words(whole, STEPS + 1, (*SAVING, *more)))
     assert done.status == 2, done
     assert told in done.err
     kept = {path: path.read_bytes() for path in before if path.exists()}
     assert {p for p in before if kept.get(p) != before[p]} == set()
 
 
-def test_a_foundation_is_not_overwritten_and_that_is_said_before_training(workshop, tmp_path):
+def test_a_foundation_is_not_overwritten_and_that_is_said_before_training(workshop, slm_here, tmp_path):
     taken = workshop.folder / "speech_encoder"
     before = {path: path.read_bytes() for path in taken.rglob("*") if path.is_file()}
     places = {"CORPUS_DIR": workshop.folder / "corpus", "MODEL_DIR": tmp_path / "run"}
@@ -284,7 +284,7 @@ def test_a_foundation_is_not_overwritten_and_that_is_said_before_training(worksh
         *(f"{name}={str(path)!r}" for name, path in places.items()),
     ]
     flags = [f"--gin.{binding}" for binding in bindings]
-    done = workshop.slm(["train", "--gin_file", "recipes/demo_encoder.gin", *flags])
+    done = slm_here(["train", "--gin_file", "recipes/demo_encoder.gin", *flags])
     assert done.status == 2, done.err
     assert "never overwritten" in done.err and not (tmp_path / "run").exists()
     assert {path: path.read_bytes() for path in taken.rglob("*") if path.is_file()} == before
