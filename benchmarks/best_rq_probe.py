@@ -26,14 +26,13 @@ def main() -> None:
     parser.add_argument("--probe_steps", type=int, default=600)
     parser.add_argument("--few", type=int, nargs="+", default=[360, 1440], help="transcripts to train with")
     parser.add_argument("--few_steps", type=int, default=1200)
-    parser.add_argument("--score", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("--extract", nargs=2, type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("--step", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--score", type=Path, nargs="+", help=argparse.SUPPRESS)
+    parser.add_argument("--extract", type=int, nargs="+", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.score:
-        print(json.dumps(score(args.score, args.corpus)))
+        print(json.dumps([score(run, args.corpus) for run in args.score]))
     elif args.extract:
-        extract(*args.extract, args.step)
+        extract(args.work / "best_rq", args.work / "encoders", args.extract)
     else:
         compare(args)
 
@@ -57,30 +56,36 @@ def compare(args: argparse.Namespace) -> None:
         **{"loop.LoopConfig.keep_last": args.checkpoints + 1},
     )  # fmt: skip
 
-    def measured(name: str, run: Path, source: Path, steps: int, **bindings: object) -> None:
-        if name not in results:
-            train("recipes/demo_encoder.gin", run, source, steps, SAVE_FOUNDATIONS={}, **bindings)
-            results[name] = scored(run, corpus)
-            results_file.write_text(json.dumps(results, indent=1) + "\n")
-        print(name, results[name], flush=True)
+    encoders, probed = work / "encoders", range(0, args.steps + 1, period)
+    if left := [step for step in probed if not (encoders / str(step)).exists()]:
+        python("--corpus", corpus, "--work", work, "--extract", *left)
+    runs: dict[str, Path] = {}
 
-    for step in range(0, args.steps + 1, period):
-        encoder = work / "encoders" / str(step)
-        if not encoder.exists():
-            python("--corpus", corpus, "--work", work, "--extract", best_rq, encoder, "--step", step)
-        measured(
-            f"probe/{step}", work / f"probe_{step}", corpus, args.probe_steps,
-            FOUNDATIONS={"speech_encoder": str(encoder)}, FREEZE_ENCODER=True,
+    def trained(name: str, source: Path, steps: int, **bindings: object) -> None:
+        if name not in results:
+            runs[name] = work / name.replace("/", "_")
+            train("recipes/demo_encoder.gin", runs[name], source, steps, SAVE_FOUNDATIONS={}, **bindings)
+
+    for step in probed:
+        trained(
+            f"probe/{step}", corpus, args.probe_steps,
+            FOUNDATIONS={"speech_encoder": str(encoders / str(step))}, FREEZE_ENCODER=True,
             **{"run.Run.frozen_dtype": None, "spec_augment.SpecAugmentConfig.time_masks": 0,
                "spec_augment.SpecAugmentConfig.mel_masks": 0},
         )  # fmt: skip
     for count in args.few:
         few = subset(corpus, work / f"corpus_{count}", count)
-        measured(f"few/{count}/nothing", work / f"few_{count}_nothing", few, args.few_steps)
-        measured(
-            f"few/{count}/best_rq", work / f"few_{count}_best_rq", few, args.few_steps,
-            FOUNDATIONS={"speech_encoder": str(work / "encoders" / str(args.steps))},
+        trained(f"few/{count}/nothing", few, args.few_steps)
+        trained(
+            f"few/{count}/best_rq", few, args.few_steps,
+            FOUNDATIONS={"speech_encoder": str(encoders / str(args.steps))},
         )  # fmt: skip
+    if runs:
+        scores = python("--corpus", corpus, "--work", work, "--score", *runs.values()).splitlines()[-1]
+        results |= zip(runs, json.loads(scores), strict=True)
+        results_file.write_text(json.dumps(results, indent=1) + "\n")
+    for name in sorted(results.keys() - {"asked"}):
+        print(name, results[name])
     draw(results, args.few, work / "probe.png")
 
 
@@ -100,21 +105,18 @@ def python(*words: object) -> str:
     return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
 
 
-def scored(run: Path, corpus: Path) -> dict[str, float]:
-    return json.loads(python("--corpus", corpus, "--work", run, "--score", run).splitlines()[-1])
-
-
-def extract(run: Path, encoder: Path, step: int) -> None:
-    """Saves the encoder of a checkpoint as a foundation model; step 0 is before the first."""
+def extract(run: Path, encoders: Path, steps: list[int]) -> None:
+    """Saves the encoders of checkpoints as foundation models; step 0 is before the first."""
     from slm_jax.checkpoints.foundation import save_foundation
     from slm_jax.cli.run import load_run
     from slm_jax.cli.wiring import Wiring, architecture, subtree
 
     wired = Wiring(load_run(run))
-    variables = wired.trained_variables(step) if step else wired.fresh_variables()
     part = wired.run.objective.parts["speech_encoder"]
-    params = subtree(variables["params"], part.path)
-    save_foundation(encoder, params, kind=part.kind, config=architecture(part.config))
+    for step in steps:
+        variables = wired.trained_variables(step) if step else wired.fresh_variables()
+        params = subtree(variables["params"], part.path)
+        save_foundation(encoders / str(step), params, kind=part.kind, config=architecture(part.config))
 
 
 def score(run: Path, corpus: Path) -> dict[str, float]:
@@ -128,7 +130,8 @@ def score(run: Path, corpus: Path) -> dict[str, float]:
     from slm_jax.demo.vocabulary import vocabularies
     from slm_jax.evaluation.metrics import cer, wer
 
-    wired = Wiring(load_run(run))
+    # Runs on a part of the corpus have its vocabularies too; one process registers the tasks of one corpus.
+    wired = Wiring(load_run(run, [f"CORPUS_DIR={str(corpus)!r}"]))
     objective, rows, samples = wired.run.objective, 20, 71_680
     variables = wired.trained_variables()
     transcribe = jax.jit(lambda v, batch: objective.transcribe(v["params"], batch, v.get("frozen")))
