@@ -1,13 +1,16 @@
 """Every command in a `bash` block of the documents works as written, on a smaller recipe where it is long."""
 
+import fcntl
 import json
 import os
 import re
+import resource
 import shlex
 import shutil
 import subprocess
 import sys
 import tarfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -126,12 +129,11 @@ def brought_in(directory: str, kind: str) -> Callable[[Path, str], None]:
 # As `slm quickstart --steps 2` does, so that what it compiled is read back from the cache.
 TWO_STEPS = "--gin.TRAIN_STEPS=2 --gin.WARMUP_STEPS=1"
 FEW_TOKENS = "--gin.run.EvaluationConfig.max_tokens=4 --gin.run.EvaluationConfig.num_examples=4"
-TINY = f"--preset tiny --steps 2 {FEW_TOKENS}"
+TINY = "--preset tiny --steps 2"
 QUICKSTART = " --gin.CORPUS_DIR=\"'runs/demo/corpus'\" --gin.MODEL_DIR="
 FOUNDATION = " --gin.CORPUS_DIR=\"'runs/foundation/corpus'\" --gin.MODEL_DIR="
-SCORES = FEW_TOKENS + " --gin.run.EvaluationConfig.batch_size=8"
-# In the order in which a reader types them.
-EXERCISES = [
+# Groups of those that need one another, each in the order in which a reader types them.
+ANSWERS = [
     Exercise(
         '.venv/bin/slm infer --run runs/quickstart --audio any.wav --prompt "Transcribe the speech:"',
         "--max_tokens 5",
@@ -157,6 +159,8 @@ EXERCISES = [
         "",
         answered_three,
     ),
+]
+SEEDS = [
     Exercise(
         ".venv/bin/slm quickstart --run_dir runs/seed_1 --gin.SEED=1", TINY, wrote("runs/seed_1/curves.png")
     ),
@@ -170,6 +174,8 @@ EXERCISES = [
         "",
         says(r"\| demo_slots \| exact_match \|"),
     ),
+]
+OWN_DATA = [
     Exercise(
         ".venv/bin/slm train --gin_file mine.gin --dry_run",
         "",
@@ -188,6 +194,14 @@ EXERCISES = [
         answered_all,
     ),
     Exercise(
+        ".venv/bin/slm train --gin_file mine.gin --gin.run.MeshConfig.fsdp=4 --gin.run.MeshConfig.tensor=2",
+        "--dry_run",
+        says(r"mesh: slice=1, data=1, fsdp=4, tensor=2"),
+        devices=8,
+    ),
+]
+STEP_BY_STEP = [
+    Exercise(
         ".venv/bin/slm demo --to runs/demo/corpus --preset adapter",
         "--preset tiny",
         wrote("runs/demo/corpus/names_test.jsonl"),
@@ -197,32 +211,36 @@ EXERCISES = [
         TWO_STEPS,
         wrote("runs/quickstart/config.gin"),
     ),
-    Exercise(".venv/bin/slm evaluate --run runs/quickstart --split test", SCORES, says(r"demo_names wer \d")),
+    Exercise(".venv/bin/slm evaluate --run runs/quickstart --split test", "", says(r"demo_names wer \d")),
     Exercise(
         ".venv/bin/slm evaluate --run runs/quickstart --split test --speech_as transcript",
-        SCORES,
+        "",
         answered_from("transcript"),
     ),
     Exercise(
         ".venv/bin/slm evaluate --run runs/quickstart --split test --speech_as hypothesis",
-        SCORES,
+        "",
         answered_from("hypothesis"),
     ),
     Exercise(
         ".venv/bin/tensorboard --logdir runs/quickstart/tensorboard", "--inspect", says("eval/demo_asr")
     ),
+]
+OWN_TASK_AND_MODEL = [
     Exercise(
         ".venv/bin/slm train --gin_file slots.gin",
-        f"{TWO_STEPS} {FEW_TOKENS}",
+        TWO_STEPS,
         wrote("runs/slots/checkpoints/2"),
     ),
-    Exercise(".venv/bin/slm evaluate --run runs/slots", FEW_TOKENS, says(r"all_slots exact_match \d")),
+    Exercise(".venv/bin/slm evaluate --run runs/slots", "", says(r"all_slots exact_match \d")),
     Exercise(
         f".venv/bin/slm train --gin_file recipes/quickstart.gin{QUICKSTART}\"'runs/deeper'\""
         ' --gin.adapters.AdapterConfig.layers=4 "--gin.REDUCER=@reducers.DropReducer()"',
         f"{TWO_STEPS} {FEW_TOKENS}",
         wrote("runs/deeper/checkpoints/2"),
     ),
+]
+SHARDS_AND_PLANS = [
     Exercise(
         ".venv/bin/slm data prepare --manifest runs/demo/corpus/train.jsonl --to runs/shards --shards 8"
         " --shuffle --workers 2",
@@ -247,11 +265,15 @@ EXERCISES = [
         says(r'^\{"100": \{"1604": \["demo_'),
     ),
     Exercise(".venv/bin/python benchmarks/packing.py", "--references 9000", says(r"mls +packed +9\d\.\d %")),
+]
+PACKING = [
     Exercise(
         ".venv/bin/python benchmarks/packed_quickstart.py --to runs/packed_quickstart",
         "--preset tiny --live_steps 3 --steps 3 --repetitions 1 --seeds",
         says(r"\| hours of audio a second, encoder in the step \| \d\.\d+ \| \d\.\d+ \|"),
     ),
+]
+FOUNDATION_MODELS = [
     Exercise(
         ".venv/bin/slm demo --to runs/foundation/corpus",
         "--preset tiny",
@@ -275,12 +297,8 @@ EXERCISES = [
         "--steps 2 --checkpoints 1 --probe_steps 2 --few_steps 2 --few 8",
         probed,
     ),
-    Exercise(
-        ".venv/bin/slm train --gin_file mine.gin --gin.run.MeshConfig.fsdp=4 --gin.run.MeshConfig.tensor=2",
-        "--dry_run",
-        says(r"mesh: slice=1, data=1, fsdp=4, tensor=2"),
-        devices=8,
-    ),
+]
+PUBLISHED_MODELS = [
     Exercise(
         ".venv/bin/slm demo --to runs/corpus --preset tiny",
         "",
@@ -313,21 +331,6 @@ EXERCISES = [
         says(r"(?m)^\| t5:tiny \| 0\.00\dB \|.* \| \d+ \| \d\.\d\d GB \| \d\.\d{3} x \|$"),
     ),
     Exercise(
-        ".venv/bin/python benchmarks/step_vs_torch.py",
-        "--size tiny --steps 1",
-        says(r"(?m)^\| tiny \| \d+\.\d\d( \| \d+\.\d){7} \|$"),
-    ),
-    Exercise(
-        ".venv/bin/slm plan --gin_file models/slm_tiny.gin --topology v5e:2x2 --gin.TENSOR=2",
-        "--gin.BATCH_SIZE=8",
-        says(r"fits\s+│ yes"),
-    ),
-    Exercise(
-        ".venv/bin/python benchmarks/paper_size.py --rows 64 --attention_kernel cudnn --profile runs/trace",
-        "--model tiny --seconds 1 --rows 2 --tokens 4 --steps 1 --attention_kernel xla",
-        says(r'"remat": "frozen", "attention_kernel": "xla", .*"hardware_tflops"'),
-    ),
-    Exercise(
         ".venv/bin/slm convert --from downloads/t5x/mt5_large --to converted/mt5-large",
         "",
         brought_in("converted/mt5-large", "t5"),
@@ -348,6 +351,35 @@ EXERCISES = [
         brought_in("converted/hubert-large", "wav2vec2"),
     ),
 ]
+MACHINES = [
+    Exercise(
+        ".venv/bin/python benchmarks/step_vs_torch.py",
+        "--size tiny --steps 1",
+        says(r"(?m)^\| tiny \| \d+\.\d\d( \| \d+\.\d){7} \|$"),
+    ),
+    Exercise(
+        ".venv/bin/slm plan --gin_file models/slm_tiny.gin --topology v5e:2x2 --gin.TENSOR=2",
+        "--gin.BATCH_SIZE=8",
+        says(r"fits\s+│ yes"),
+    ),
+    Exercise(
+        ".venv/bin/python benchmarks/paper_size.py --rows 64 --attention_kernel cudnn --profile runs/trace",
+        "--model tiny --seconds 1 --rows 2 --tokens 4 --steps 1 --attention_kernel xla",
+        says(r'"remat": "frozen", "attention_kernel": "xla", .*"hardware_tflops"'),
+    ),
+]
+EXERCISES = {
+    "answers": ANSWERS,
+    "seeds": SEEDS,
+    "own_data": OWN_DATA,
+    "step_by_step": STEP_BY_STEP,
+    "own_task_and_model": OWN_TASK_AND_MODEL,
+    "shards_and_plans": SHARDS_AND_PLANS,
+    "packing": PACKING,
+    "foundation_models": FOUNDATION_MODELS,
+    "published_models": PUBLISHED_MODELS,
+    "machines": MACHINES,
+}
 # What lies below `downloads/` here: the published ones' families, with sizes that all differ.
 PUBLISHED: dict[str, tuple[Any, Any]] = {
     "mt0-large": (
@@ -384,7 +416,9 @@ MADE = {
 
 
 def test_every_documented_command_is_exercised_and_every_exercise_documented():
-    assert set(documented()) == {exercise.command for exercise in EXERCISES} | MADE.keys()
+    exercised = [exercise.command for group in EXERCISES.values() for exercise in group]
+    assert set(documented()) == set(exercised) | MADE.keys()
+    assert len(set(exercised)) == len(exercised)
 
 
 @pytest.mark.parametrize("command", MADE)
@@ -404,10 +438,20 @@ def run(folder: Path, command: str, devices: int = 1) -> str:
         str(Path(sys.executable).with_name(Path(word).name)) if word.startswith(".venv/bin/") else word
         for word in shlex.split(command)
     ]
-    environment = {**os.environ, "JAX_NUM_CPU_DEVICES": str(devices), "SLM_CACHE_DIR": str(folder / "cache")}
+    environment = {
+        **os.environ,
+        "JAX_NUM_CPU_DEVICES": str(devices),
+        "SLM_CACHE_DIR": str(folder / "cache"),
+        # Many commands compile the same small programs.
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+    began, before = time.monotonic(), resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run(
         words, cwd=folder, env=environment, capture_output=True, text=True, timeout=600, check=False
     )
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    of_core = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    print(f"{time.monotonic() - began:6.1f} s, {of_core:5.1f} s of a core: {command}")
     assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
     return done.stdout
 
@@ -450,13 +494,39 @@ def downloads(folder: Path) -> None:
     (folder / "downloads/t5x/t5_legacy").rename(folder / "downloads/t5x/mt5_large")
 
 
-def test_the_documented_commands_work_as_written(tmp_path):
-    (tmp_path / "benchmarks").symlink_to(ROOT / "benchmarks")
-    run(tmp_path, f"{SLM} quickstart --preset tiny --steps 2 --run_dir runs/quickstart")
-    summary = json.loads((tmp_path / "runs/quickstart/summary.json").read_text())
+def begin(folder: Path) -> None:
+    """Makes a folder in which `make quickstart` has been, beside what a reader has and the documents show."""
+    (folder / "benchmarks").symlink_to(ROOT / "benchmarks")
+    run(folder, f"{SLM} quickstart {TINY} --run_dir runs/quickstart")
+    summary = json.loads((folder / "runs/quickstart/summary.json").read_text())
     assert summary["tasks"] and summary["seconds"]
-    own_data(tmp_path)
-    downloads(tmp_path)
-    for exercise in EXERCISES:
-        output = run(tmp_path, f"{exercise.command} {exercise.smaller}", exercise.devices)
-        exercise.check(tmp_path, output)
+    own_data(folder)
+    downloads(folder)
+
+
+@pytest.fixture(scope="session")
+def begun(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder from which all begin; the first worker that needs it makes it."""
+    shared = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        shared = shared.parent
+    with (shared / "begun.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (shared / "begun.done").exists():
+            shutil.rmtree(shared / "begun", ignore_errors=True)
+            (shared / "begun").mkdir()
+            begin(shared / "begun")
+            (shared / "begun.done").touch()
+    return shared / "begun"
+
+
+@pytest.mark.parametrize("group", EXERCISES)
+def test_the_documented_commands_work_as_written(group: str, begun: Path, tmp_path: Path):
+    folder = tmp_path / "reader"
+    shutil.copytree(begun, folder, symlinks=True)
+    # A run says from where its paths count.
+    config = folder / "runs/quickstart/config.gin"
+    config.write_text(config.read_text().replace(str(begun), str(folder)))
+    for exercise in EXERCISES[group]:
+        output = run(folder, f"{exercise.command} {exercise.smaller}", exercise.devices)
+        exercise.check(folder, output)
