@@ -1,6 +1,7 @@
 """The search of `slm plan`: the largest batch for each remat policy and mesh, ranked by predicted speed."""
 
 import dataclasses
+import functools
 import math
 import sys
 import time
@@ -19,6 +20,14 @@ POLICIES = ("frozen", "dots", "none", "full")
 _AIM, _LESS, _ENOUGH = 0.985, 0.02, 0.96
 
 Plan = Callable[["Run", "Topology"], dict[str, Any]]
+
+
+class NoBatch(Exception):
+    """There is no batch to rank; the message says why."""
+
+
+class Beaten(NoBatch):
+    """No batch could be the best."""
 
 
 class Candidate(NamedTuple):
@@ -63,21 +72,32 @@ def search(
         raise UserError(f"--search needs to know what fits, and {topology.stand_in}")
     ranked: list[dict[str, Any]] = []
     left_out: list[dict[str, Any]] = []
-    interrupted = False
-    began = time.monotonic()
+    # Policy -> the size of `tensor` with which no batch can be the best.
+    beaten: dict[str, int] = {}
+    interrupted, began = False, time.monotonic()
     say(f"candidates: {len(candidates)}; 1 to 5 compilations each; Ctrl-C prints what is known by then")
     try:
         for number, candidate in enumerate(candidates, 1):
+            remat, tensor = candidate.remat, candidate.mesh["tensor"]
             about = f"{number} of {len(candidates)}, {candidate}"
             best = max((row["audio_hours_per_second"] or 0.0 for row in ranked), default=0.0)
-            reason = _slower_already(candidate, left_out)
-            if reason is None:
-                found = _try(run, topology, candidate, plan, room, best, lambda line: say(f"{about}: {line}"))  # noqa: B023
-                if not isinstance(found, str):
-                    ranked.append(found)
-                    continue
-                reason = found
-            left_out.append({"remat_of_llm": candidate.remat, "mesh": candidate.mesh, "reason": reason})
+            try:
+                if remat in beaten:
+                    raise NoBatch(f"more goes over tensor than with tensor={beaten[remat]}")
+                one = with_remat(run, remat)
+                one = dataclasses.replace(one, mesh=dataclasses.replace(one.mesh, **candidate.mesh))
+                told = functools.partial(_say_about, say, about)
+                found = largest(one, topology, plan, room, told, best if tensor > 1 else 0.0)
+                ranked.append({"remat_of_llm": remat, **found})
+                continue
+            except Beaten as error:
+                beaten[remat], reason = tensor, str(error)
+            except (NoBatch, UserError) as error:
+                reason = str(error)
+            except Exception as error:
+                # A candidate that breaks the compiler takes no other with it.
+                reason = f"{type(error).__name__}: {(str(error).splitlines() or ['no more is said'])[0]}"
+            left_out.append({"remat_of_llm": remat, "mesh": candidate.mesh, "reason": reason})
             say(f"{about}: {reason}")
     except KeyboardInterrupt:
         interrupted = True
@@ -132,48 +152,19 @@ def candidates_for(
     each = len(topology.devices) // topology.slices
     # Over the whole of a closed 3D torus the TPU compiler sums where it would gather (docs/performance.md).
     closed = len(topology.dims) == 3 and all(dim % 4 == 0 for dim in topology.dims)
-    data = 2 if closed else 1
     # More replicas hold more and send as much: frozen weights are split over all that is left.
-    meshes = [
-        {"data": data, "fsdp": each // data // tensor, "tensor": tensor}
-        for tensor in tensor_sizes
-        if each % (data * tensor) == 0
-    ]
+    meshes = []
+    for tensor in sorted(set(tensor_sizes)):
+        data = 2 if closed and tensor == 1 else 1
+        if each % tensor == 0:
+            meshes.append({"data": data, "fsdp": each // data // tensor, "tensor": tensor})
     if not meshes:
         raise UserError(f"--search_tensor is {tensor_sizes}, of which none divides a slice's {each} devices")
     return [Candidate(remat, mesh) for mesh in meshes for remat in policies]
 
 
-def _slower_already(candidate: Candidate, left_out: list[dict[str, Any]]) -> str | None:
-    narrower = [
-        row["mesh"]["tensor"]
-        for row in left_out
-        if row["remat_of_llm"] == candidate.remat and row["reason"].startswith("at most")
-    ]
-    return f"more goes over tensor than with tensor={narrower[-1]}" if narrower else None
-
-
-def _try(
-    run: "Run",
-    topology: "Topology",
-    candidate: Candidate,
-    plan: Plan,
-    room: int,
-    best: float,
-    say: Callable[[str], None],
-) -> dict[str, Any] | str:
-    """Returns the plan of the largest batch, or why there is none worth looking for."""
-    one = with_remat(run, candidate.remat)
-    one = dataclasses.replace(one, mesh=dataclasses.replace(one.mesh, **candidate.mesh))
-    beaten_by = best if candidate.mesh["tensor"] > 1 else 0.0
-    try:
-        found = largest(one, topology, plan, room, say, beaten_by)
-    except UserError as error:
-        return str(error)
-    except Exception as error:
-        # A candidate that breaks the compiler takes no other with it.
-        return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no more is said'}"
-    return found if isinstance(found, str) else {"remat_of_llm": candidate.remat, **found}
+def _say_about(say: Callable[[str], None], about: str, line: str) -> None:
+    say(f"{about}: {line}")
 
 
 def largest(
@@ -183,7 +174,7 @@ def largest(
     room: int,
     say: Callable[[str], None],
     beaten_by: float = 0.0,
-) -> dict[str, Any] | str:
+) -> dict[str, Any]:
     """Finds the largest batch that fits in `room` bytes: memory grows evenly with rows.
 
     Args:
@@ -195,7 +186,11 @@ def largest(
       beaten_by: hours of audio a second; where no batch can reach them, none is looked for.
 
     Returns:
-      the plan of that batch with its `rows`, or why there is none.
+      the plan of that batch with its `rows`.
+
+    Raises:
+      NoBatch: not one row for each batch shard fits.
+      Beaten: `beaten_by` is out of reach.
     """
     unit = topology.slices * run.mesh.data * run.mesh.fsdp * run.loop.microbatches
 
@@ -216,7 +211,9 @@ def largest(
         if found["fits"]:
             best, fitting, arguments = found, units, found["bytes_per_device"]["arguments"]
             if (most := _most_hours(found)) <= beaten_by:
-                return f"at most {most:.3g} audio hours a second, for products and what goes over tensor"
+                raise Beaten(
+                    f"at most {most:.3g} audio hours a second, for products and what goes over tensor"
+                )
             if known[units] >= _ENOUGH * room:
                 break
         else:
@@ -224,7 +221,9 @@ def largest(
         units = int(min(max(_units_at(aim * room, known, arguments), 1), too_many - 1))
         if units <= fitting:
             break
-    return best or f"not even {min(known) * unit} rows fit"
+    if best is None:
+        raise NoBatch(f"not even {min(known) * unit} rows fit")
+    return best
 
 
 def _units_at(peak: float, known: dict[int, float], arguments: float) -> int:

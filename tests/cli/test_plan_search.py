@@ -83,7 +83,6 @@ def test_the_largest_batch_is_found_from_any_start(remat, start):
     run = with_remat(run_of(f"--gin.BATCH_SIZE={start}", "--gin.FSDP=4"), remat)
     compiler = Compiler()
     best = plan_search.largest(run, find_topology("v5e:2x2"), compiler, ROOM, lambda line: None)
-    assert not isinstance(best, str)
     most = (ROOM - 2**30) // ROW[remat][0] * 4
     assert 0.93 * most - 4 <= best["rows"] <= most
     assert best["fits"] and best["rows"] % 4 == 0
@@ -146,7 +145,7 @@ def test_candidates_are_the_policies_on_each_mesh_and_closed_3d_tori_hold_two_co
     cube = plan_search.candidates_for(find_topology("v5p:4x4x4"), ["full"], [1, 3, 4])
     assert [candidate.mesh for candidate in cube] == [
         {"data": 2, "fsdp": 32, "tensor": 1},
-        {"data": 2, "fsdp": 8, "tensor": 4},
+        {"data": 1, "fsdp": 16, "tensor": 4},
     ]
     flat = plan_search.candidates_for(find_topology("v5e:4x4", 2), ["full", "none"], [1])
     assert [str(candidate) for candidate in flat] == [
