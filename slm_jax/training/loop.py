@@ -26,13 +26,14 @@ from slm_jax.training.optimizers import OptimizerConfig
 from slm_jax.training.phases import Phases, start_line
 from slm_jax.training.preemption import StopRequests, StopWaiting, stop_requests
 from slm_jax.training.profiling import ProfileSteps, StepProfiler
-from slm_jax.training.program import make_train_program
-from slm_jax.training.progress import Reporter, StepRecord, Throughput, Writer, log_line, summarise
+from slm_jax.training.program import TrainProgram, make_train_program
+from slm_jax.training.progress import Reporter, StepRecord, Writer, log_line, summarise
 from slm_jax.training.restoring import cursor_after, restore_run
 from slm_jax.training.rollback import Rollback, Rollbacks, RowRange, rows_text
 from slm_jax.training.spikes import SpikeConfig, is_spike, spike_lines
 from slm_jax.training.state import DataCursor, TrainState
 from slm_jax.training.step_log import StepLog
+from slm_jax.training.throughput import Throughput
 
 # The host dispatches at most so many steps ahead of the devices: enough to hide its own work, and few
 # enough that batches do not pile up in device memory.
@@ -212,37 +213,14 @@ def train(
         model_dir / "checkpoints", config.keep_last, config.keep_best, config.best_metric, config.best_mode
     )
     try:
-        with phases.phase("restore"):
-            rollbacks = Rollbacks(model_dir, rollback)
-            restored = restore_run(
-                checkpoints, shapes.state, run_provenance, rollbacks.step(checkpoints.all_steps())
-            )
-        wanted = (
-            {"frozen": shapes.frozen}
-            if restored
-            else {"params": shapes.state.params, "frozen": shapes.frozen}
-        )
-        load = load_variables and phases.timed("load of foundation models", load_variables)
-        with phases.phase("initialisation"):
-            variables = make_variables(objective, source.shapes, wanted, load, config.seed, mesh, rules)
-        say_size(reporter, "frozen", variables["frozen"])
-        if restored and (line := rollbacks.carry_out(checkpoints)):
-            reporter.say(line)
+        start = _begin(
+            objective, source, config, program, load_variables, load_slots, checkpoints, run_provenance,
+            Rollbacks(model_dir, rollback), phases, reporter,
+        )  # fmt: skip
     except BaseException:
         # Its threads would be cut off by the end of the process, and say so below the mistake.
         checkpoints.close()
         raise
-    if restored:
-        first_step, state = restored.step, restored.state
-        cursor = cursor_after(restored, rollbacks, source.rows_per_step)
-        left_out = [f"rows {rows_text(cursor.skipped)} of the plan are left out"] if cursor.skipped else []
-        reporter.say("; ".join([f"going on from step {first_step}", *left_out, *restored.notes]))
-    else:
-        rollbacks.forget()
-        first_step, cursor = 0, DataCursor(0, source.fingerprint)
-        with phases.phase("initialisation"):
-            carried = load_slots(shapes.state.opt_state) if load_slots else {}
-            state = make_state(variables["params"], program.optimizer, shapes.state, carried)
     if jax.process_index() == 0:
         (model_dir / "sharding_plan.txt").write_text(plan_text(shapes.boxed, mesh, rules), encoding="utf-8")
     if on_start:
@@ -257,10 +235,10 @@ def train(
         writer=writer,
         checkpoints=checkpoints,
         provenance=run_provenance,
-        evaluated=EvaluationMark(model_dir / "evaluated.json", first_step),
-        steps=StepLog(model_dir / ("steps.jsonl" if process == 0 else f"steps.{process}.jsonl"), first_step),
+        evaluated=EvaluationMark(model_dir / "evaluated.json", start.step),
+        steps=StepLog(model_dir / ("steps.jsonl" if process == 0 else f"steps.{process}.jsonl"), start.step),
         evaluate=evaluate,
-        skipped=cursor.skipped,
+        skipped=start.cursor.skipped,
         programs=CompiledSteps(program, objective, phases, dump_program),
         phases=phases,
         profiler=StepProfiler(model_dir / "profile", profile_steps, reporter.say, throughput.apart),
@@ -269,229 +247,254 @@ def train(
     try:
         # Before requests to stop are taken: a source that prepares for long can be stopped at once.
         with phases.phase("first batch"):
-            batches = source.batches(cursor.rows_consumed, cursor.anchor)
+            batches = source.batches(start.cursor.rows_consumed, start.cursor.anchor)
         with stop_requests() as stop_after:
-            return run.go(
-                batches,
-                stop_after,
-                state,
-                variables["frozen"],
-                first_step,
-                cursor.rows_consumed,
-            )
+            return run.go(batches, stop_after, start)
     finally:
         run.close()
 
 
+class _Start(NamedTuple):
+    """What the steps of a process begin with; `step` steps are behind it."""
+
+    step: int
+    state: TrainState
+    frozen: Any
+    cursor: DataCursor
+
+
+def _begin(
+    objective: Objective,
+    source: BatchSource,
+    config: LoopConfig,
+    program: TrainProgram,
+    load_variables: LoadVariables | None,
+    load_slots: LoadSlots | None,
+    checkpoints: RunCheckpoints,
+    provenance: Provenance,
+    rollbacks: Rollbacks,
+    phases: Phases,
+    reporter: Reporter,
+) -> _Start:
+    """Goes on from a checkpoint, or makes everything anew."""
+    shapes, mesh, rules = program.shapes, program.mesh, program.rules
+    with phases.phase("restore"):
+        step = rollbacks.step(checkpoints.all_steps())
+        restored = restore_run(checkpoints, shapes.state, provenance, step)
+    wanted = {"frozen": shapes.frozen}
+    if not restored:
+        wanted = {"params": shapes.state.params, **wanted}
+    load = load_variables and phases.timed("load of foundation models", load_variables)
+    with phases.phase("initialisation"):
+        variables = make_variables(objective, source.shapes, wanted, load, config.seed, mesh, rules)
+    say_size(reporter, "frozen", variables["frozen"])
+    if not restored:
+        rollbacks.forget()
+        with phases.phase("initialisation"):
+            carried = load_slots(shapes.state.opt_state) if load_slots else {}
+            state = make_state(variables["params"], program.optimizer, shapes.state, carried)
+        return _Start(0, state, variables["frozen"], DataCursor(0, source.fingerprint))
+    if line := rollbacks.carry_out(checkpoints):
+        reporter.say(line)
+    cursor = cursor_after(restored, rollbacks, source.rows_per_step)
+    left_out = [f"rows {rows_text(cursor.skipped)} of the plan are left out"] if cursor.skipped else []
+    reporter.say("; ".join([f"going on from step {restored.step}", *left_out, *restored.notes]))
+    return _Start(restored.step, restored.state, variables["frozen"], cursor)
+
+
+@dataclass(kw_only=True)
 class _Run:
     """The steps of a run, with what happens between them."""
 
-    def __init__(
-        self,
-        *,
-        config: LoopConfig,
-        source: BatchSource,
-        reporter: Reporter,
-        writer: Writer | None,
-        checkpoints: RunCheckpoints,
-        provenance: Provenance,
-        steps: StepLog,
-        evaluated: EvaluationMark,
-        evaluate: Evaluate | None,
-        programs: CompiledSteps,
-        phases: Phases,
-        profiler: StepProfiler,
-        throughput: Throughput,
-        skipped: tuple[RowRange, ...],
-    ):
-        self._config = config
-        self._source = source
-        self._reporter = reporter
-        self._writer = writer
-        self._checkpoints = checkpoints
-        self._provenance = provenance
-        self._steps = steps
-        self._evaluated = evaluated
-        self._evaluate = evaluate
-        self._skipped = skipped
-        self._programs = programs
-        self._phases = phases
-        self._profiler = profiler
-        self._throughput = throughput
-        self._pending: list[StepRecord] = []
-        self._metrics: dict[str, float] = {}
+    config: LoopConfig
+    source: BatchSource
+    reporter: Reporter
+    writer: Writer | None
+    checkpoints: RunCheckpoints
+    provenance: Provenance
+    steps: StepLog
+    evaluated: EvaluationMark
+    evaluate: Evaluate | None
+    programs: CompiledSteps
+    phases: Phases
+    profiler: StepProfiler
+    throughput: Throughput
+    skipped: tuple[RowRange, ...]
+    pending: list[StepRecord] = field(default_factory=list)
+    metrics: dict[str, float] = field(default_factory=dict)
 
-    def go(
-        self,
-        batches: Iterator[PlacedBatch],
-        stop_after: StopRequests,
-        state: TrainState,
-        frozen: Any,
-        step: int,
-        rows_consumed: int,
-    ) -> TrainResult:
+    def go(self, batches: Iterator[PlacedBatch], stop_after: StopRequests, start: _Start) -> TrainResult:
         """Takes the steps that are left."""
-        config, first_step, stopping = self._config, step, False
-        if self._evaluate and step >= config.train_steps and not self._evaluated.has(step):
+        step, state, frozen, cursor = start
+        last_step, rows_consumed, stopping = self.config.train_steps, cursor.rows_consumed, False
+        if self.evaluate and step >= last_step and not self.evaluated.has(step):
             # The run ended after its last step was saved and before it was scored.
             self._run_evaluation(step, state, frozen)
-        while step < config.train_steps and not stopping:
+        while step < last_step and not stopping:
+            first = step == start.step
             try:
-                with (
-                    stop_after.waiting(),
-                    self._phases.phase("first batch" if step == first_step else "data wait"),
-                ):
+                with stop_after.waiting(), self.phases.phase("first batch" if first else "data wait"):
                     placed = self._next(batches)
             except StopWaiting:
                 # A read may hang: the steps that were taken are saved all the same.
                 stopping = True
-                if step > first_step:
+                if not first:
                     self._save(step, state, rows_consumed, None)
                 break
-            if step == first_step:
-                say_first_batch(self._reporter, placed)
-                # Until here nothing was trained.
-                self._throughput.restart()
-            program = self._programs.find(placed.arrays) or self._compile(step, state, frozen, placed)
-            self._profiler.before(step + 1, state)
-            with self._phases.phase("first step" if step == first_step else "training"):
-                state, metrics = program.compiled(state, frozen, placed.arrays)
-                if step == first_step:
-                    jax.block_until_ready(metrics)
             step += 1
-            rows_consumed += self._source.rows_per_step
-            self._pending.append(StepRecord(step, metrics, placed.ids, placed.stats))
-            self._throughput.add(placed.stats, program.model_flops, program.hardware_flops)
-            if step == first_step + 1:
-                self._tell_start(step)
-            self._profiler.after(step, state)
-            if len(self._pending) > STEPS_IN_FLIGHT:
-                jax.block_until_ready(self._pending[-1 - STEPS_IN_FLIGHT].metrics["loss"])
-            self._reporter.at(step)
-
-            last = step == config.train_steps
+            state = self._take(step, state, frozen, placed, first)
+            rows_consumed += self.source.rows_per_step
             stopping = stop_after(step)
-            if last or stopping or step % config.log_period == 0:
-                self._log(step)
-            due = last or stopping or step % config.checkpoint_period == 0
-            if due and not config.keep_best:
-                # Before the evaluation: whatever goes wrong there, the step is not lost.
-                self._save(step, state, rows_consumed, None)
-            scores = None
-            eval_due = bool(config.eval_period) and step % (config.eval_period or 1) == 0
-            # Asked to stop there is time to save, not to decode.
-            if self._evaluate and (last or (eval_due and not stopping)):
-                scores = self._run_evaluation(step, state, frozen)
-            if config.keep_best and (due or scores is not None):
-                self._save(step, state, rows_consumed, scores)
-        self._checkpoints.wait()
-        if stopping and step < config.train_steps:
+            self._between(step, state, frozen, rows_consumed, stopping)
+        self.checkpoints.wait()
+        if stopping and step < last_step:
             saved = f"saved step {step}; the same command goes on from there" if step else "no step was taken"
-            self._reporter.say(f"asked to stop: {saved}")
-        return TrainResult(step, state, frozen, self._metrics, step >= config.train_steps)
+            self.reporter.say(f"asked to stop: {saved}")
+        return TrainResult(step, state, frozen, self.metrics, step >= last_step)
+
+    def _take(
+        self, step: int, state: TrainState, frozen: Any, placed: PlacedBatch, first: bool
+    ) -> TrainState:
+        """Takes a step, the first of this process or another one."""
+        if first:
+            say_first_batch(self.reporter, placed)
+            # Until here nothing was trained.
+            self.throughput.restart()
+        program = self.programs.find(placed.arrays) or self._compile(step, state, frozen, placed)
+        self.profiler.before(step, state)
+        with self.phases.phase("first step" if first else "training"):
+            state, metrics = program.compiled(state, frozen, placed.arrays)
+            if first:
+                jax.block_until_ready(metrics)
+        self.pending.append(StepRecord(step, metrics, placed.ids, placed.stats))
+        self.throughput.add(placed.stats, program.model_flops, program.hardware_flops)
+        if first:
+            self._tell_start(step)
+        self.profiler.after(step, state)
+        if len(self.pending) > STEPS_IN_FLIGHT:
+            jax.block_until_ready(self.pending[-1 - STEPS_IN_FLIGHT].metrics["loss"])
+        self.reporter.at(step)
+        return state
+
+    def _between(self, step: int, state: TrainState, frozen: Any, rows_consumed: int, stopping: bool) -> None:
+        """Tells, saves and scores what is due after a step."""
+        config, last = self.config, step == self.config.train_steps
+        if last or stopping or step % config.log_period == 0:
+            self._log(step)
+        due = last or stopping or step % config.checkpoint_period == 0
+        if due and not config.keep_best:
+            # Before the evaluation: whatever goes wrong there, the step is not lost.
+            self._save(step, state, rows_consumed, None)
+        scores = None
+        eval_due = bool(config.eval_period) and step % (config.eval_period or 1) == 0
+        # Asked to stop there is time to save, not to decode.
+        if self.evaluate and (last or (eval_due and not stopping)):
+            scores = self._run_evaluation(step, state, frozen)
+        if config.keep_best and (due or scores is not None):
+            self._save(step, state, rows_consumed, scores)
 
     def close(self) -> None:
         """Ends the threads and files of the run; a save under way is completed."""
-        self._profiler.close()
-        self._reporter.close()
-        self._steps.close()
-        self._checkpoints.close()
-        if self._writer:
-            self._writer.flush()
+        self.profiler.close()
+        self.reporter.close()
+        self.steps.close()
+        self.checkpoints.close()
+        if self.writer:
+            self.writer.flush()
 
     def _save(
         self, step: int, state: TrainState, rows_consumed: int, scores: dict[str, float] | None
     ) -> None:
         # Lines of all steps are written first: the checkpoint must never be ahead of them.
         self._log(step)
-        anchor = self._source.anchor(rows_consumed)
-        cursor = DataCursor(rows_consumed, self._source.fingerprint, anchor, self._skipped)
-        with self._throughput.apart("checkpoint"):
-            self._checkpoints.save(step, state, cursor, self._provenance, scores)
+        anchor = self.source.anchor(rows_consumed)
+        cursor = DataCursor(rows_consumed, self.source.fingerprint, anchor, self.skipped)
+        with self.throughput.apart("checkpoint"):
+            self.checkpoints.save(step, state, cursor, self.provenance, scores)
 
     def _compile(self, step: int, state: TrainState, frozen: Any, placed: PlacedBatch) -> CompiledStep:
         """Compiles the program of a batch shape, apart from the training around it."""
-        if self._pending:
+        if self.pending:
             # Steps under way are training, and end before.
-            jax.block_until_ready(self._pending[-1].metrics)
-        if len(self._programs):
+            jax.block_until_ready(self.pending[-1].metrics)
+        if len(self.programs):
             speech = placed.arrays.get("speech")
             what = f" with {speech.shape[-1]} samples a slot" if speech is not None else ""
-            number = len(self._programs) + 1
-            self._reporter.say(f"step {step + 1}: batch shape number {number}{what}; compiling")
-        with self._throughput.apart("compile"):
-            program = self._programs.compile(state, frozen, placed.arrays)
-        self._reporter.say(program.line())
+            number = len(self.programs) + 1
+            self.reporter.say(f"step {step}: batch shape number {number}{what}; compiling")
+        with self.throughput.apart("compile"):
+            program = self.programs.compile(state, frozen, placed.arrays)
+        self.reporter.say(program.line())
         return program
 
     def _tell_start(self, step: int) -> None:
         """Tells how long it took to the end of the first step, by phase."""
-        seconds = self._phases.seconds()
-        self._reporter.say(start_line(seconds))
+        seconds = self.phases.seconds()
+        self.reporter.say(start_line(seconds))
         scalars = {f"{name.replace(' ', '_')}_seconds": value for name, value in seconds.items()}
         # The first scalars may bring in their library.
-        with self._throughput.apart("start"):
+        with self.throughput.apart("start"):
             self._write(step, "start", {**scalars, "total_seconds": sum(seconds.values())})
 
     def _next(self, batches: Iterator[PlacedBatch]) -> PlacedBatch:
         began = time.monotonic()
         placed = next(batches, None)
-        self._throughput.waited(time.monotonic() - began)
+        self.throughput.waited(time.monotonic() - began)
         if placed is None:
             raise UserError("the source of batches ended before the run did; it must be endless")
         return placed
 
     def _log(self, step: int) -> None:
         """Fetches the metrics since the last line, writes them, and stops a run that learns nothing."""
-        if not self._pending:
+        if not self.pending:
             return
-        records = [record._replace(metrics=jax.device_get(record.metrics)) for record in self._pending]
-        self._pending = []
-        rates = self._throughput.read(self._config.train_steps - step)
-        self._throughput.restart()
+        records = [record._replace(metrics=jax.device_get(record.metrics)) for record in self.pending]
+        self.pending = []
+        rates = self.throughput.read(self.config.train_steps - step)
+        self.throughput.restart()
         for record in records:
-            ids = record.ids if self._config.log_ids or is_spike(record) else None
-            self._steps.write(record.step, float(record.metrics["loss"]), ids)
-        self._steps.flush()
-        for line in spike_lines(records, self._config.spikes):
+            ids = record.ids if self.config.log_ids or is_spike(record) else None
+            self.steps.write(record.step, float(record.metrics["loss"]), ids)
+        self.steps.flush()
+        for line in spike_lines(records, self.config.spikes):
             # Every process read other examples.
-            self._reporter.say(line, every_process=True)
+            self.reporter.say(line, every_process=True)
         metrics = summarise(records)
-        self._metrics.update(metrics)
-        self._reporter.say(log_line(step, self._config.train_steps, metrics, rates))
-        self._write(step, "train", {**metrics, **rates, "batch_shapes": len(self._programs)})
+        self.metrics.update(metrics)
+        self.reporter.say(log_line(step, self.config.train_steps, metrics, rates))
+        self._write(step, "train", {**metrics, **rates, "batch_shapes": len(self.programs)})
         worst = max(int(record.metrics["nonfinite_in_a_row"]) for record in records)
-        if worst >= self._config.max_nonfinite_in_a_row:
-            saved = self._checkpoints.latest_step()
+        if worst >= self.config.max_nonfinite_in_a_row:
+            saved = self.checkpoints.latest_step()
             raise UserError(
                 f"{worst} steps in a row up to step {step} had a loss or gradient that was not finite "
-                f"(max_nonfinite_in_a_row={self._config.max_nonfinite_in_a_row}); they changed nothing, and "
+                f"(max_nonfinite_in_a_row={self.config.max_nonfinite_in_a_row}); they changed nothing, and "
                 + (f"step {saved} is saved" if saved is not None else "nothing is saved yet")
             )
 
     def _run_evaluation(self, step: int, state: TrainState, frozen: Any) -> dict[str, float]:
-        assert self._evaluate is not None
+        assert self.evaluate is not None
         # Metrics go first: an evaluation may take long, and its time is no training time.
         self._log(step)
-        with self._throughput.apart("evaluation"):
-            scores = dict(self._evaluate(step, state, frozen))
-        best = self._config.best_metric
-        if self._config.keep_best and best not in scores:
+        with self.throughput.apart("evaluation"):
+            scores = dict(self.evaluate(step, state, frozen))
+        best = self.config.best_metric
+        if self.config.keep_best and best not in scores:
             raise UserError(
                 f"best_metric {best!r} is no metric of the evaluation: {', '.join(sorted(scores))}"
             )
-        self._metrics.update(scores)
-        self._reporter.say(
+        self.metrics.update(scores)
+        self.reporter.say(
             f"evaluation at step {step}: "
             + ", ".join(f"{name} {value:.4g}" for name, value in scores.items())
         )
         self._write(step, "eval", scores)
-        self._evaluated.set(step)
+        self.evaluated.set(step)
         return scores
 
     def _write(self, step: int, group: str, scalars: dict[str, float]) -> None:
-        if self._writer and jax.process_index() == 0:
-            self._writer.write_scalars(step, {f"{group}/{name}": value for name, value in scalars.items()})
+        if self.writer and jax.process_index() == 0:
+            self.writer.write_scalars(step, {f"{group}/{name}": value for name, value in scalars.items()})
 
 
 def _peak_flops(mesh: Mesh) -> float | None:

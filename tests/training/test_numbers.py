@@ -17,7 +17,7 @@ from slm_jax.training.loop import LoopConfig, train
 from slm_jax.training.optimizers import AdamWConfig, ScheduleConfig
 from slm_jax.training.phases import Phases, process_age, start_line
 from slm_jax.training.profiling import ProfileSteps
-from slm_jax.training.progress import Throughput
+from slm_jax.training.throughput import Throughput
 
 
 class Written:
