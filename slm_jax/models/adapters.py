@@ -21,7 +21,7 @@ from slm_jax.models.layers import (
     RMSNorm,
     segment_mask,
 )
-from slm_jax.models.remat import REMAT, rematted
+from slm_jax.models.remat import REMAT, kept_when_frozen, rematted
 
 ACTIVATION_AXES = ("activation_batch", "activation_length", "activation_embed")
 
@@ -174,7 +174,8 @@ class AdapterLayer(nn.Module):
             name="mlp",
         )
         y_NPD = RMSNorm(dtype=dtype, name="pre_attention_layer_norm")(x_NPD)
-        x_NPD = x_NPD + drop(attention(y_NPD, y_NPD, mask, bias, deterministic=self.deterministic))
+        y_NPD = drop(attention(y_NPD, y_NPD, mask, bias, deterministic=self.deterministic))
+        x_NPD = kept_when_frozen(x_NPD + y_NPD)
         y_NPD = RMSNorm(dtype=dtype, name="pre_mlp_layer_norm")(x_NPD)
         x_NPD = x_NPD + drop(mlp(y_NPD, deterministic=self.deterministic))
         return with_logical_constraint(x_NPD, ACTIVATION_AXES), None

@@ -31,7 +31,7 @@ from slm_jax.models.conformer_attention import (
 )
 from slm_jax.models.layers import ACTIVATIONS, Dense, Mlp
 from slm_jax.models.norms import NORM_TYPES, NormType, feature_norm
-from slm_jax.models.remat import REMAT, rematted
+from slm_jax.models.remat import REMAT, kept_when_frozen, rematted
 from slm_jax.models.shards import by_shard
 from slm_jax.models.subsampling import ConvSubsampling, FeatureProjection
 
@@ -386,13 +386,14 @@ class ConformerLayer(nn.Module):
     @nn.compact
     def __call__(self, x_BFD: jax.Array, around: Surroundings) -> tuple[jax.Array, None]:
         config = self.config
-        x_BFD = x_BFD + config.residual_weight * self._ffn(x_BFD, "ffn_start")
-        x_BFD = x_BFD + self._attention(x_BFD, around)
+        x_BFD = kept_when_frozen(x_BFD + config.residual_weight * self._ffn(x_BFD, "ffn_start"))
+        x_BFD = kept_when_frozen(x_BFD + self._attention(x_BFD, around))
         conv = ConvModule(config, name="conv")
-        x_BFD = x_BFD + self._drop(conv(_norm(config, "conv_norm")(x_BFD), around.near_BFW))
+        y_BFD = self._drop(conv(_norm(config, "conv_norm")(x_BFD), around.near_BFW))
+        x_BFD = kept_when_frozen(x_BFD + y_BFD)
         x_BFD = x_BFD + config.residual_weight * self._ffn(x_BFD, "ffn_end")
         if config.norm == "block":
-            x_BFD = _norm(config, "norm")(_clip(x_BFD, config))
+            x_BFD = _norm(config, "norm")(_clip(kept_when_frozen(x_BFD), config))
         return with_logical_constraint(x_BFD, ACTIVATION_AXES), None
 
     def _ffn(self, x_BFD: jax.Array, name: str) -> jax.Array:
@@ -433,8 +434,10 @@ class ConformerLayer(nn.Module):
         return _norm(self.config, f"{name}_norm")(_clip(x_BFD, self.config))
 
     def _after(self, y_BFD: jax.Array, name: str) -> jax.Array:
-        y_BFD = _clip(y_BFD, self.config)
-        return _norm(self.config, f"{name}_post_norm")(y_BFD) if self.config.post_norm else y_BFD
+        config = self.config
+        if config.clip is not None or config.post_norm:
+            y_BFD = _clip(kept_when_frozen(y_BFD), config)
+        return _norm(config, f"{name}_post_norm")(y_BFD) if config.post_norm else y_BFD
 
     def _drop(self, y_BFD: jax.Array) -> jax.Array:
         return nn.Dropout(self.config.dropout)(y_BFD, deterministic=self.deterministic)
@@ -458,11 +461,14 @@ class ConvModule(nn.Module):
         config, dtype = self.config, self.config.dtype
         taps = config.conv_kernel
         if config.conv_gate == "joined":
-            both = Dense((2, config.dim), ("embed", "gates", "mlp"), dtype=dtype, name="value_gate")(x_BFD)
+            joined = Dense((2, config.dim), ("embed", "gates", "mlp"), dtype=dtype, name="value_gate")
+            both = kept_when_frozen(joined(x_BFD))
             value_BFD, gate_BFD = both[..., 0, :], both[..., 1, :]
         else:
-            value_BFD = Dense(config.dim, ("embed", "mlp"), dtype=dtype, name="value")(x_BFD)
-            gate_BFD = Dense(config.dim, ("embed", "mlp"), dtype=dtype, name="gate")(x_BFD)
+            value_BFD, gate_BFD = (
+                kept_when_frozen(Dense(config.dim, ("embed", "mlp"), dtype=dtype, name=name)(x_BFD))
+                for name in ("value", "gate")
+            )
         y_BFD = value_BFD * nn.sigmoid(gate_BFD)
         init = nn.with_logical_partitioning(nn.initializers.normal(taps**-0.5), ("conv_kernel", "mlp"))
         kernel_WD = jnp.asarray(self.param("depthwise", init, (taps, config.dim)), dtype)
@@ -471,6 +477,7 @@ class ConvModule(nn.Module):
             jnp.where(near_BFW[..., w, None], padded[:, w : w + x_BFD.shape[1]], 0) * kernel_WD[w]
             for w in range(taps)
         )
+        y_BFD = kept_when_frozen(jnp.asarray(y_BFD))
         y_BFD = with_logical_constraint(y_BFD, ("activation_batch", "activation_length", "activation_mlp"))
         y_BFD = ACTIVATIONS[config.activation](_norm(config, "norm")(_clip(y_BFD, config)))
         return Dense(config.dim, ("mlp", "embed"), dtype=dtype, name="out")(y_BFD)

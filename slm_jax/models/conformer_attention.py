@@ -24,6 +24,7 @@ from slm_jax.models.layers import (
     segment_mask,
 )
 from slm_jax.models.relative_shift import padded_distances, relative_shift, rolled_shift
+from slm_jax.models.remat import kept_when_frozen
 
 Window = Literal["full", "local", "chunk"]
 Positions = Literal["transformer_xl", "usm", "shaw", "none"]
@@ -214,7 +215,8 @@ class RelativeAttention(nn.Module):
     def _project(self, x: jax.Array, name: str, use_bias: bool = False) -> jax.Array:
         heads = (self.heads, self.dim // self.heads)
         axes = ("embed", "heads", "kv")
-        return Dense(heads, axes, use_bias=use_bias, dtype=self.dtype, name=name)(x)
+        dense = Dense(heads, axes, use_bias=use_bias, dtype=self.dtype, name=name)
+        return kept_when_frozen(dense(x))
 
     def _bias(self, name: str, shape: tuple[int, ...]) -> jax.Array:
         zeros = nn.with_logical_partitioning(nn.initializers.zeros, ("heads", "kv"))

@@ -1,15 +1,18 @@
 """Attention by JAX's kernels against the plain form; and what remat policies compute again."""
 
 import dataclasses
+import functools
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from slm_jax.errors import UserError
-from slm_jax.models import layers, slm
+from slm_jax.models import conformer, layers, slm
+from slm_jax.models.adapters import AdapterConfig, TransformerAdapter
 from slm_jax.models.conformer import ConformerConfig, ConformerEncoder
 from slm_jax.models.t5 import T5, T5Config
 from slm_jax.training.flops import traced_flops
@@ -127,6 +130,57 @@ def test_what_a_policy_computes_again(rng):
     # The last product of a layer is needed by nothing and is not run again.
     last = 2 * rows * length * config.emb_dim * config.mlp_dim
     assert count("full") == count("none") + layers_ * (weights - last + 2 * scores)
+
+
+def flops_of_training(module, x, ids, **kwargs) -> int:
+    """What a loss on the module's result and its gradient by input and parameters compute, from shapes."""
+    variables = nn.unbox(jax.eval_shape(functools.partial(module.init, **kwargs), jax.random.key(0), x, ids))
+
+    def loss(variables, x):
+        found: Any = module.apply(variables, x, ids, **kwargs)
+        return jnp.sum(found[0] if isinstance(found, tuple) else found)
+
+    return traced_flops(jax.make_jaxpr(jax.grad(loss, argnums=(0, 1)))(variables, x))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        ConformerConfig(layers=2, dim=16, heads=2, conv_kernel=5, subsampling_channels=(4, 3)),
+        conformer.preset("gemma3n", layers=2, dim=16, heads=2, subsampling_channels=(4, 3)),
+        conformer.preset("w2v_bert", layers=2, dim=16, heads=2, ffn_dim=24),
+    ],
+    ids=["usm", "gemma3n", "w2v_bert"],
+)
+def test_a_conformer_runs_no_product_with_weights_twice_but_in_full(rng, config):
+    rows, length = int(rng.integers(1, 4)), 4 * int(rng.integers(3, 7))
+    bins = (config.kaldi_fbank if config.front_end == "kaldi_fbank" else config.log_mel).mel_bins
+    bins *= config.kaldi_fbank.stack if config.front_end == "kaldi_fbank" else 1
+    x, ids = jnp.ones((rows, 1, length, bins)), jnp.ones((rows, 1, length), jnp.int32)
+
+    def count(remat):
+        encoder = ConformerEncoder(dataclasses.replace(config, remat=remat))
+        return flops_of_training(encoder, x, ids, method="encode_features")
+
+    frames = length if config.subsampling == "projection" else length // 4
+    # Scores of content and of positions, and what they mix: the gradient of the map behind needs that too.
+    attention = 2 * rows * config.dim * frames * (frames + (2 * frames - 1) + frames)
+    assert count("frozen") == count("dots") == count("none") + config.layers * attention
+    assert count("full") > count("frozen")
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_an_adapter_runs_no_product_with_weights_twice_but_in_full(rng, gated):
+    rows, length = (int(number) for number in rng.integers(2, 9, 2))
+    config = AdapterConfig(layers=3, dim=16, heads=2, head_dim=6, mlp_dim=24, gated=gated)
+    x, ids = jnp.ones((rows, 1, length, 10)), jnp.ones((rows, 1, length), jnp.int32)
+
+    def count(remat):
+        return flops_of_training(TransformerAdapter(dataclasses.replace(config, remat=remat), 12), x, ids)
+
+    attention = 2 * rows * config.heads * config.head_dim * length * (length + length)
+    assert count("frozen") == count("dots") == count("none") + config.layers * attention
+    assert count("full") > count("frozen")
 
 
 def test_a_model_goes_to_a_platform_with_the_kernels_that_it_has_there():
