@@ -48,7 +48,7 @@ class AdamWConfig:
     Attributes:
       schedule: the learning rate.
       b1, b2, eps: of Adam.
-      weight_decay: decoupled; reaches parameters of two dims and more, so norms and biases are spared.
+      weight_decay: decoupled; spares norms and biases, stacked layers' and those of several heads too.
       clip_norm: bound on the global norm of the gradient; None clips nothing.
     """
 
@@ -148,7 +148,8 @@ def make_optimizer(
 
     Args:
       config: which one.
-      axes: tree of the parameters with the tuple of logical axis names at each leaf; Muon needs it.
+      axes: tree of the parameters with the tuple of logical axis names at each leaf; Muon and weight decay
+        need it.
       spikes: which steps stand out, and whether they are left out too; None watches for none.
       apart: whether every parameter counts its own updates (`carried.by_parameter`).
     """
@@ -172,7 +173,7 @@ def _unclipped(config: OptimizerConfig, axes: optax.Params | None) -> optax.Grad
             b2=config.b2,
             eps=config.eps,
             weight_decay=config.weight_decay,
-            mask=_is_matrix,
+            mask=_decayed(config, axes),
         )
     if isinstance(config, MuonConfig):
         if axes is None:
@@ -204,10 +205,7 @@ def matrix_dims(names: Sequence[str | None]) -> optax.contrib.MuonDimensionNumbe
 
     The last axis, with the axes that belong to it, comes out; all before it but `layers` is contracted.
     """
-    stacked = int(bool(names) and names[0] == "layers")
-    first_out = len(names) - 1
-    while first_out > stacked and _JOINED.get(names[first_out] or "", "") == names[first_out - 1]:
-        first_out -= 1
+    stacked, first_out = _dims(names)
     if first_out <= stacked or _NOT_OF_MATRICES.intersection(names):
         return None
     return optax.contrib.MuonDimensionNumbers(
@@ -220,5 +218,24 @@ def is_names(leaf: object) -> bool:
     return isinstance(leaf, tuple) and all(name is None or isinstance(name, str) for name in leaf)
 
 
-def _is_matrix(params: optax.Params) -> optax.Params:
-    return jax.tree.map(lambda param: param.ndim > 1, params)
+def _dims(names: Sequence[str | None]) -> tuple[int, int]:
+    """Returns the first dim behind that of stacked layers, and the first of those that come out."""
+    stacked = int(bool(names) and names[0] == "layers")
+    first_out = len(names) - 1
+    while first_out > stacked and _JOINED.get(names[first_out] or "", "") == names[first_out - 1]:
+        first_out -= 1
+    return stacked, first_out
+
+
+def _decayed(config: AdamWConfig, axes: optax.Params | None) -> optax.Params:
+    """Which parameters weight decay reaches: those that are no vectors, whatever they are stacked along."""
+    if axes is None:
+        if config.weight_decay:
+            raise ValueError("weight decay needs the logical axes of the parameters")
+        return False
+
+    def reached(names: Sequence[str | None]) -> bool:
+        stacked, first_out = _dims(names)
+        return first_out > stacked
+
+    return jax.tree.map(reached, axes, is_leaf=is_names)
