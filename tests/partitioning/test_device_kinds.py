@@ -4,20 +4,21 @@ import pytest
 
 from slm_jax.partitioning.device_kinds import DEVICE_KINDS
 
-# cloud.google.com/tpu/docs: interconnect of a chip, both ways; and FLOP/s of a pod with its chips.
+# cloud.google.com/tpu/docs: interconnect of a chip, both ways over all of its ports, and how many these are;
+# FLOP/s of a pod with its chips.
 CHIPS = {
-    "TPU v5 lite": (400e9, 50.63e15, 256),
-    "TPU v5": (1200e9, None, None),
-    "TPU v6 lite": (800e9, 234.9e15, 256),
-    "TPU v4": (None, 1.1e18, 4096),
+    "TPU v5 lite": (400e9, 4, 50.63e15, 256),
+    "TPU v5": (1200e9, 6, None, None),
+    "TPU v6 lite": (800e9, 4, 234.9e15, 256),
+    "TPU v4": (None, None, 1.1e18, 4096),
 }
 
 
 @pytest.mark.parametrize("kind", CHIPS)
 def test_chips_add_up_to_the_makers_pods(kind):
-    both_ways, pod_flops, chips = CHIPS[kind]
+    both_ways, ports, pod_flops, chips = CHIPS[kind]
     if both_ways:
-        assert 2 * DEVICE_KINDS[kind].interconnect_bandwidth == pytest.approx(both_ways)
+        assert 2 * ports * DEVICE_KINDS[kind].link_bandwidth == pytest.approx(both_ways)
     if pod_flops:
         assert DEVICE_KINDS[kind].flops * chips == pytest.approx(pod_flops, rel=0.03)
 
