@@ -1,6 +1,7 @@
 """The two kinds of trouble that are not bugs: a user's mistake and a bad example."""
 
 import difflib
+import math
 from collections.abc import Iterable
 
 _LONGEST = 1200
@@ -47,3 +48,8 @@ def check_whole(name: str, value: object, least: int = 1) -> None:
     """Raises UserError unless a field's value is a whole number of at least `least`."""
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise UserError(f"{name} is {value!r}, expected a whole number of at least {least}")
+
+
+def is_number(value: object) -> bool:
+    """Whether a field's value is a number; infinity, what is not a number, True and False are none."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < math.inf

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from slm_jax.cli.main import add_gin_arguments, search_paths
 from slm_jax.cli.plan_search import POLICIES, candidates_for, print_ranking, search
+from slm_jax.errors import UserError
 
 if TYPE_CHECKING:
     from slm_jax.cli.run import Run
@@ -67,7 +68,7 @@ def main(args: argparse.Namespace) -> int:
     from slm_jax.partitioning.topology import find_topology
 
     run = _build(args)
-    topology = find_topology(args.topology, run.mesh.slices if args.slices is None else args.slices)
+    topology = find_topology(args.topology, _slices(run) if args.slices is None else args.slices)
     if topology.stand_in:
         _say(
             f"{topology.stand_in}: compiled for virtual CPU devices, which know nothing of the memory that "
@@ -103,6 +104,14 @@ def _build(args: argparse.Namespace) -> "Run":
     places = [f"{name}={_PLACES[name]}" for name in gin_config.missing_required() if name in _PLACES]
     gin_config.parse(files, [*places, *args.gin_bindings], paths)
     return gin_config.build(Run)
+
+
+def _slices(run: "Run") -> int:
+    if run.mesh.slices == -1:
+        raise UserError(
+            "MeshConfig.slices is -1, and --topology is that of one slice; expected their number by --slices"
+        )
+    return run.mesh.slices
 
 
 def _kernel_of_stand_ins(run: "Run", topology: "Topology") -> str | None:

@@ -9,8 +9,8 @@ from slm_jax.checkpoints.foundation import FORMATS
 from slm_jax.cli import gin_config
 from slm_jax.data.augmentation import AugmentationConfig
 from slm_jax.data.batch import FEATURES
-from slm_jax.errors import UserError, check_whole, nearest
-from slm_jax.partitioning.rules import DEFAULT_RULES, LogicalRules
+from slm_jax.errors import UserError, check_whole, is_number, nearest
+from slm_jax.partitioning.rules import DEFAULT_RULES, LogicalRules, check_rule_types
 from slm_jax.training.loop import LoopConfig
 from slm_jax.training.objectives.base import Objective
 from slm_jax.training.optimizers import OptimizerConfig
@@ -84,7 +84,7 @@ class DataConfig:
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):
             raise UserError(f"DataConfig.seed is {self.seed!r}, expected a whole number")
         share = self.max_bad_share
-        if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 <= share <= 1:
+        if not is_number(share) or not 0 <= share <= 1:
             raise UserError(f"DataConfig.max_bad_share is {share!r}, expected a number from 0 to 1")
         if not isinstance(self.buckets, (list, tuple)):
             raise UserError(
@@ -170,6 +170,16 @@ class MeshConfig:
     tensor: int = 1
     rules: LogicalRules = DEFAULT_RULES
 
+    def __post_init__(self):
+        for name in ("slices", "data", "fsdp", "tensor"):
+            size = getattr(self, name)
+            if isinstance(size, bool) or not isinstance(size, int) or (size < 1 and size != -1):
+                raise UserError(
+                    f"MeshConfig.{name} is {size!r}, expected a whole number of at least 1, or -1 for the "
+                    "devices that the other axes leave"
+                )
+        check_rule_types(self.rules)
+
 
 @dataclasses.dataclass(frozen=True)
 class Run:
@@ -214,6 +224,16 @@ class Run:
     working_dir: str | None = None
 
     def __post_init__(self):
+        for name in ("model_dir", "init_from", "working_dir"):
+            value = getattr(self, name)
+            if not isinstance(value, str) and (value is not None or name == "model_dir"):
+                raise UserError(f"Run.{name} is {value!r}, expected a directory, such as 'runs/slm'")
+        for name in ("foundations", "save_foundations"):
+            value = getattr(self, name)
+            if not isinstance(value, Mapping) or not all(isinstance(path, str) for path in value.values()):
+                raise UserError(
+                    f"Run.{name} is {value!r}, expected parts and directories, such as {{'llm': 'runs/llm'}}"
+                )
         if not isinstance(self.optimizer, OptimizerConfig):
             names = "@optimizers.AdamWConfig(), @optimizers.AdafactorConfig() or @optimizers.MuonConfig()"
             raise UserError(f"OPTIMIZER is {self.optimizer!r}, expected {names}")

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from slm_jax.errors import UserError, check_whole, nearest
+from slm_jax.errors import UserError, check_whole, is_number, nearest
 from slm_jax.models.quantization import SCALE
 
 A, B = "lora_a", "lora_b"
@@ -38,16 +38,16 @@ class LoRAConfig:
 
     def __post_init__(self):
         # Lists (from JSON or gin) become tuples, so that configurations stay hashable.
-        if isinstance(self.projections, str):
+        names = self.projections
+        if not isinstance(names, tuple | list) or not all(isinstance(name, str) for name in names):
             raise UserError(
-                f"LoRAConfig.projections is {self.projections!r}, expected a list, such as ['query', 'value']"
+                f"LoRAConfig.projections is {names!r}, expected a list, such as ['query', 'value']"
             )
         object.__setattr__(self, "projections", tuple(self.projections))
         check_whole("LoRAConfig.rank", self.rank)
         for name, below, expected in (("alpha", math.inf, "above 0"), ("dropout", 1, "from 0 to below 1")):
             value = getattr(self, name)
-            number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            if not number or not 0 <= value < below or (name == "alpha" and value == 0):
+            if not is_number(value) or not 0 <= value < below or (name == "alpha" and value == 0):
                 raise UserError(f"LoRAConfig.{name} is {value!r}, expected a number {expected}")
         if not self.projections:
             raise UserError("LoRAConfig.projections is empty, expected names such as 'query' and 'value'")

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from flax.core import FrozenDict
 from flax.linen.spmd import with_logical_constraint
 
-from slm_jax.errors import UserError, nearest
+from slm_jax.errors import UserError, check_whole, nearest
 from slm_jax.models import layers
 from slm_jax.models.lora import LoRAConfig
 from slm_jax.models.losses import chunked_cross_entropy
@@ -92,6 +92,8 @@ class T5Config:
         ):
             if (value := getattr(self, name)) not in choices:
                 raise UserError(f"T5Config.{name} is {value!r}{nearest(value, choices)}")
+        for name in ("loss_chunk", "loss_logits"):
+            check_whole(f"T5Config.{name}", getattr(self, name))
 
 
 def _size(emb_dim: int, mlp_dim: int, encoder: int, decoder: int, heads: int) -> dict[str, int]:

@@ -40,6 +40,19 @@ DEFAULT_RULES: LogicalRules = (
 LOGICAL_AXES = tuple(name for name, _ in DEFAULT_RULES)
 
 
+def check_rule_types(rules: object) -> None:
+    """Raises UserError unless rules are pairs of a logical axis and a mesh axis, several of them, or None."""
+    like = "expected pairs of a logical axis and a mesh axis, several or None, such as (('vocab', 'tensor'),)"
+    if not isinstance(rules, tuple | list):
+        raise UserError(f"MeshConfig.rules is {rules!r}, {like}")
+    for rule in rules:
+        pair = isinstance(rule, tuple | list) and len(rule) == 2
+        axes = () if not pair or rule[1] is None else rule[1]
+        axes = axes if isinstance(axes, tuple | list) else (axes,)
+        if not pair or not all(isinstance(name, str) for name in (rule[0], *axes)):
+            raise UserError(f"MeshConfig.rules has {rule!r}, {like}")
+
+
 def check_rules(rules: LogicalRules, mesh_shape: Mapping[str, int]) -> None:
     """Refuses rules that say less, or other things, than their author means.
 
@@ -55,6 +68,7 @@ def check_rules(rules: LogicalRules, mesh_shape: Mapping[str, int]) -> None:
       UserError: an unused rule, an unknown mesh axis, an activation without a rule, or a mesh axis of
         several devices that no rule uses.
     """
+    check_rule_types(rules)
     earlier: dict[str, list[set[str]]] = {}
     for name, mesh_axes in rules:
         if name not in LOGICAL_AXES:

@@ -1,15 +1,17 @@
 """Optimizers and learning-rate schedules as configuration; Optax underneath."""
 
 import enum
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NoReturn
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
-from slm_jax.errors import UserError, nearest
+from slm_jax.errors import UserError, check_whole, is_number, nearest
 from slm_jax.training.carried import alone, by_parameter, leaf_at
 from slm_jax.training.spikes import SpikeConfig, watch_spikes
 
@@ -40,6 +42,12 @@ class ScheduleConfig:
     total_steps: int | None = None
     floor: float = 0.0
 
+    def __post_init__(self):
+        check_whole("ScheduleConfig.warmup_steps", self.warmup_steps, 0)
+        if self.total_steps is not None:
+            check_whole("ScheduleConfig.total_steps", self.total_steps)
+        _check_numbers(self, "peak", "floor")
+
 
 @dataclass(frozen=True)
 class AdamWConfig:
@@ -58,6 +66,12 @@ class AdamWConfig:
     eps: float = 1e-8
     weight_decay: float = 0.0
     clip_norm: float | None = 1.0
+
+    def __post_init__(self):
+        _check_schedule(self)
+        _check_numbers(self, "b1", "b2", below=1)
+        _check_numbers(self, "eps", "weight_decay")
+        _check_bounds(self, "clip_norm")
 
 
 @dataclass(frozen=True)
@@ -80,6 +94,14 @@ class AdafactorConfig:
     update_rms: float | None = 1.0
     clip_norm: float | None = None
 
+    def __post_init__(self):
+        _check_schedule(self)
+        _check_numbers(self, "decay_rate")
+        check_whole("AdafactorConfig.min_dim_size_to_factor", self.min_dim_size_to_factor)
+        if not isinstance(self.scale_by_parameter, bool):
+            _refuse(self, "scale_by_parameter", "True or False")
+        _check_bounds(self, "update_rms", "clip_norm")
+
 
 @dataclass(frozen=True)
 class MuonConfig:
@@ -98,20 +120,45 @@ class MuonConfig:
     matrix_scale: float = 10.0
     clip_norm: float | None = None
 
+    def __post_init__(self):
+        _check_schedule(self)
+        _check_numbers(self, "matrix_scale")
+        _check_bounds(self, "clip_norm")
+
 
 OptimizerConfig = AdamWConfig | AdafactorConfig | MuonConfig
+
+
+def _refuse(config: object, name: str, expected: str) -> NoReturn:
+    raise UserError(f"{type(config).__name__}.{name} is {getattr(config, name)!r}, expected {expected}")
+
+
+def _check_numbers(config: object, *names: str, below: float = math.inf) -> None:
+    for name in names:
+        if not is_number(value := getattr(config, name)) or not 0 <= value < below:
+            _refuse(config, name, "a number of at least 0" + f" and below {below}" * (below < math.inf))
+
+
+def _check_bounds(config: object, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and (not is_number(value) or value <= 0):
+            _refuse(config, name, "a number above 0, or None")
+
+
+def _check_schedule(config: OptimizerConfig) -> None:
+    if not isinstance(config.schedule, ScheduleConfig):
+        _refuse(config, "schedule", "@optimizers.ScheduleConfig()")
 
 
 def make_schedule(config: ScheduleConfig) -> optax.Schedule:
     """The learning rate as a function of the number of updates made before.
 
     Raises:
-      UserError: unknown decay, negative warm-up, or a cosine without an end after its warm-up.
+      UserError: unknown decay, or a cosine without an end after its warm-up.
     """
     if config.decay not in tuple(Decay):
         raise UserError(f"schedule decay {config.decay!r} is unknown{nearest(config.decay, tuple(Decay))}")
-    if config.warmup_steps < 0:
-        raise UserError(f"schedule warmup_steps is {config.warmup_steps}, expected 0 or more")
     if config.decay == Decay.COSINE and (config.total_steps or 0) <= config.warmup_steps:
         raise UserError(
             f"schedule decay 'cosine' needs total_steps above warmup_steps={config.warmup_steps}, "

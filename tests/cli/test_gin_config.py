@@ -169,6 +169,25 @@ def test_mistakes_are_named_with_the_nearest_choice(files, bindings, told):
     assert told in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("binding", "told"),
+    [
+        ("FSDP='x'", "MeshConfig.fsdp is 'x', expected a whole number of at least 1, or -1"),
+        ("run.Run.init_from=5", "Run.init_from is 5, expected a directory"),
+        ("run.Run.model_dir=5", "Run.model_dir is 5, expected a directory"),
+        ("run.Run.foundations={'llm': 5}", "Run.foundations is {'llm': 5}, expected parts and directories"),
+        ("LEARNING_RATE='x'", "ScheduleConfig.peak is 'x', expected a number of at least 0"),
+        ("WARMUP_STEPS='x'", "ScheduleConfig.warmup_steps is 'x', expected a whole number"),
+    ],
+)
+def test_values_of_another_type_are_one_sentence(binding, told):
+    files = ["models/slm_tiny.gin", "partitioning/fsdp.gin", "runs/train.gin"]
+    with pytest.raises(UserError, match=r"(?s)^[^\n]*$") as caught:
+        gin_config.parse(files, [*_bindings(files), binding])
+        gin_config.build(Run)
+    assert told in str(caught.value)
+
+
 def test_missing_macros_are_named_all_at_once():
     gin_config.parse(["models/slm_tiny.gin", "runs/train.gin"], ["MODEL_DIR='x'"])
     with pytest.raises(UserError) as caught:

@@ -95,6 +95,20 @@ def test_a_kernel_that_no_cpu_has_is_planned_as_plain(topology, kernel, capsys, 
 
 
 @pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--gin.run.MeshConfig.slices=-1"], "MeshConfig.slices is -1, and --topology is that of one slice"),
+        (["--gin.run.MeshConfig.slices=0"], "MeshConfig.slices is 0, expected a whole number"),
+        (["--slices", "-1"], "--slices is -1, expected a whole number"),
+    ],
+)
+def test_a_number_of_slices_that_is_none_is_one_sentence(words, sentence, capsys):
+    assert main([*TINY, *words, "--topology", "v5e:2x2"]) == 2
+    error = capsys.readouterr().err
+    assert sentence in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
     ("topology", "sentence"),
     [
         ("v5e:4x", "did you mean 'v5e:4x4'?"),

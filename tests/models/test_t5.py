@@ -415,3 +415,10 @@ def test_every_parameter_names_its_axes():
 def test_unknown_names_say_the_nearest(make, found):
     with pytest.raises(UserError, match=found):
         make()
+
+
+@pytest.mark.parametrize("name", ["loss_chunk", "loss_logits"])
+@pytest.mark.parametrize("value", ["x", 0, -5])
+def test_losses_are_cut_by_whole_numbers(name, value):
+    with pytest.raises(UserError, match=rf"T5Config\.{name} is {value!r}, expected a whole number"):
+        T5Config(**{name: value})

@@ -89,5 +89,34 @@ def test_rules_that_mean_nothing_are_refused(rules, sizes, told):
     assert told in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    "rules",
+    [
+        5,
+        None,
+        "vocab",
+        ("vocab",),
+        (("vocab", 5),),
+        (("vocab", ("data", 5)),),
+        ((5, "data"),),
+        dict(DEFAULT_RULES),
+    ],
+)
+def test_what_are_no_rules_is_refused(rules):
+    with pytest.raises(
+        UserError, match=r"^MeshConfig.rules (is|has) [^\n]*, expected pairs of a logical axis"
+    ):
+        check_rules(rules, ONE)
+    with pytest.raises(UserError, match=r"^MeshConfig.rules "):
+        MeshConfig(rules=rules)
+
+
+@pytest.mark.parametrize("axis", ["slices", "data", "fsdp", "tensor"])
+@pytest.mark.parametrize("size", ["x", 0, -2, 1.5, True, None])
+def test_what_is_no_size_of_an_axis_is_refused(axis, size):
+    with pytest.raises(UserError, match=rf"^MeshConfig.{axis} is {size!r}, expected a whole number .* or -1"):
+        MeshConfig(**{axis: size})
+
+
 def test_a_second_choice_is_in_order():
     check_rules((*DEFAULT_RULES, ("embed", "data"), ("embed", None)), ONE)

@@ -53,12 +53,32 @@ def test_without_warm_up_the_first_update_has_the_peak():
     [
         (ScheduleConfig(decay="cosin", total_steps=9), "did you mean 'cosine'"),
         (ScheduleConfig(decay="cosine"), "needs total_steps above warmup_steps=100, found None"),
-        (ScheduleConfig(warmup_steps=-1), "warmup_steps is -1"),
     ],
 )
 def test_schedules_that_make_no_sense_are_refused(config, message):
     with pytest.raises(UserError, match=message):
         make_schedule(config)
+
+
+@pytest.mark.parametrize(
+    ("kind", "field", "value"),
+    [
+        *((ScheduleConfig, "warmup_steps", value) for value in (-1, "x", 1.5)),
+        *((ScheduleConfig, "peak", value) for value in ("x", None, math.nan, math.inf, -1)),
+        (ScheduleConfig, "total_steps", 0),
+        (ScheduleConfig, "floor", "0"),
+        (AdamWConfig, "b1", 1),
+        (AdamWConfig, "weight_decay", "x"),
+        *((kind, "clip_norm", 0) for kind in (AdamWConfig, AdafactorConfig, MuonConfig)),
+        *((kind, "schedule", 0.1) for kind in (AdamWConfig, AdafactorConfig, MuonConfig)),
+        (AdafactorConfig, "min_dim_size_to_factor", "x"),
+        (AdafactorConfig, "scale_by_parameter", 1),
+        (MuonConfig, "matrix_scale", True),
+    ],
+)
+def test_fields_that_are_no_such_numbers_are_refused(kind, field, value):
+    with pytest.raises(UserError, match=rf"^{kind.__name__}\.{field} is {value!r}, expected "):
+        kind(**{field: value})
 
 
 def tree(rng):
