@@ -71,11 +71,14 @@ def main(args: argparse.Namespace) -> int:
     rollback = _rollback(args)
     phases = Phases(process_age())
     profile_steps = ProfileSteps.parse(args.profile_steps) if args.profile_steps is not None else None
-    if args.dry_run and profile_steps:
-        raise UserError("--dry_run trains nothing, so --profile_steps has no meaning with it")
+    for flag, given in (("--profile_steps", profile_steps), ("--rollback_to", rollback)):
+        if args.dry_run and given:
+            raise UserError(f"--dry_run trains nothing, so {flag} has no meaning with it")
     with phases.phase("configuration"):
         gin_config.parse(args.gin_file, args.gin_bindings, search_paths(args))
         run = gin_config.build(Run)
+    if profile_steps:
+        profile_steps.check(run.loop.train_steps)
     if args.dry_run:
         print(gin_config.resolved_config())
         wired = Wiring(run)

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from slm_jax.checkpoints.manager import BestMode, RunCheckpoints, claim_run_directory
 from slm_jax.checkpoints.provenance import Provenance, make_provenance
-from slm_jax.errors import UserError, check_whole
+from slm_jax.errors import UserError, check_whole, is_number
 from slm_jax.partitioning.device_kinds import DEVICE_KINDS
 from slm_jax.partitioning.rules import DEFAULT_RULES, LogicalRules
 from slm_jax.partitioning.sharding import check_batch_rows, plan_text
@@ -30,7 +30,7 @@ from slm_jax.training.program import TrainProgram, make_train_program
 from slm_jax.training.progress import Reporter, StepRecord, Writer, log_line, summarise
 from slm_jax.training.restoring import cursor_after, restore_run
 from slm_jax.training.rollback import Rollback, Rollbacks, RowRange, rows_text
-from slm_jax.training.spikes import SpikeConfig, is_spike, spike_lines
+from slm_jax.training.spikes import SpikeConfig, spike_lines, spike_zscores
 from slm_jax.training.state import DataCursor, TrainState
 from slm_jax.training.step_log import StepLog
 from slm_jax.training.throughput import Throughput
@@ -96,7 +96,7 @@ class LoopConfig:
         if self.eval_period is not None:
             check_whole("eval_period", self.eval_period)
         peak = self.peak_flops
-        if peak is not None and (isinstance(peak, bool) or not isinstance(peak, (int, float)) or peak <= 0):
+        if peak is not None and (not is_number(peak) or peak <= 0):
             raise UserError(f"peak_flops is {peak!r}, expected FLOP/s of one device, such as 989e12, or None")
         if self.keep_best and not self.best_metric:
             raise UserError(f"keep_best={self.keep_best} needs best_metric, a metric of the evaluation")
@@ -453,10 +453,11 @@ class _Run:
         rates = self.throughput.read(self.config.train_steps - step)
         self.throughput.restart()
         for record in records:
-            ids = record.ids if self.config.log_ids or is_spike(record) else None
-            self.steps.write(record.step, float(record.metrics["loss"]), ids)
+            zscores = spike_zscores(record)
+            ids = record.ids if self.config.log_ids or zscores else None
+            self.steps.write(record.step, float(record.metrics["loss"]), ids, zscores)
         self.steps.flush()
-        for line in spike_lines(records, self.config.spikes):
+        for line in spike_lines(records, self.config.spikes, self.steps.name):
             # Every process read other examples.
             self.reporter.say(line, every_process=True)
         metrics = summarise(records)

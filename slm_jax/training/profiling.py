@@ -20,11 +20,21 @@ class ProfileSteps(NamedTuple):
     def parse(cls, text: str) -> "ProfileSteps":
         """Reads `100:105`; raises UserError where the text names no such steps."""
         first, _, last = text.partition(":")
-        if first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last):
+        # `isdecimal` alone takes digits of any script.
+        decimal = all(number.isascii() and number.isdecimal() for number in (first, last))
+        if decimal and 1 <= int(first) <= int(last):
             return cls(int(first), int(last))
         raise UserError(
             f"--profile_steps is {text!r}, expected the first and the last step to trace, such as 100:105"
         )
+
+    def check(self, train_steps: int) -> None:
+        """Raises UserError where a run of so many steps has none of these."""
+        if self.first > train_steps:
+            raise UserError(
+                f"--profile_steps is '{self.first}:{self.last}' and LoopConfig.train_steps {train_steps}, "
+                f"expected a first step up to {train_steps}"
+            )
 
 
 class StepProfiler:
@@ -33,7 +43,7 @@ class StepProfiler:
     Args:
       directory: where traces go, each in a folder of its own time.
       steps: which are traced; None traces nothing.
-      say: tells where the trace lies.
+      say: tells where the trace lies, or that there is none.
       apart: counts the time in which the profiler starts and writes, see `Throughput.apart`.
     """
 
@@ -45,7 +55,7 @@ class StepProfiler:
         apart: Callable[[str], contextlib.AbstractContextManager[None]],
     ):
         self._directory, self._steps, self._say, self._apart = directory, steps, say, apart
-        self._running = False
+        self._running, self._traced = False, False
 
     def before(self, step: int, state: Any) -> None:
         """Starts before the first of the steps; of a run that goes on among them, before its first one."""
@@ -54,16 +64,23 @@ class StepProfiler:
             jax.block_until_ready(state)
             with self._apart("profile"):
                 jax.profiler.start_trace(str(self._directory))
-            self._running = True
+            self._running = self._traced = True
 
     def after(self, step: int, state: Any) -> None:
         """Stops after the last of the steps."""
         if self._steps and self._running and step >= self._steps.last:
             jax.block_until_ready(state)
-            self.close()
+            self._stop()
 
     def close(self) -> None:
-        """Stops and writes a trace under way."""
+        """Stops and writes a trace under way; says so where none of the steps was taken."""
+        self._stop()
+        if self._steps and not self._traced:
+            self._say(
+                f"no trace: none of steps {self._steps.first} to {self._steps.last} was taken by this start"
+            )
+
+    def _stop(self) -> None:
         if self._running:
             self._running = False
             with self._apart("profile"):

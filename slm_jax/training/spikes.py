@@ -12,12 +12,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from slm_jax.errors import UserError, check_whole
+from slm_jax.errors import UserError, check_whole, is_number
 from slm_jax.training.progress import StepRecord
 
 # A deviation below this share of the mean is rounding, however even the steps before were.
 _LEAST_DEVIATION = 1e-6
-# So many examples of a step are named in its line; `steps.jsonl` names all.
+# So many examples of a step are named in its line; the log of steps names all.
 _NAMED = 8
 
 
@@ -41,7 +41,7 @@ class SpikeConfig:
     max_in_a_row: int = 10
 
     def __post_init__(self):
-        if isinstance(self.zscore, bool) or not isinstance(self.zscore, (int, float)) or not self.zscore > 0:
+        if not is_number(self.zscore) or self.zscore <= 0:
             raise UserError(
                 f"spike_zscore is {self.zscore!r}, expected a number above 0, such as 6.0, or None"
             )
@@ -146,28 +146,36 @@ def steps_skipped(opt_state: Any) -> Any:
     return opt_state.spikes_skipped if isinstance(opt_state, SpikeState) else 0
 
 
-def is_spike(record: StepRecord) -> bool:
-    """Whether a step was one."""
-    metrics = record.metrics
+def spike_zscores(record: StepRecord) -> dict[str, float]:
+    """The z-scores `loss_zscore` and `grad_norm_zscore` of a step that was a spike; nothing of any other."""
+    if not record.metrics.get("spikes_in_a_row", 0) > 0:
+        return {}
+    zscores = {name: float(record.metrics[name]) for name in ("loss_zscore", "grad_norm_zscore")}
     # A step that is not finite leaves the row as it was, and its z-scores are 0.
-    return metrics.get("spikes_in_a_row", 0) > 0 and bool(
-        max(metrics["loss_zscore"], metrics["grad_norm_zscore"]) > 0
-    )
+    return zscores if max(zscores.values()) > 0 else {}
 
 
-def spike_lines(records: Iterable[StepRecord], config: SpikeConfig | None) -> list[str]:
-    """What to say of the spikes among some steps, with the examples that this host read for them."""
+def spike_lines(records: Iterable[StepRecord], config: SpikeConfig | None, log_name: str) -> list[str]:
+    """What to say of the spikes among some steps.
+
+    Args:
+      records: of the steps, with the examples that this host read for them.
+      config: None has no spikes.
+      log_name: of this host's file with all of these examples.
+    """
     if config is None:
         return []
     lines = []
-    for record in filter(is_spike, records):
+    for record in records:
+        if not (zscores := spike_zscores(record)):
+            continue
         metrics = record.metrics
         names = [name for _, row in sorted(record.ids.items()) for name in row]
-        more = f" and {len(names) - _NAMED} more, see steps.jsonl" if len(names) > _NAMED else ""
+        more = f" and {len(names) - _NAMED} more, see {log_name}" if len(names) > _NAMED else ""
         lines.append(
             f"spike at step {record.step}{' (left out)' if config.skip else ''}: "
-            f"loss {float(metrics['loss']):.4f} (z {float(metrics['loss_zscore']):.1f}), gradient norm "
-            f"{float(metrics['grad_norm']):.4g} (z {float(metrics['grad_norm_zscore']):.1f}), "
+            f"loss {float(metrics['loss']):.4f} (z {zscores['loss_zscore']:.1f}), gradient norm "
+            f"{float(metrics['grad_norm']):.4g} (z {zscores['grad_norm_zscore']:.1f}), "
             f"of {', '.join(names[:_NAMED])}{more}"
         )
         if int(metrics["spikes_in_a_row"]) == config.max_in_a_row:

@@ -9,7 +9,7 @@ from slm_jax.errors import UserError
 
 
 class StepLog:
-    """The file `steps.jsonl` of a run: step, loss and, if wanted, the ids of the step's examples.
+    """The file `steps.jsonl` of a run: step, loss and, if wanted, more of it and the ids of its examples.
 
     Lines past the restored step are cut off when a run resumes, so that the file reads as if the run had
     never stopped.
@@ -34,9 +34,20 @@ class StepLog:
         except OSError as error:
             raise UserError(f"cannot write {self._path}: {error.strerror or error}") from error
 
-    def write(self, step: int, loss: float, ids: Mapping[int, tuple[str, ...]] | None = None) -> None:
-        """Adds a line; `ids` maps global rows to example ids."""
-        line: dict[str, object] = {"step": step, "loss": loss}
+    @property
+    def name(self) -> str:
+        """Of the file, without its folder."""
+        return self._path.name
+
+    def write(
+        self,
+        step: int,
+        loss: float,
+        ids: Mapping[int, tuple[str, ...]] | None = None,
+        more: Mapping[str, float] | None = None,
+    ) -> None:
+        """Adds a line; `ids` maps global rows to example ids, `more` has other scalars by their names."""
+        line: dict[str, object] = {"step": step, "loss": loss, **(more or {})}
         if ids is not None:
             line["ids"] = {str(row): list(names) for row, names in sorted(ids.items())}
         self._file.write(json.dumps(line) + "\n")

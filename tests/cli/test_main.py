@@ -19,7 +19,11 @@ from slm_jax.cli.main import main
         (["train", "--gin_file", "runs/train.gin", "--profile_steps", "4:3"], "such as 100:105"),
         (
             ["train", "--gin_file", "runs/train.gin", "--dry_run", "--profile_steps", "1:2"],
-            "--dry_run trains",
+            "--dry_run trains nothing, so --profile_steps",
+        ),
+        (
+            ["train", "--gin_file", "runs/train.gin", "--dry_run", "--rollback_to", "3"],
+            "--dry_run trains nothing, so --rollback_to",
         ),
         (["infer", "--run", "nowhere", "--audio", "a.wav"], "--prompt"),
         (["infer", "--run", "nowhere", "--audio", "a.wav", "--prompt", "x"], "nowhere"),

@@ -185,14 +185,24 @@ def test_a_second_start_takes_the_step_from_the_persistent_cache(tmp_path):
     assert [bool(found[0][1]) for found in said] == [False, True]
 
 
-@pytest.mark.parametrize("text", ["", "5", "5:", "0:3", "6:5", "a:b", "-1:4", "1:2:3"])
+@pytest.mark.parametrize("text", ["", "5", "5:", "0:3", "6:5", "a:b", "-1:4", "1:2:3", "\uff11:\uff12"])
 def test_steps_to_trace_are_two_numbers(text):
     with pytest.raises(UserError, match=r"--profile_steps is .*, expected .* such as 100:105"):
         ProfileSteps.parse(text)
     assert ProfileSteps.parse("100:105") == (100, 105)
 
 
-@pytest.mark.parametrize("peak", [0, -1.0, True, "989e12"])
+def test_steps_to_trace_that_are_not_taken_are_told(tmp_path, capfd):
+    with pytest.raises(UserError, match=r"--profile_steps is '7:9' and LoopConfig.train_steps 6, expected"):
+        ProfileSteps(7, 9).check(6)
+    ProfileSteps(6, 9).check(6)
+    toy_train(tmp_path, 2)
+    toy_train(tmp_path, 3, profile_steps=ProfileSteps(1, 2))
+    assert "no trace: none of steps 1 to 2 was taken by this start" in capfd.readouterr().err
+    assert not (tmp_path / "profile").exists()
+
+
+@pytest.mark.parametrize("peak", [0, -1.0, True, "989e12", float("nan"), float("inf")])
 def test_a_peak_is_a_rate(peak):
     with pytest.raises(UserError, match="peak_flops is"):
         LoopConfig(train_steps=1, peak_flops=peak)

@@ -15,7 +15,8 @@ from slm_jax.partitioning.mesh import make_mesh
 from slm_jax.training.group_norms import group_norms
 from slm_jax.training.loop import LoopConfig
 from slm_jax.training.optimizers import AdamWConfig, make_optimizer
-from slm_jax.training.spikes import SpikeConfig
+from slm_jax.training.progress import StepRecord
+from slm_jax.training.spikes import SpikeConfig, spike_lines
 
 WATCHED = {"spike_zscore": 6.0, "spike_warmup_steps": 8, "spike_decay": 0.9}
 
@@ -107,7 +108,9 @@ def is_left_out_and_told(model_dir, capfd, **options):
     assert after.metrics["spikes_skipped"] == after.metrics["spikes_total"] == 1
     # Its line names all of its examples.
     lines = [json.loads(line) for line in (model_dir / "steps.jsonl").read_text().splitlines()]
-    assert len(lines[40]["ids"]) == 16 and "ids" not in lines[39]
+    assert len(lines[40]["ids"]) == 16 and set(lines[39]) == {"step", "loss"}
+    assert f"{lines[40]['loss_zscore']:.1f}" == found[0][1]
+    assert f"(z {lines[40]['grad_norm_zscore']:.1f})" in said
 
 
 SKIPPING = {"spiked": (41,), "spike_skip": True, "log_ids": False, "checkpoint_period": 100, **WATCHED}
@@ -144,10 +147,25 @@ def test_told_only_it_is_taken(tmp_path, rng, capfd):
     equal(plain.state.params, told.state.params)
 
 
+def test_each_process_points_at_the_file_with_its_own_examples():
+    metrics = {
+        "loss": 9.0,
+        "grad_norm": 2.0,
+        "loss_zscore": 7.0,
+        "grad_norm_zscore": 0.5,
+        "spikes_in_a_row": 1,
+    }
+    record = StepRecord(5, metrics, {row: (f"row-{row}",) for row in range(9)}, {})
+    (line,) = spike_lines([record, record._replace(metrics={"loss": 9.0})], SpikeConfig(6.0), "steps.3.jsonl")
+    assert line.startswith("spike at step 5: loss 9.0000 (z 7.0), gradient norm 2 (z 0.5), of row-0, ")
+    assert line.endswith("row-7 and 1 more, see steps.3.jsonl")
+
+
 @pytest.mark.parametrize(
     ("fields", "told"),
     [
         ({"spike_zscore": 0}, "spike_zscore is 0, expected a number above 0"),
+        ({"spike_zscore": float("inf")}, "spike_zscore is inf, expected a number above 0"),
         ({"spike_skip": True}, "spike_skip is True and spike_zscore is None"),
         ({"spike_zscore": 6.0, "spike_warmup_steps": 1}, "spike_warmup_steps is 1, expected .* at least 2"),
         ({"spike_zscore": 6.0, "spike_decay": 1.0}, "spike_decay is 1.0, expected a number between 0 and 1"),
