@@ -76,6 +76,16 @@ def together(action: Callable[[], Any]) -> Any:
     return result
 
 
+def decided(choose: Callable[[], str]) -> str:
+    """Returns what `choose` returns in the first process, in all of them, which call this together.
+
+    Raises:
+      UserError: of `choose`, the same in all.
+    """
+    chosen = together(lambda: choose() if jax.process_index() == 0 else "")
+    return chosen if jax.process_count() == 1 else _gathered(chosen)[0]
+
+
 def agree(what: str, value: str) -> None:
     """Raises UserError in all processes unless all of them, which call this together, have the same value."""
     if jax.process_count() == 1:

@@ -125,11 +125,13 @@ def _kernel_of_stand_ins(run: "Run", topology: "Topology") -> str | None:
 
 def planned(run: "Run", topology: "Topology", assumed: Sequence[str] = ()) -> dict[str, Any]:
     """Returns the plan of a run as the object that `--json` prints; `assumed` is so besides."""
+    from slm_jax.cli.wiring import frozen_as_loaded
     from slm_jax.training.planning import ASSUMPTIONS, audio_hours, granted_bytes, plan_step
 
     batches = _batches(run)
     program = _program(run, topology, batches[-1])
-    plans = [plan_step(program, batch, topology, run.frozen_dtype) for batch in batches]
+    frozen = frozen_as_loaded(run, program.shapes.frozen)
+    plans = [plan_step(program, frozen, batch, topology) for batch in batches]
     largest = plans[-1]
     by_part = run.objective.flops(batches[-1])
     found = _json(largest, topology)

@@ -11,13 +11,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from slm_jax.checkpoints.broadcast import decided
+from slm_jax.checkpoints.foundation import read_foundation
 from slm_jax.checkpoints.manager import RunCheckpoints
+from slm_jax.checkpoints.parameters import check_parameters, parameter_table, table_from_json
 from slm_jax.checkpoints.safetensors import flatten, unflatten
 from slm_jax.cli.run import Run
 from slm_jax.errors import UserError
 from slm_jax.training.carried import carried_slots
 from slm_jax.training.initialisation import RunShapes
 
+# In the run's directory: which checkpoint it began with.
+STARTING_POINT_FILE = "starting_point.json"
 _OPTIMIZER = "opt_state/"
 
 
@@ -59,17 +64,29 @@ class StartingPoint:
         with self._open() as (checkpoints, step):
             where = f"run.Run.init_from: checkpoint {checkpoints.directory / str(step)}"
             record = checkpoints.read_record(step)
-            self._check_fingerprints(record["provenance"]["fingerprints"], where)
+            made = self._made_by(record["provenance"])
+            self._check_fingerprints(record["provenance"]["fingerprints"], made, where)
             places, frozen = flatten(self._shapes.state.params), flatten(self._shapes.frozen)
-            saved = _below("params/", record["parameters"])
+            saved = {
+                name.removeprefix("params/"): entry
+                for name, entry in table_from_json(record["parameters"]).items()
+                if name.startswith("params/")
+                and not any(name.startswith(f"params/{'/'.join(path)}/") for path in made.values())
+            }
             for name in sorted(saved.keys() - places.keys()):
                 if name in frozen:
                     raise UserError(
                         f"{where} has trained {name}, which is frozen in this run; expected that it "
-                        "trains, or a foundation model that run.Run.save_foundations of that run saves"
+                        "trains, or the foundation model that run.Run.save_foundations of that run has saved"
                     )
             kept = {name: place for name, place in places.items() if name in saved}
-            params = checkpoints.restore_params(unflatten(kept), step=step)
+            if not kept:
+                raise UserError(f"{where} has trained nothing that trains in this run, expected some of it")
+            check_parameters(saved, parameter_table(unflatten(kept)), where, check_dtype=False)
+            arrays = checkpoints.restore_arrays(
+                {f"params/{name}": place for name, place in kept.items()}, step
+            )
+            params = unflatten({name.removeprefix("params/"): array for name, array in arrays.items()})
             if self._run.carries_optimizer and self._slots(record) is None:
                 raise UserError(
                     f"{where} has optimizer state of another form than {type(self._run.optimizer).__name__} "
@@ -117,9 +134,25 @@ class StartingPoint:
             )
         ) as checkpoints:
             if self._found is None:
-                # Once: the other run may go on meanwhile.
-                self._found = self._step(checkpoints)
+                # Once, and by one process: the other run may go on meanwhile.
+                self._found = int(decided(lambda: str(self._recorded_step(checkpoints))))
             yield checkpoints, self._found
+
+    def _recorded_step(self, checkpoints: RunCheckpoints) -> int:
+        """The step to begin with; the same for a run that was killed before its first checkpoint."""
+        asked = StartingPoint.fingerprint(self._run)
+        path = self._run.path(self._run.model_dir) / STARTING_POINT_FILE
+        with contextlib.suppress(FileNotFoundError, ValueError, KeyError, TypeError):
+            found = json.loads(path.read_bytes())
+            if found["asked"] == asked and found["step"] in checkpoints.all_steps():
+                return found["step"]
+        step = self._step(checkpoints)
+        if path.parent.is_dir():
+            partial = path.with_suffix(".partial")
+            told = {"run": str(self._directory), "step": step, "asked": asked}
+            partial.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
+            partial.replace(path)
+        return step
 
     def _step(self, checkpoints: RunCheckpoints) -> int:
         asked, metric = self._run.init_from_step, self._run.loop.best_metric
@@ -143,11 +176,28 @@ class StartingPoint:
             raise UserError(f"run.Run.init_from: {checkpoints.directory} has no checkpoint {what}")
         return step
 
-    def _check_fingerprints(self, saved: Mapping[str, str], where: str) -> None:
+    def _made_by(self, provenance: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
+        """Frozen parts whose foundation models the other run has saved, with their places."""
+        frozen, parts = flatten(self._shapes.frozen), self._run.objective.parts
+        # A foundation model has no plan of rows.
+        fingerprints = {name: value for name, value in provenance["fingerprints"].items() if name != "plan"}
+        provenance = {**provenance, "fingerprints": fingerprints}
+        made = {}
+        for part, directory in self._run.foundations.items():
+            path = parts[part].path
+            if not any(name.startswith(f"{'/'.join(path)}/") for name in frozen):
+                continue
+            if read_foundation(self._run.path(directory)).provenance == provenance:
+                made[part] = path
+        return made
+
+    def _check_fingerprints(self, saved: Mapping[str, str], made: Iterable[str], where: str) -> None:
         saved = {
             name: value for name, value in saved.items() if name.startswith(("foundation/", "tokenizer/"))
         }
-        for name in sorted(saved.keys() | self._fingerprints.keys()):
+        for name in sorted(
+            (saved.keys() | self._fingerprints.keys()) - {f"foundation/{part}" for part in made}
+        ):
             before, now = saved.get(name), self._fingerprints.get(name)
             if before != now:
                 raise UserError(

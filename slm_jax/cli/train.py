@@ -20,7 +20,7 @@ from slm_jax.checkpoints.provenance import Provenance
 from slm_jax.cli import gin_config
 from slm_jax.cli.main import add_gin_arguments, search_paths
 from slm_jax.cli.run import Run, save_config
-from slm_jax.cli.wiring import Wiring, say, subtree
+from slm_jax.cli.wiring import Wiring, frozen_as_loaded, say, subtree
 from slm_jax.errors import UserError, nearest
 from slm_jax.models.lora import merged
 from slm_jax.models.quantization import is_quantized
@@ -107,8 +107,9 @@ def _dump(wired: Wiring, directory: Path) -> None:
         apart=run.carries_optimizer,
     )
     steps = CompiledSteps(program, run.objective, Phases(), directory)
+    frozen = frozen_as_loaded(run, program.shapes.frozen)
     for batch in reversed(batches):
-        say(steps.compile(program.shapes.state, program.shapes.frozen, batch).line())
+        say(steps.compile(program.shapes.state, frozen, batch).line())
 
 
 def _rollback(args: argparse.Namespace) -> Rollback | None:
@@ -148,6 +149,7 @@ def train(
     with phases.phase("index and plan"):
         source = wired.train_batches()
     model_dir = claim_run_directory(run.path(run.model_dir))
+    provenance = wired.provenance(gin_config.operative_config())
     first_process = jax.process_index() == 0
     result = train_loop(
         run.objective,
@@ -159,7 +161,7 @@ def train(
         rules=run.mesh.rules,
         load_variables=wired.load_foundations,
         load_slots=wired.load_slots if run.carries_optimizer else None,
-        provenance=wired.provenance(gin_config.operative_config()),
+        provenance=provenance,
         evaluate=evaluate,
         writer=_TensorBoard(model_dir / "tensorboard") if first_process else None,
         on_start=lambda: save_config(model_dir, run.working_dir) if first_process else None,
@@ -169,7 +171,7 @@ def train(
         dump_program=dump_program,
     )
     if result.finished and run.save_foundations:
-        _save_foundations(run, result, wired.provenance(gin_config.operative_config()))
+        _save_foundations(run, result, provenance)
     return result
 
 

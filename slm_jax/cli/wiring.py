@@ -29,6 +29,7 @@ from slm_jax.partitioning.sharding import batch_sharding, batch_shards, plan_tex
 from slm_jax.training.initialisation import RunShapes, make_variables, optimizer_of, run_shapes
 from slm_jax.training.loop import Evaluate
 from slm_jax.training.objectives.base import Part
+from slm_jax.training.planning import held
 from slm_jax.training.state import TrainState
 
 if TYPE_CHECKING:
@@ -536,6 +537,18 @@ def subtree(tree: Any, path: tuple[str, ...]) -> Any:
             return None
         tree = tree[name]
     return tree if jax.tree.leaves(tree) else None
+
+
+def frozen_as_loaded(run: Run, frozen: Any) -> Any:
+    """Returns shapes of frozen variables in the dtypes in which `Wiring.load_foundations` holds them.
+
+    What comes from no foundation model is initialised, and stays as it is.
+    """
+    for part in run.foundations:
+        path = run.objective.parts[part].path
+        if (folder := subtree(frozen, path)) is not None:
+            frozen = _merged(frozen, _at_path(path, held(folder, run.frozen_dtype)))
+    return frozen
 
 
 def _at_path(path: tuple[str, ...], leaf: Any) -> Any:

@@ -9,6 +9,9 @@ from typing import Any
 
 import jax
 
+from slm_jax.checkpoints.broadcast import together
+from slm_jax.checkpoints.directories import first_line
+from slm_jax.errors import UserError
 from slm_jax.partitioning.sharding import partitioned
 from slm_jax.training.flops import traced_flops
 from slm_jax.training.objectives.base import Batch, Objective
@@ -82,7 +85,7 @@ def compile_step(
         seconds = time.monotonic() - traced_at
     if dump is not None:
         with phases.phase("dump"):
-            write_texts(dump, traced, lowered, compiled)
+            together(lambda: write_texts(dump, traced, lowered, compiled))
     shapes = {name: jax.ShapeDtypeStruct(array.shape, array.dtype) for name, array in batch.items()}
     return CompiledStep(
         sum(objective.flops(shapes).values()),
@@ -98,19 +101,28 @@ def compile_step(
 def write_texts(stem: Path, traced: Any, lowered: Any, compiled: Any) -> None:
     """Writes a program as `STEM.jaxpr.txt`, `.stablehlo.txt`, `.hlo.txt` (optimised) and `.memory.txt`.
 
+    Of several processes the first one does.
+
     Args:
-      stem: its folder is made where it is missing.
+      stem: in a folder that is there.
       traced, lowered, compiled: JAX's stages of the program.
+
+    Raises:
+      UserError: they cannot be written.
     """
-    stem.parent.mkdir(parents=True, exist_ok=True)
+    if jax.process_index() != 0:
+        return
     texts = {
         "jaxpr": str(traced.jaxpr),
         "stablehlo": lowered.as_text(),
         "hlo": compiled.as_text(),
         "memory": str(compiled.memory_analysis()),
     }
-    for kind, text in texts.items():
-        stem.with_name(f"{stem.name}.{kind}.txt").write_text(f"{text}\n", encoding="utf-8")
+    try:
+        for kind, text in texts.items():
+            stem.with_name(f"{stem.name}.{kind}.txt").write_text(f"{text}\n", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"cannot write the program to {stem.parent}: {first_line(error)}") from error
 
 
 def countable_flops(jaxpr: Any) -> int | None:
@@ -144,11 +156,16 @@ class CompiledSteps:
       program, objective: of the run.
       phases: see `compile_step`.
       dump: folder for the texts of every program; None writes none.
+
+    Raises:
+      UserError: the folder cannot be made.
     """
 
     def __init__(self, program: TrainProgram, objective: Objective, phases: Phases, dump: Path | None = None):
         self._program, self._objective, self._phases, self._dump = program, objective, phases, dump
         self._steps: dict[tuple[tuple[int, ...], ...], CompiledStep] = {}
+        if dump is not None:
+            together(lambda: _make_folder(dump))
 
     def __len__(self) -> int:
         return len(self._steps)
@@ -161,10 +178,17 @@ class CompiledSteps:
         """Compiles the program of a batch's shapes and keeps it."""
         number = len(self) + 1
         dump = self._dump and self._dump / ("train_step" if number == 1 else f"train_step.{number}")
-        dump = dump if jax.process_index() == 0 else None
         step = compile_step(self._program, self._objective, state, frozen, batch, self._phases, dump)
         self._steps[_key(batch)] = step
         return step
+
+
+def _make_folder(folder: Path) -> None:
+    # Before the program is compiled, which takes minutes.
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--dump_program {folder} cannot be made: {first_line(error)}") from error
 
 
 def _key(batch: Batch) -> tuple[tuple[int, ...], ...]:

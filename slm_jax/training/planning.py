@@ -81,22 +81,21 @@ class StepPlan:
 
 def plan_step(
     program: TrainProgram,
+    frozen: Any,
     batch: dict[str, jax.ShapeDtypeStruct],
     topology: Topology,
-    frozen_dtype: str | None = None,
 ) -> StepPlan:
     """Compiles a run's step for a topology.
 
     Args:
       program: of the run, on a mesh of the topology's devices.
+      frozen: shapes of what does not train, in the dtypes in which it is held.
       batch: shapes of a global batch.
       topology: what the mesh is made of.
-      frozen_dtype: that floating frozen parameters are held in.
 
     Raises:
       UserError: the model cannot run on such devices.
     """
-    frozen = held(program.shapes.frozen, frozen_dtype)
     began = time.monotonic()
     with partitioned(program.mesh, program.rules):
         traced = program.jitted.trace(program.shapes.state, frozen, batch)

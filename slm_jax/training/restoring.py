@@ -5,12 +5,13 @@ from typing import Any
 
 import jax
 
+from slm_jax.checkpoints.broadcast import agree
 from slm_jax.checkpoints.manager import Restored, RunCheckpoints
 from slm_jax.checkpoints.parameters import parameter_table
 from slm_jax.checkpoints.provenance import Provenance
 from slm_jax.errors import UserError
 from slm_jax.training.carried import is_slot_apart
-from slm_jax.training.rollback import Rollbacks
+from slm_jax.training.rollback import Rollbacks, rows_text
 from slm_jax.training.spikes import SpikeState, fresh
 from slm_jax.training.state import DataCursor, TrainState
 
@@ -25,6 +26,7 @@ def restore_run(
     A run may begin or cease to watch at any checkpoint: what is lacking begins afresh, the rest is left out.
     """
     step = checkpoints.latest_step() if step is None else step
+    agree("the checkpoint to go on from at step", str(step))
     if step is None:
         return None
     names = checkpoints.read_record(step)["parameters"].keys()
@@ -70,6 +72,7 @@ def cursor_after(restored: Restored, rollbacks: Rollbacks, rows_per_step: int) -
     before = tuple((int(first), int(count)) for first, count in saved.get("skipped") or ())
     rows, anchor = saved["rows_consumed"], saved.get("anchor")
     added = rollbacks.skipped_after(restored.step, rows, rows_per_step)
+    agree("rows to leave out", "none" if added is None else rows_text([added]))
     if added is None:
         return DataCursor(rows, saved["fingerprint"], anchor, before)
     # The anchor is of a row that may lie in another stage of the plan.

@@ -5,6 +5,7 @@ that finds it unfinished finishes it, with or without the flags; one that finds 
 """
 
 import json
+import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -13,6 +14,7 @@ from typing import Any
 
 import jax
 
+from slm_jax.checkpoints.broadcast import together
 from slm_jax.checkpoints.directories import barrier
 from slm_jax.checkpoints.manager import RunCheckpoints
 from slm_jax.errors import UserError, check_whole
@@ -89,6 +91,12 @@ class Rollbacks:
         if wanted.step not in saved:
             near = min(saved, key=lambda step: abs(step - wanted.step), default=None)
             told = f"the nearest saved one is {near}" if near is not None else "nothing is saved yet"
+            if self._asked is None:
+                raise UserError(
+                    f"{self._model_dir} was being rolled back to step {wanted.step}, of which it holds no "
+                    f"checkpoint any more; {told}; remove {self._model_dir / ROLLBACKS_FILE} to go on from "
+                    "the newest"
+                )
             raise UserError(
                 f"--rollback_to {wanted.step}: {self._model_dir} holds no checkpoint of it; {told}"
             )
@@ -110,8 +118,7 @@ class Rollbacks:
         if wanted is None:
             return None
         barrier("rollback: begin")
-        line = self._move(wanted) if jax.process_index() == 0 else None
-        barrier("rollback: moved")
+        line = together(lambda: self._move(wanted) if jax.process_index() == 0 else None)
         self._entries = self._read()
         checkpoints.reload()
         return line
@@ -181,13 +188,19 @@ class Rollbacks:
         except OSError as error:
             raise UserError(f"cannot read {path}: {error.strerror or error}") from error
         except (ValueError, KeyError, TypeError, UserError) as error:
-            raise UserError(f"{path} is damaged; expected the rollbacks of this run") from error
+            raise UserError(
+                f"{path} is damaged, expected the rollbacks of this run; remove it to go on from the newest "
+                "checkpoint without what it left out"
+            ) from error
         return entries
 
     def _write(self) -> None:
         path = self._model_dir / ROLLBACKS_FILE
         partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps(self._entries, indent=1) + "\n", encoding="utf-8")
+        with partial.open("w", encoding="utf-8") as file:
+            file.write(json.dumps(self._entries, indent=1) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
         partial.replace(path)
 
 

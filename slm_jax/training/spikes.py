@@ -141,11 +141,6 @@ def spike_metrics(opt_state: Any) -> dict[str, jax.Array]:
     return {name: getattr(opt_state, name) for name in names}
 
 
-def steps_skipped(opt_state: Any) -> Any:
-    """How many spikes were left out, which moved no schedule."""
-    return opt_state.spikes_skipped if isinstance(opt_state, SpikeState) else 0
-
-
 def spike_zscores(record: StepRecord) -> dict[str, float]:
     """The z-scores `loss_zscore` and `grad_norm_zscore` of a step that was a spike; nothing of any other."""
     if not record.metrics.get("spikes_in_a_row", 0) > 0:

@@ -13,7 +13,7 @@ from slm_jax.partitioning.rules import DEFAULT_RULES, LogicalRules
 from slm_jax.partitioning.sharding import batch_sharding, batch_shards
 from slm_jax.training.group_norms import group_norms
 from slm_jax.training.objectives.base import Batch, Objective
-from slm_jax.training.spikes import spike_metrics, steps_skipped
+from slm_jax.training.spikes import spike_metrics
 from slm_jax.training.state import TrainState
 
 # A scalar, or (numerator, denominator) of a ratio.
@@ -71,10 +71,7 @@ def make_train_step(
             "grad_norm": optax.tree.norm(grads),
             "update_norm": optax.tree.norm(updates),
             "param_norm": optax.tree.norm(params),
-            # Steps that were left out did not move the schedule.
-            "learning_rate": schedule(
-                state.step - _counter(state.opt_state, "total_notfinite") - steps_skipped(state.opt_state)
-            ),
+            "learning_rate": schedule(_updates_made(state)),
             "nonfinite_in_a_row": _counter(opt_state, "notfinite_count"),
             "nonfinite_total": _counter(opt_state, "total_notfinite"),
             **spike_metrics(opt_state),
@@ -162,6 +159,13 @@ def _summed_gradients(
 
 def _as_float32(tree: Any) -> Any:
     return jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), tree)
+
+
+def _updates_made(state: TrainState) -> Any:
+    """The count of the optimizer's schedule: steps that were left out did not move it."""
+    kind = optax.ScaleByScheduleState
+    leaves = jax.tree.leaves(state.opt_state, is_leaf=lambda leaf: isinstance(leaf, kind))
+    return next((leaf.count for leaf in leaves if isinstance(leaf, kind)), state.step)
 
 
 def _counter(opt_state: Any, name: str) -> jax.Array:

@@ -65,6 +65,15 @@ def test_a_dry_run_writes_the_program_that_training_runs(workshop, whole, tmp_pa
         assert text == (whole.with_name("program") / f"train_step.{kind}.txt").read_text()
 
 
+def test_a_program_that_cannot_be_written_is_told_before_it_is_compiled(workshop, slm_here, tmp_path):
+    (tmp_path / "file").touch()
+    words = workshop.train_words(tmp_path / "run", STEPS, SAVING)
+    done = slm_here([*words, "--dry_run", "--dump_program", str(tmp_path / "file" / "program")])
+    assert done.status == 2
+    assert f"--dump_program {tmp_path}/file/program cannot be made: " in done.err
+    assert "compiled in" not in done.err
+
+
 def test_a_killed_run_goes_on_bit_for_bit(workshop, whole, tmp_path, rng):
     run = tmp_path / "run"
     words = workshop.train_words(run, STEPS, SAVING)

@@ -2,12 +2,16 @@
 
 import importlib.util
 import json
+from types import SimpleNamespace
+from typing import Any
 
 import jax
 import pytest
 
 from slm_jax.cli.main import main
+from slm_jax.cli.wiring import frozen_as_loaded
 from slm_jax.training import planning
+from slm_jax.training.objectives.base import Part
 
 TINY = [
     "plan", "--gin_file", "models/slm_tiny.gin", "--gin.BATCH_SIZE=4", "--gin.TENSOR=2",
@@ -152,3 +156,11 @@ def test_frozen_weights_are_held_as_loading_holds_them():
         "kernel": "int8", "kernel_scale": "float32", "bias": "bfloat16"
     }  # fmt: skip
     assert planning.held(shapes, None) == shapes
+    # What comes from no foundation model stays as it is initialised.
+    parts = {name: Part("t5", None, (name,)) for name in ("llm", "speech_encoder")}
+    run: Any = SimpleNamespace(
+        foundations={"llm": "somewhere"}, frozen_dtype="bfloat16", objective=SimpleNamespace(parts=parts)
+    )
+    loaded = frozen_as_loaded(run, {"llm": shapes, "speech_encoder": shapes})
+    assert loaded["llm"]["layer"]["bias"].dtype == "bfloat16"
+    assert loaded["speech_encoder"] == shapes

@@ -101,6 +101,46 @@ def test_the_adapter_goes_on_lora_begins_and_the_run_resumes_without_the_first(w
     assert done.status == 0, done.err
 
 
+def test_a_part_that_the_first_run_trained_and_saved_is_frozen_in_the_second(workshop, tmp_path):
+    first, second, encoder = tmp_path / "first", tmp_path / "second", tmp_path / "encoder"
+    saving = f"run.Run.save_foundations={{'speech_encoder': {str(encoder)!r}}}"
+    trained = ("slm.SLMConfig.trainable=('adapter', 'speech_encoder')", "run.Run.save_dtype=None", saving)
+    done = workshop.slm(workshop.train_words(first, 1, (*trained, *SCHEDULE)))
+    assert done.status == 0, done.err
+    begin = (f"run.Run.init_from={str(first)!r}", "LEARNING_RATE=0.0", *SCHEDULE)
+    frozen = f"SPEECH_ENCODER_CHECKPOINT={str(encoder)!r}"
+    done = workshop.slm(workshop.train_words(second, 1, (*begin, frozen)))
+    assert done.status == 0, done.err
+    assert " of adapter go on from it with their optimizer state" in done.err, done.err
+    found = arrays_of(second, 1)
+    taken = {name: leaf for name, leaf in arrays_of(first, 1).items() if name.startswith("adapter/")}
+    assert found.keys() == taken.keys()
+    for name, leaf in taken.items():
+        np.testing.assert_array_equal(found[name], leaf)
+    told = json.loads((second / "starting_point.json").read_text())
+    assert (told["run"], told["step"]) == (str(first), 1)
+    # With the one that the first run began with, it is told how.
+    done = workshop.slm(workshop.train_words(tmp_path / "third", 1, begin))
+    assert done.status == 2 and "which is frozen in this run" in done.err, done.err
+
+
+def test_a_run_that_saved_nothing_begins_again_with_the_same_checkpoint(first, tmp_path):
+    known = load_run(first)
+    run = dataclasses.replace(known, model_dir=str(tmp_path), init_from=str(first), init_from_step=1)
+    newest = dataclasses.replace(run, init_from_step="newest")
+
+    def step(run) -> int:
+        start = StartingPoint(run, {}, RunShapes({}, TrainState(0, {}, {}), {}))
+        with start._open() as (_, found):
+            return found
+
+    assert (step(run), step(newest), step(newest)) == (1, 2, 2)
+    # As if the other run had gone on meanwhile.
+    path = tmp_path / "starting_point.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "step": 1}))
+    assert (step(newest), step(run)) == (1, 1)
+
+
 @pytest.mark.parametrize(
     ("more", "told"),
     [

@@ -105,9 +105,16 @@ def test_batches_are_those_of_a_run_that_never_stopped(tmp_path: Path, rng: np.r
     for line, again in zip(losses(whole)[:steps], losses(killed), strict=True):
         np.testing.assert_allclose(line, again, rtol=1e-5)
 
-    # Back by a step and past its rows on two processes, the first of which dies before it has moved anything.
-    rollback = ("--rollback", str(steps - 1), "1", "--die_moving")
-    first, second = start(corpus, killed, 2, "1,2,2", steps, seed, 0.0, flags=rollback)
+    # Back by a step and past its rows on two processes. What the first cannot move ends both, and none waits.
+    rollback = ("--rollback", str(steps - 1), "1")
+    (killed / "checkpoints_rolled_back").write_text("")
+    for number, process in enumerate(start(corpus, killed, 2, "1,2,2", steps, seed, 0.0, flags=rollback)):
+        assert process.wait(100) == 1
+        log = (tmp_path / f"killed.2.{number}.log").read_text()
+        assert f"UserError: process 0 of 2: cannot roll back {killed}" in log
+    (killed / "checkpoints_rolled_back").unlink()
+    # The first dies before it has moved anything.
+    first, second = start(corpus, killed, 2, "1,2,2", steps, seed, 0.0, flags=(*rollback, "--die_moving"))
     assert first.wait(300) == -signal.SIGKILL
     second.kill()
     second.wait()
