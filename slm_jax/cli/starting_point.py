@@ -150,8 +150,11 @@ class StartingPoint:
         if path.parent.is_dir():
             partial = path.with_suffix(".partial")
             told = {"run": str(self._directory), "step": step, "asked": asked}
-            partial.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
-            partial.replace(path)
+            try:
+                partial.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
+                partial.replace(path)
+            except OSError as error:
+                raise UserError(f"cannot write {path}: {error.strerror or error}") from error
         return step
 
     def _step(self, checkpoints: RunCheckpoints) -> int:

@@ -94,7 +94,11 @@ def _sent(
         kind = found.group(1).lower().replace("_", "-")
         return {kind: arrays[0] * (group if kind == "all-gather" else 1)}
     if kind != "all-reduce":
-        size = max(arrays) if instruction.opcode.endswith("-start") else sum(arrays)
+        if instruction.opcode.endswith("-start"):
+            # Operands, as many results, and what belongs to the device.
+            count = len(_operands(instruction))
+            arrays = arrays[count : 2 * count]
+        size = sum(arrays)
         return {kind: size * group if kind == "reduce-scatter" else size}
     # On TPU a reduce-scatter is a fusion of an all-reduce and the choice of a part.
     if "all-reduce-scatter" in computation:

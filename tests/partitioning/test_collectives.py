@@ -158,3 +158,17 @@ ENTRY %main (p: f32[8]) -> f32[8] {
 """  # noqa: E501
     assert count_collectives(text, mesh) == [("collective-permute", ("fsdp",), 2, 1, 32, None)]
     assert memory_traffic(text) == 2 * 32
+
+
+def test_of_gathers_that_are_started_together_each_counts():
+    mesh = make_mesh(data=2, fsdp=2, devices=jax.devices()[:4])
+    text = """
+ENTRY %main (p: f32[8], q: f32[4]) -> f32[16] {
+  %p = f32[8]{0} parameter(0)
+  %q = f32[4]{0} parameter(1)
+  %x = ((f32[8]{0}, f32[4]{0}), (f32[16]{0}, f32[8]{0})) all-gather-start(%p, %q), channel_id=1, replica_groups={{0,1},{2,3}}, dimensions={0}
+  %y = (f32[16]{0}, f32[8]{0}) all-gather-done(%x)
+  ROOT %z = f32[16]{0} get-tuple-element(%y), index=0
+}
+"""  # noqa: E501
+    assert count_collectives(text, mesh) == [("all-gather", ("fsdp",), 2, 1, 96, None)]
