@@ -2,6 +2,7 @@
 
 import os
 import secrets
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -33,6 +34,23 @@ def rng(request: pytest.FixtureRequest) -> np.random.Generator:
     """Random numbers, fresh in every run and different for every test; the header prints the seed."""
     name = [ord(letter) for letter in request.node.nodeid]
     return np.random.default_rng([int(os.environ["SLM_TEST_SEED"]), *name])
+
+
+def _registered() -> list[set[str]]:
+    """Names of SeqIO's tasks and mixtures, of a process that has loaded it."""
+    seqio = sys.modules.get("seqio")
+    return [set(r.names()) for r in (seqio.TaskRegistry, seqio.MixtureRegistry)] if seqio else [set(), set()]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def modules_leave_no_tasks() -> Iterator[None]:
+    """What fixtures of a whole module registered, in commands of this process, is taken back at its end."""
+    before = _registered()
+    yield
+    if seqio := sys.modules.get("seqio"):
+        for registry, names in zip((seqio.TaskRegistry, seqio.MixtureRegistry), before, strict=True):
+            for name in set(registry.names()) - names:
+                registry.remove(name)
 
 
 @pytest.fixture
