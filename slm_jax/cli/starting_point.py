@@ -14,7 +14,12 @@ import jax.numpy as jnp
 from slm_jax.checkpoints.broadcast import decided
 from slm_jax.checkpoints.foundation import read_foundation
 from slm_jax.checkpoints.manager import RunCheckpoints
-from slm_jax.checkpoints.parameters import check_parameters, parameter_table, table_from_json
+from slm_jax.checkpoints.parameters import (
+    ParameterTable,
+    check_parameters,
+    parameter_table,
+    table_from_json,
+)
 from slm_jax.checkpoints.safetensors import flatten, unflatten
 from slm_jax.cli.run import Run
 from slm_jax.errors import UserError
@@ -64,15 +69,9 @@ class StartingPoint:
         with self._open() as (checkpoints, step):
             where = f"run.Run.init_from: checkpoint {checkpoints.directory / str(step)}"
             record = checkpoints.read_record(step)
-            made = self._made_by(record["provenance"])
-            self._check_fingerprints(record["provenance"]["fingerprints"], made, where)
+            self._check_fingerprints(record["provenance"], where)
             places, frozen = flatten(self._shapes.state.params), flatten(self._shapes.frozen)
-            saved = {
-                name.removeprefix("params/"): entry
-                for name, entry in table_from_json(record["parameters"]).items()
-                if name.startswith("params/")
-                and not any(name.startswith(f"params/{'/'.join(path)}/") for path in made.values())
-            }
+            saved = self._trained_there(record)
             for name in sorted(saved.keys() - places.keys()):
                 if name in frozen:
                     raise UserError(
@@ -83,16 +82,16 @@ class StartingPoint:
             if not kept:
                 raise UserError(f"{where} has trained nothing that trains in this run, expected some of it")
             check_parameters(saved, parameter_table(unflatten(kept)), where, check_dtype=False)
-            arrays = checkpoints.restore_arrays(
-                {f"params/{name}": place for name, place in kept.items()}, step
-            )
-            params = unflatten({name.removeprefix("params/"): array for name, array in arrays.items()})
             if self._run.carries_optimizer and self._slots(record) is None:
                 raise UserError(
                     f"{where} has optimizer state of another form than {type(self._run.optimizer).__name__} "
                     "has for what goes on; expected the optimizer of that run, or "
                     "run.Run.init_optimizer = 'fresh'"
                 )
+            arrays = checkpoints.restore_arrays(
+                {f"params/{name}": place for name, place in kept.items()}, step
+            )
+            params = unflatten({name.removeprefix("params/"): array for name, array in arrays.items()})
         new = _by_part(places.keys() - saved.keys())
         told = f"{where}: {_by_part(kept)} go on from it"
         if self._run.carries_optimizer:
@@ -118,9 +117,15 @@ class StartingPoint:
         return {name: jnp.copy(arrays[f"{_OPTIMIZER}{saved}"]) for name, saved in slots.items()}
 
     def _slots(self, record: Mapping[str, Any]) -> dict[str, str] | None:
-        saved = _below(_OPTIMIZER, record["parameters"])
-        going_on = _below("params/", record["parameters"]).keys() & flatten(self._shapes.state.params).keys()
+        saved = {name: shape for name, (shape, _) in _below(_OPTIMIZER, record).items()}
+        going_on = self._trained_there(record).keys() & flatten(self._shapes.state.params).keys()
         return carried_slots(self._shapes.state.opt_state, saved, going_on)
+
+    def _trained_there(self, record: Mapping[str, Any]) -> ParameterTable:
+        """What the other run has trained, but for what this one has from it as a foundation model."""
+        made = [f"{'/'.join(path)}/" for path in self._made_by(record["provenance"]).values()]
+        trained = _below("params/", record)
+        return {name: entry for name, entry in trained.items() if not name.startswith(tuple(made))}
 
     @contextlib.contextmanager
     def _open(self) -> Iterator[tuple[RunCheckpoints, int]]:
@@ -194,13 +199,14 @@ class StartingPoint:
                 made[part] = path
         return made
 
-    def _check_fingerprints(self, saved: Mapping[str, str], made: Iterable[str], where: str) -> None:
+    def _check_fingerprints(self, provenance: Mapping[str, Any], where: str) -> None:
         saved = {
-            name: value for name, value in saved.items() if name.startswith(("foundation/", "tokenizer/"))
+            name: value
+            for name, value in provenance["fingerprints"].items()
+            if name.startswith(("foundation/", "tokenizer/"))
         }
-        for name in sorted(
-            (saved.keys() | self._fingerprints.keys()) - {f"foundation/{part}" for part in made}
-        ):
+        made = {f"foundation/{part}" for part in self._made_by(provenance)}
+        for name in sorted((saved.keys() | self._fingerprints.keys()) - made):
             before, now = saved.get(name), self._fingerprints.get(name)
             if before != now:
                 raise UserError(
@@ -209,13 +215,10 @@ class StartingPoint:
                 )
 
 
-def _below(prefix: str, table: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Shapes of the arrays of a record's table whose names begin so, by the rest of their names."""
-    return {
-        name.removeprefix(prefix): tuple(shape)
-        for name, (shape, _) in table.items()
-        if name.startswith(prefix)
-    }
+def _below(prefix: str, record: Mapping[str, Any]) -> ParameterTable:
+    """Those of a record's arrays whose names begin so, by the rest of their names."""
+    table = table_from_json(record["parameters"])
+    return {name.removeprefix(prefix): entry for name, entry in table.items() if name.startswith(prefix)}
 
 
 def _by_part(names: Iterable[str]) -> str:
