@@ -6,6 +6,13 @@ from collections.abc import Iterable
 
 _LONGEST = 1200
 
+# Exit statuses of `slm`, for whoever starts it again. A user has to mend something first:
+EXIT_MISTAKE = 2
+# Asked to stop: saved, and the same command goes on (sysexits' EX_TEMPFAIL).
+EXIT_STOPPED = 75
+# Another process of the run is lost, or this one hangs.
+EXIT_LOST = 76
+
 
 class UserError(Exception):
     """A user's mistake, told in one sentence; commands print it and exit with status 2.

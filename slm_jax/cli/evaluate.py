@@ -4,7 +4,7 @@ import argparse
 import hashlib
 from pathlib import Path
 
-from slm_jax.cli.main import add_run_arguments
+from slm_jax.cli.main import add_process_arguments, add_run_arguments
 from slm_jax.errors import UserError, nearest
 
 # What the model is asked about: the speech, or a text in its place (see `evaluation.from_text`).
@@ -14,6 +14,7 @@ SPEECH_AS = ("audio", "transcript", "hypothesis")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of the command."""
     add_run_arguments(parser)
+    add_process_arguments(parser)
     parser.add_argument("--mixture", metavar="NAME", help="task or mixture; the run's own by default")
     parser.add_argument("--split", metavar="NAME", help="such as test; the run's own by default")
     parser.add_argument("--output", metavar="DIR", help="for metrics and hypotheses; in the run by default")
@@ -34,6 +35,9 @@ def main(args: argparse.Namespace) -> int:
         raise UserError("--transcribe_prompt is the cascade's; it goes with --speech_as hypothesis")
     if args.speech_as not in SPEECH_AS:
         raise UserError(f"--speech_as: {args.speech_as!r}{nearest(args.speech_as, SPEECH_AS)}")
+    import jax
+
+    from slm_jax.checkpoints.broadcast import together
     from slm_jax.cli.run import load_run
     from slm_jax.cli.scoring import TRANSCRIBE_PROMPT
     from slm_jax.cli.wiring import Wiring
@@ -50,8 +54,10 @@ def main(args: argparse.Namespace) -> int:
     asked = args.transcribe_prompt and hashlib.sha256(args.transcribe_prompt.encode()).hexdigest()[:8]
     name = "-".join(filter(None, [split, args.mixture, args.step and f"step{args.step}", instead, asked]))
     directory = Path(args.output) if args.output else run.path(run.model_dir) / "evaluation" / name
-    write_results(results, directory)
-    for task, result in results.items():
+    # Every process has all scores; one writes and tells them.
+    first = jax.process_index() == 0
+    together(lambda: write_results(results, directory) if first else None)
+    for task, result in results.items() if first else ():
         for metric, value in result.metrics.items():
             print(f"{task} {metric} {value:.2f}")
     return 0

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from slm_jax.cli.main import add_run_arguments
+from slm_jax.cli.main import add_process_arguments, add_run_arguments
 from slm_jax.errors import BadExample, UserError, check_whole
 
 if TYPE_CHECKING:
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of the command."""
     add_run_arguments(parser)
+    add_process_arguments(parser)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--audio", nargs="+", metavar="FILE", help="WAV, FLAC, Ogg or MP3, any rate")
     source.add_argument("--manifest", metavar="FILE", help="JSON lines with `audio`, as for training")
@@ -38,6 +39,9 @@ def main(args: argparse.Namespace) -> int:
     if args.max_tokens is not None:
         check_whole("--max_tokens", args.max_tokens)
     # JAX and TensorFlow load here, after the flags were found right.
+    import jax
+
+    from slm_jax.checkpoints.broadcast import together
     from slm_jax.cli.run import load_run
     from slm_jax.cli.wiring import Wiring
 
@@ -56,15 +60,18 @@ def main(args: argparse.Namespace) -> int:
     )
     predictions = answer(references)
     texts = [vocabulary.decode(prediction.tokens) for prediction in predictions]
+    # Every process has all answers; one writes or prints them.
+    first = jax.process_index() == 0
     if args.output:
-        _write(Path(args.output), references, predictions, texts)
+        together(lambda: _write(Path(args.output), references, predictions, texts) if first else None)
         return 0
     rejected = []
     for reference, prediction, text in zip(references, predictions, texts, strict=True):
         if prediction.rejected:
             rejected.append(f"{reference.audio}: {_why(prediction)}")
         # A file without an answer has an empty line, so that line n belongs to file n.
-        print("" if prediction.rejected else text)
+        if first:
+            print("" if prediction.rejected else text)
     if rejected:
         raise UserError("--audio " + "; ".join(rejected))
     return 0

@@ -9,7 +9,8 @@ from typing import Any
 
 import slm_jax
 from slm_jax.data.cache_folder import default_cache_dir
-from slm_jax.errors import UserError, nearest
+from slm_jax.errors import EXIT_MISTAKE, UserError, nearest
+from slm_jax.multihost.environment import find_processes
 
 # Name -> help; the module of that name has `add_arguments(parser)` and `main(args) -> int`, and is imported
 # only when asked for, as TensorFlow and JAX take seconds to load.
@@ -81,11 +82,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(default_cache_dir() / "compiled"))
     try:
         args = parse_arguments(sys.argv[1:] if argv is None else argv)
+        if hasattr(args, "num_processes"):
+            return _among_processes(args)
         return _module(args.command).main(args)
     except UserError as error:
         # gin appends lines that say which of its configurables it was calling.
         print(f"slm: error: {str(error).splitlines()[0]}", file=sys.stderr)
-        return 2
+        return EXIT_MISTAKE
     except KeyboardInterrupt:
         print("slm: interrupted", file=sys.stderr)
         return 130
@@ -93,6 +96,26 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The reader of our output (such as `head`) has gone; point stdout at nothing so that exit is quiet.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+
+
+def _among_processes(args: argparse.Namespace) -> int:
+    """Runs a command as one of the processes that the flags or the environment tell of."""
+    processes = find_processes(args.coordinator_address, args.num_processes, args.process_id)
+    if processes.count == 1:
+        return _module(args.command).main(args)
+    # JAX loads here, after the flags were found right.
+    from slm_jax.multihost.joining import joined
+
+    with joined(processes):
+        return _module(args.command).main(args)
+
+
+def add_process_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags that say which process of how many this is, where the environment does not."""
+    group = parser.add_argument_group("processes", "of a run on several hosts, as docs/launch.md tells")
+    group.add_argument("--coordinator_address", metavar="HOST:PORT", help="where process 0 is found")
+    group.add_argument("--num_processes", type=int, metavar="N", help="processes of the run")
+    group.add_argument("--process_id", type=int, metavar="I", help="number of this one, from 0")
 
 
 def add_gin_arguments(parser: argparse.ArgumentParser, required: bool = True) -> None:

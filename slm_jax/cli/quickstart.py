@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from slm_jax.errors import UserError, check_whole
+from slm_jax.errors import EXIT_STOPPED, UserError, check_whole
 
 if TYPE_CHECKING:
     from slm_jax.evaluation.report import TaskMetrics
@@ -93,7 +93,7 @@ def main(args: argparse.Namespace) -> int:
     with stages("adapter", f"slm train --gin_file {RECIPE} {flags}"):
         if not train(run, wired).finished:
             print("Stopped before its last step; the same command goes on with it.")
-            return 0
+            return EXIT_STOPPED
     variables = wired.trained_variables()
     with stages("evaluation after", evaluate):
         results["after"] = score(variables)

@@ -1,12 +1,14 @@
 """`slm train`: trains what the gin files say; the same command goes on with a run that was stopped."""
 
 import argparse
+import hashlib
 import sys
 from pathlib import Path
 from typing import Any
 
 import jax
 
+from slm_jax.checkpoints.broadcast import agree
 from slm_jax.checkpoints.fingerprints import fingerprint
 from slm_jax.checkpoints.foundation import (
     RECORD_FILE,
@@ -18,10 +20,10 @@ from slm_jax.checkpoints.foundation import (
 from slm_jax.checkpoints.manager import claim_run_directory
 from slm_jax.checkpoints.provenance import Provenance
 from slm_jax.cli import gin_config
-from slm_jax.cli.main import add_gin_arguments, search_paths
+from slm_jax.cli.main import add_gin_arguments, add_process_arguments, search_paths
 from slm_jax.cli.run import Run, save_config
 from slm_jax.cli.wiring import Wiring, frozen_as_loaded, say, subtree
-from slm_jax.errors import UserError, nearest
+from slm_jax.errors import EXIT_STOPPED, UserError, nearest
 from slm_jax.models.lora import merged
 from slm_jax.models.quantization import is_quantized
 from slm_jax.models.slm import SLM
@@ -39,6 +41,7 @@ from slm_jax.training.rollback import Rollback, Rollbacks
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of the command."""
     add_gin_arguments(parser)
+    add_process_arguments(parser)
     parser.add_argument(
         "--dry_run",
         action="store_true",
@@ -86,8 +89,10 @@ def main(args: argparse.Namespace) -> int:
         if args.dump_program:
             _dump(wired, args.dump_program)
         return 0
-    train(run, rollback=rollback, phases=phases, profile_steps=profile_steps, dump_program=args.dump_program)
-    return 0
+    result = train(
+        run, rollback=rollback, phases=phases, profile_steps=profile_steps, dump_program=args.dump_program
+    )
+    return 0 if result.finished else EXIT_STOPPED
 
 
 def _dump(wired: Wiring, directory: Path) -> None:
@@ -150,6 +155,7 @@ def train(
         source = wired.train_batches()
     model_dir = claim_run_directory(run.path(run.model_dir))
     provenance = wired.provenance(gin_config.operative_config())
+    agree("a configuration of SHA-256", hashlib.sha256(gin_config.resolved_config().encode()).hexdigest())
     first_process = jax.process_index() == 0
     result = train_loop(
         run.objective,

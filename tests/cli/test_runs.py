@@ -14,6 +14,7 @@ import soundfile
 
 from slm_jax.checkpoints.foundation import converted, load_foundation, read_foundation, save_foundation
 from slm_jax.checkpoints.safetensors import unflatten
+from slm_jax.errors import EXIT_STOPPED
 
 STEPS = 12
 # Often enough that a kill at a random step loses some steps and keeps some.
@@ -156,7 +157,7 @@ def test_what_no_row_holds_is_told_before_training(workshop, tmp_path):
     assert len(found) == 1 and int(found[0][0]) + int(found[0][1]) == 24, done.err
 
 
-def test_sigterm_saves_and_exits_0(workshop, whole, tmp_path):
+def test_sigterm_saves_and_exits_for_a_restart(workshop, whole, tmp_path):
     run = tmp_path / "run"
     words = workshop.train_words(run, 100_000, SAVING)
     process = workshop.start(words)
@@ -167,7 +168,7 @@ def test_sigterm_saves_and_exits_0(workshop, whole, tmp_path):
         time.sleep(0.01)
     process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=120)
-    assert process.returncode == 0, err
+    assert process.returncode == EXIT_STOPPED, err
     last = max(curve(run))
     saved = [int(path.name) for path in (run / "checkpoints").iterdir() if path.name.isdigit()]
     assert last in saved, out + err

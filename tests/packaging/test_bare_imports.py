@@ -12,7 +12,7 @@ import pytest
 from packaging.requirements import Requirement
 
 HERE = Path(__file__).parent
-ROOMS = ["audio", "models", "partitioning", "training", "decoding", "checkpoints"]
+ROOMS = ["multihost", "audio", "models", "partitioning", "training", "decoding", "checkpoints"]
 # Runs first in the child: hides modules as if their distributions were not installed.
 BLOCK = """
 import importlib.abc, json, os, runpy, sys

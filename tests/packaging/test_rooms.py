@@ -12,6 +12,7 @@ PACKAGE = ROOT / "slm_jax"
 # A room may import rooms of a lower rank, and of its own where no circle comes of it.
 RANKS = {
     "errors": 0,
+    "multihost": 1,
     "audio": 1,
     "models": 2,
     "decoding": 3,

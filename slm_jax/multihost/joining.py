@@ -1,0 +1,231 @@
+"""Joins the processes of a run, watches that all of them are there, and takes leave of them.
+
+JAX's coordination service sends heartbeats from threads that no lock of Python holds up. What it lacks is a
+name for who is lost, and an end in time for the others: by default 100 s, and then an abort.
+"""
+
+import contextlib
+import os
+import re
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+
+from slm_jax.errors import EXIT_LOST, EXIT_MISTAKE, UserError
+from slm_jax.multihost.environment import Processes
+from slm_jax.multihost.witness import Witness
+
+# A process is lost when nothing was heard of it for so long; the others end within 30 s of its death.
+HEARTBEAT_SECONDS = 20
+# For all processes to meet.
+JOIN_SECONDS = 300
+# Between looks at whether another process ended.
+_LOOK_SECONDS = 2.0
+# A process that hears of the end of another one has so long to end by the same cause in its own words.
+_OWN_WORDS_SECONDS = 5.0
+# For all processes to be done.
+_LEAVE_SECONDS = 600
+
+# How JAX's runtime and its collectives begin to say what went wrong.
+_STATUS = re.compile("[A-Z_]+: ")
+
+_HOSTS = "slm_jax/hosts"
+_ENDED = "slm_jax/ended"
+
+
+class Company:
+    """The processes of a run, joined; made by `join`.
+
+    Attributes:
+      processes: what was joined.
+      hosts: name of the host of each process.
+    """
+
+    def __init__(self, processes: Processes, hosts: Sequence[str], client: Any):
+        self.processes, self.hosts = processes, tuple(hosts)
+        self._client = client
+        self._leaving = threading.Event()
+        self._ending = threading.Lock()
+        assert processes.coordinator is not None
+        self._witness = Witness(self.name(processes.index), processes.coordinator, self.name(0))
+        for watch in (self._watch_lives, self._watch_ends):
+            threading.Thread(target=watch, name=f"slm_jax {watch.__name__}", daemon=True).start()
+
+    def name(self, index: int) -> str:
+        """Returns `process 1 of 2 (host b)`."""
+        return f"process {index} of {self.processes.count} (host {self.hosts[index]})"
+
+    def fail(self, status: int, sentence: str) -> None:
+        """Ends this process, and tells the others why: they have no need to wait for it.
+
+        Args:
+          status: exit status of all.
+          sentence: for the logs of the others; this process has said it.
+        """
+        if not self._ending.acquire(blocking=False):
+            # A watch is about to end this process.
+            time.sleep(60)
+        self._leaving.set()
+        self._exit(status, sentence)
+
+    def blame(self, error: BaseException) -> None:
+        """Ends this process, whose error may be another one's end: what was sent to it did not arrive."""
+        if _STATUS.match(str(error)):
+            # Whichever watch finds the cause ends this process meanwhile.
+            time.sleep(HEARTBEAT_SECONDS + 2 * _LOOK_SECONDS)
+        self.fail(1, f"{type(error).__name__}: {error}".split("\n")[0])
+
+    def leave(self) -> None:
+        """Waits for the others' ends and parts from them."""
+        self._client.wait_at_barrier("slm_jax/leave", _LEAVE_SECONDS * 1000)
+        self._leaving.set()
+        self._let_others_go(lambda: len(self._living()) == 1)
+        jax.distributed.shutdown()
+        self._witness.dismiss()
+
+    def _living(self) -> Sequence[int]:
+        return self._client.get_live_nodes(list(range(self.processes.count)))
+
+    def _let_others_go(self, gone: Callable[[], bool]) -> None:
+        """The coordinator ends with process 0, and would take with it whoever is still there."""
+        deadline = time.monotonic() + _OWN_WORDS_SECONDS + 2 * _LOOK_SECONDS
+        while self.processes.index == 0 and time.monotonic() < deadline and not gone():
+            time.sleep(0.05)
+
+    def _watch_lives(self) -> None:
+        everyone = range(self.processes.count)
+        while not self._leaving.is_set():
+            try:
+                lost = sorted(set(everyone).difference(self._living()))
+            except Exception:
+                # The service is gone: JAX ends this process, and its witness says of whom it was.
+                return
+            if lost and not self._leaving.is_set():
+                # Who said why it ends is not lost.
+                self._hear(grace=0.0)
+                names = ", ".join(map(self.name, lost)) + (" is" if len(lost) == 1 else " are")
+                self._end(EXIT_LOST, f"{names} lost: no sign of life for {HEARTBEAT_SECONDS} s", lost)
+            self._leaving.wait(_LOOK_SECONDS)
+
+    def _watch_ends(self) -> None:
+        while not self._leaving.wait(_LOOK_SECONDS):
+            try:
+                self._hear(grace=_OWN_WORDS_SECONDS)
+            except Exception:
+                return
+
+    def _hear(self, grace: float) -> None:
+        """Ends this process if another one said that it ends."""
+        for key, text in self._client.key_value_dir_get(f"{_ENDED}/"):
+            index, (status, _, sentence) = int(key.rpartition("/")[2]), text.partition(" ")
+            if not self._leaving.wait(grace):
+                self._end(int(status), f"{self.name(index)} ended: {sentence}")
+
+    def _end(self, status: int, sentence: str, lost: Sequence[int] = ()) -> None:
+        if self._ending.acquire(blocking=False):
+            self._leaving.set()
+            kind, name = "error: " if status == EXIT_MISTAKE else "", self.name(self.processes.index)
+            print(f"slm: {kind}{sentence}; {name} ends, too", file=sys.stderr, flush=True)
+            self._exit(status, "heard of it", lost)
+
+    def _exit(self, status: int, sentence: str, lost: Sequence[int] = ()) -> None:
+        self._witness.dismiss()
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(Exception):
+                stream.flush()
+        with contextlib.suppress(Exception):
+            self._client.key_value_set(f"{_ENDED}/{self.processes.index}", f"{status} {sentence}"[:2000])
+            awaited = self.processes.count - len(lost)
+            self._let_others_go(lambda: len(self._client.key_value_dir_get(f"{_ENDED}/")) >= awaited)
+        # What waits for a lost process cannot be waited for.
+        os._exit(status)
+
+
+def join(processes: Processes, seconds: float = JOIN_SECONDS) -> Company | None:
+    """Brings the processes together; call it before JAX looks for devices.
+
+    Args:
+      processes: of `find_processes`.
+      seconds: for all of them to come.
+
+    Returns:
+      None where there is one process. Where they do not meet in time, this process says so and ends.
+    """
+    if processes.count == 1:
+        return None
+    # Who is lost is told here, with its name, and not by an abort.
+    jax.config.update("jax_enable_recoverability", True)
+    # JAX aborts a process whose others do not come, so it gets longer than they have.
+    alarm = threading.Timer(seconds, _give_up, (processes, seconds))
+    alarm.daemon = True
+    alarm.start()
+    jax.distributed.initialize(
+        processes.coordinator,
+        processes.count,
+        processes.index,
+        local_device_ids=processes.local_devices,
+        cluster_detection_method="deactivate",
+        initialization_timeout=round(seconds) + 60,
+        heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+        shutdown_timeout_seconds=HEARTBEAT_SECONDS,
+    )
+    client = _client()
+    client.key_value_set(f"{_HOSTS}/{processes.index}", socket.gethostname())
+    names = [
+        client.blocking_key_value_get(f"{_HOSTS}/{index}", round(seconds * 1000))
+        for index in range(processes.count)
+    ]
+    alarm.cancel()
+    return Company(processes, names, client)
+
+
+def _client() -> Any:
+    from jax._src import distributed
+
+    return distributed.global_state.client
+
+
+def _give_up(processes: Processes, seconds: float) -> None:
+    """Ends this process, which waits where nothing interrupts it."""
+    loopback = (
+        f"; {processes.coordinator} leads every host to itself: where the processes are on several hosts, "
+        "name the host of process 0"
+        if processes.on_loopback
+        else ""
+    )
+    print(
+        f"slm: process {processes.index} of {processes.count} (by {processes.found}, on host "
+        f"{socket.gethostname()}) did not meet the others at {processes.coordinator} within {seconds:.0f} s"
+        f"{loopback}",
+        file=sys.stderr,
+        flush=True,
+    )
+    os._exit(EXIT_LOST)
+
+
+@contextlib.contextmanager
+def joined(processes: Processes) -> Iterator[Company | None]:
+    """Joins the processes for the time of a block, and ends this one so that no other waits for it."""
+    company = join(processes)
+    if company is None:
+        yield None
+        return
+    try:
+        yield company
+    except UserError as error:
+        print(f"slm: error: {str(error).splitlines()[0]}", file=sys.stderr, flush=True)
+        company.fail(EXIT_MISTAKE, str(error).splitlines()[0])
+    except Exception as error:
+        import traceback
+
+        traceback.print_exc()
+        company.blame(error)
+    except BaseException as error:
+        company.fail(130 if isinstance(error, KeyboardInterrupt) else 1, type(error).__name__)
+    else:
+        company.leave()

@@ -1,0 +1,38 @@
+"""One of some processes that gather numbers from each other, until one does what it is told; a program."""
+
+import os
+import sys
+import time
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from slm_jax.errors import UserError
+from slm_jax.multihost import joining
+from slm_jax.multihost.environment import find_processes
+
+
+def main(what: str, who: int, rounds: int) -> None:
+    processes = find_processes()
+    with joining.joined(processes) as company:
+        assert company is not None and company.name(processes.index).startswith("process")
+        for number in range(rounds):
+            gathered = multihost_utils.process_allgather(np.asarray([processes.index, number]))
+            assert gathered.tolist() == [[index, number] for index in range(processes.count)]
+            time.sleep(0.05)
+            if number == 5 and processes.index == who:
+                print(f"at {time.time()}", flush=True)
+                if what == "mistake":
+                    raise UserError("--flag is 'x', expected 'y'")
+                if what == "bug":
+                    raise LookupError("no such thing")
+                if what == "kill":
+                    os.kill(os.getpid(), 9)
+    print(f"left with {jax.process_count()}", flush=True)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) > 4:
+        joining.HEARTBEAT_SECONDS = int(sys.argv[4])
+    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))
