@@ -199,6 +199,12 @@ OWN_DATA = [
         says(r"mesh: slice=1, data=1, fsdp=4, tensor=2"),
         devices=8,
     ),
+    Exercise(
+        ".venv/bin/python launch/local.py --processes 2 --devices_per_process 2"
+        " --progress_dir runs/mine/checkpoints -- .venv/bin/slm train --gin_file mine.gin",
+        "--dry_run",
+        says(r"(?s)TRAIN_STEPS = 1000.*params:.*launch: attempt 0: all 2 processes finished"),
+    ),
 ]
 STEP_BY_STEP = [
     Exercise(
@@ -496,7 +502,8 @@ def downloads(folder: Path) -> None:
 
 def begin(folder: Path) -> None:
     """Makes a folder in which `make quickstart` has been, beside what a reader has and the documents show."""
-    (folder / "benchmarks").symlink_to(ROOT / "benchmarks")
+    for name in ("benchmarks", "launch"):
+        (folder / name).symlink_to(ROOT / name)
     run(folder, f"{SLM} quickstart {TINY} --run_dir runs/quickstart")
     summary = json.loads((folder / "runs/quickstart/summary.json").read_text())
     assert summary["tasks"] and summary["seconds"]
