@@ -1,8 +1,10 @@
 """The `slm` command: one subcommand per file of this folder."""
 
 import argparse
+import faulthandler
 import importlib
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -100,6 +102,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _among_processes(args: argparse.Namespace) -> int:
     """Runs a command as one of the processes that the flags or the environment tell of."""
+    if signal.getsignal(signal.SIGUSR1) == signal.SIG_DFL:
+        # What it is busy with can be asked at any time.
+        faulthandler.register(signal.SIGUSR1, 2, all_threads=True)
     processes = find_processes(args.coordinator_address, args.num_processes, args.process_id)
     if processes.count == 1:
         return _module(args.command).main(args)

@@ -150,7 +150,7 @@ def train(
     wired = wired or Wiring(run)
     with phases.phase("tasks and shapes"):
         _check_outputs(run, wired, rollback)
-        evaluate = wired.evaluation_in_training() if run.evaluation else None
+        evaluate = wired.evaluation_in_training(phases.touch) if run.evaluation else None
     with phases.phase("index and plan"):
         source = wired.train_batches()
     model_dir = claim_run_directory(run.path(run.model_dir))

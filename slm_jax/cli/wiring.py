@@ -46,6 +46,7 @@ class Wiring:
     def __init__(self, run: Run):
         self.run = run
         self._predictors: dict[tuple[int, int, int | None], Predictor] = {}
+        self._on_batch: Callable[[], None] = lambda: None
 
     @classmethod
     def to_answer(cls, run: Run) -> "Wiring":
@@ -276,6 +277,7 @@ class Wiring:
             rules=self.run.mesh.rules,
             max_tokens=max_tokens,
             eos_id=self.vocabulary("targets").eos_id,
+            on_batch=lambda: self._on_batch(),
         )
 
     def _answer_shape(self, rows: int, transcript_tokens: int | None = None) -> Any:
@@ -340,8 +342,13 @@ class Wiring:
                     queues.remove(queue)
         return list(found.values())[:count]
 
-    def evaluation_in_training(self) -> Evaluate:
-        """Returns the loop's evaluation: scores of the state at hand, named `task/metric`."""
+    def evaluation_in_training(self, on_batch: Callable[[], None] = lambda: None) -> Evaluate:
+        """Returns the loop's evaluation: scores of the state at hand, named `task/metric`.
+
+        Args:
+          on_batch: called before every batch that is decoded.
+        """
+        self._on_batch = on_batch
         score = self.evaluation(num_examples=self.run.evaluated().num_examples)
 
         def evaluate(step: int, state: TrainState, frozen: Any) -> dict[str, float]:

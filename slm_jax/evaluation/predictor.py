@@ -67,6 +67,7 @@ class Predictor:
       rules: logical axis -> mesh axis.
       max_tokens: most tokens of a hypothesis.
       eos_id: token that ends a hypothesis.
+      on_batch: called before every batch.
 
     Raises:
       UserError: the batch shards of the mesh do not divide the rows of a batch.
@@ -82,9 +83,10 @@ class Predictor:
         rules: LogicalRules = DEFAULT_RULES,
         max_tokens: int,
         eos_id: int = 1,
+        on_batch: Callable[[], None] = lambda: None,
     ):
         check_batch_rows(make_batch.rows, mesh, rules)
-        self._make_batch = make_batch
+        self._make_batch, self._on_batch = make_batch, on_batch
         self._mesh, self._rules, self._eos_id = mesh, rules, eos_id
         self._variables = jax.tree.map(functools.partial(_on_mesh, mesh=mesh), variables)
         decode: Callable[..., jax.Array] = functools.partial(
@@ -114,6 +116,7 @@ class Predictor:
             self._variables = jax.tree.map(functools.partial(_on_mesh, mesh=self._mesh), variables)
         predictions: list[Prediction] = []
         for start in range(0, len(references), self._make_batch.rows):
+            self._on_batch()
             predictions += self._predict_batch(references[start : start + self._make_batch.rows])
         return predictions
 

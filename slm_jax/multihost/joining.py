@@ -5,6 +5,7 @@ name for who is lost, and an end in time for the others: by default 100 s, and t
 """
 
 import contextlib
+import faulthandler
 import os
 import re
 import socket
@@ -60,18 +61,41 @@ class Company:
         """Returns `process 1 of 2 (host b)`."""
         return f"process {index} of {self.processes.count} (host {self.hosts[index]})"
 
-    def fail(self, status: int, sentence: str) -> None:
+    def tell(self, topic: str, text: str) -> None:
+        """Writes down a text for the others, in place of the one before; raises where nobody keeps it."""
+        self._client.key_value_set(f"slm_jax/{topic}/{self.processes.index}", text, allow_overwrite=True)
+
+    def told(self, topic: str) -> dict[int, str]:
+        """Returns what processes have told so far, by their numbers; raises where nobody keeps it."""
+        entries = self._client.key_value_dir_get(f"slm_jax/{topic}/")
+        return {int(key.rpartition("/")[2]): text for key, text in entries}
+
+    def gathered(self, topic: str, text: str) -> list[str]:
+        """Returns the texts of all processes once each has told its own; no device takes part.
+
+        Args:
+          topic: serves once.
+          text: of this process.
+        """
+        self.tell(topic, text)
+        # Whoever waits in vain is ended by a watch.
+        self._client.wait_at_barrier(f"slm_jax/{topic}", 7 * 24 * 3600 * 1000)
+        told = self.told(topic)
+        return [told[index] for index in range(self.processes.count)]
+
+    def fail(self, status: int, sentence: str, stacks: bool = False) -> None:
         """Ends this process, and tells the others why: they have no need to wait for it.
 
         Args:
           status: exit status of all.
           sentence: for the logs of the others; this process has said it.
+          stacks: whether the others write down the stacks of their threads.
         """
         if not self._ending.acquire(blocking=False):
             # A watch is about to end this process.
             time.sleep(60)
         self._leaving.set()
-        self._exit(status, sentence)
+        self._exit(status, sentence, stacks=stacks)
 
     def blame(self, error: BaseException) -> None:
         """Ends this process, whose error may be another one's end: what was sent to it did not arrive."""
@@ -87,6 +111,8 @@ class Company:
         self._let_others_go(lambda: len(self._living()) == 1)
         jax.distributed.shutdown()
         self._witness.dismiss()
+        global _company
+        _company = None
 
     def _living(self) -> Sequence[int]:
         return self._client.get_live_nodes(list(range(self.processes.count)))
@@ -122,28 +148,45 @@ class Company:
     def _hear(self, grace: float) -> None:
         """Ends this process if another one said that it ends."""
         for key, text in self._client.key_value_dir_get(f"{_ENDED}/"):
-            index, (status, _, sentence) = int(key.rpartition("/")[2]), text.partition(" ")
+            index, (status, stacks, sentence) = int(key.rpartition("/")[2]), text.split(" ", 2)
             if not self._leaving.wait(grace):
-                self._end(int(status), f"{self.name(index)} ended: {sentence}")
+                self._end(int(status), f"{self.name(index)} ended: {sentence}", stacks=bool(int(stacks)))
 
-    def _end(self, status: int, sentence: str, lost: Sequence[int] = ()) -> None:
+    def _end(self, status: int, sentence: str, lost: Sequence[int] = (), stacks: bool = False) -> None:
         if self._ending.acquire(blocking=False):
             self._leaving.set()
             kind, name = "error: " if status == EXIT_MISTAKE else "", self.name(self.processes.index)
             print(f"slm: {kind}{sentence}; {name} ends, too", file=sys.stderr, flush=True)
-            self._exit(status, "heard of it", lost)
+            if stacks:
+                dump_stacks()
+            self._exit(status, "heard of it", lost, stacks)
 
-    def _exit(self, status: int, sentence: str, lost: Sequence[int] = ()) -> None:
+    def _exit(self, status: int, sentence: str, lost: Sequence[int] = (), stacks: bool = False) -> None:
         self._witness.dismiss()
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(Exception):
                 stream.flush()
         with contextlib.suppress(Exception):
-            self._client.key_value_set(f"{_ENDED}/{self.processes.index}", f"{status} {sentence}"[:2000])
+            text = f"{status} {stacks:d} {sentence}"[:2000]
+            self._client.key_value_set(f"{_ENDED}/{self.processes.index}", text)
             awaited = self.processes.count - len(lost)
             self._let_others_go(lambda: len(self._client.key_value_dir_get(f"{_ENDED}/")) >= awaited)
         # What waits for a lost process cannot be waited for.
         os._exit(status)
+
+
+_company: Company | None = None
+
+
+def company() -> Company | None:
+    """Returns the processes that this one has joined; None where it is alone."""
+    return _company
+
+
+def dump_stacks() -> None:
+    """Writes the stacks of all threads to stderr."""
+    with contextlib.suppress(OSError):
+        faulthandler.dump_traceback(2, all_threads=True)
 
 
 def join(processes: Processes, seconds: float = JOIN_SECONDS) -> Company | None:
@@ -181,7 +224,9 @@ def join(processes: Processes, seconds: float = JOIN_SECONDS) -> Company | None:
         for index in range(processes.count)
     ]
     alarm.cancel()
-    return Company(processes, names, client)
+    global _company
+    _company = Company(processes, names, client)
+    return _company
 
 
 def _client() -> Any:
@@ -209,9 +254,9 @@ def _give_up(processes: Processes, seconds: float) -> None:
 
 
 @contextlib.contextmanager
-def joined(processes: Processes) -> Iterator[Company | None]:
+def joined(processes: Processes, seconds: float = JOIN_SECONDS) -> Iterator[Company | None]:
     """Joins the processes for the time of a block, and ends this one so that no other waits for it."""
-    company = join(processes)
+    company = join(processes, seconds)
     if company is None:
         yield None
         return

@@ -1,5 +1,6 @@
 """The training loop: from the mesh to the last checkpoint, in the order in which things happen."""
 
+import functools
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -12,6 +13,7 @@ from jax.sharding import Mesh
 from slm_jax.checkpoints.manager import BestMode, RunCheckpoints, claim_run_directory
 from slm_jax.checkpoints.provenance import Provenance, make_provenance
 from slm_jax.errors import UserError, check_whole, is_number
+from slm_jax.multihost.hang import Place, watched
 from slm_jax.partitioning.device_kinds import DEVICE_KINDS
 from slm_jax.partitioning.rules import DEFAULT_RULES, LogicalRules
 from slm_jax.partitioning.sharding import check_batch_rows, plan_text
@@ -67,6 +69,8 @@ class LoopConfig:
       peak_flops: dense products a second of one device, in FLOP/s, for MFU and HFU; None takes it from
         `device_kinds`, where the kind of device is known.
       compiler_options: XLA's flags for the train step alone, name -> value; `gin/hardware` has some.
+      hang_seconds: without a step, another phase or a batch of the evaluation for so long, all processes say
+        where they are and end with status 76; None lets them wait.
     """
 
     train_steps: int
@@ -88,6 +92,7 @@ class LoopConfig:
     max_spikes_in_a_row: int = 10
     peak_flops: float | None = None
     compiler_options: Mapping[str, Any] = field(default_factory=dict)
+    hang_seconds: float | None = 1800.0
 
     def __post_init__(self):
         positive = ("train_steps", "microbatches", "log_period", "checkpoint_period", "keep_last")
@@ -98,6 +103,9 @@ class LoopConfig:
         peak = self.peak_flops
         if peak is not None and (not is_number(peak) or peak <= 0):
             raise UserError(f"peak_flops is {peak!r}, expected FLOP/s of one device, such as 989e12, or None")
+        hang = self.hang_seconds
+        if hang is not None and (not is_number(hang) or hang <= 0):
+            raise UserError(f"hang_seconds is {hang!r}, expected seconds, such as 1800, or None")
         if self.keep_best and not self.best_metric:
             raise UserError(f"keep_best={self.keep_best} needs best_metric, a metric of the evaluation")
         if self.spike_skip and self.spike_zscore is None:
@@ -212,11 +220,13 @@ def train(
     checkpoints = RunCheckpoints(
         model_dir / "checkpoints", config.keep_last, config.keep_best, config.best_metric, config.best_mode
     )
+    watch = functools.partial(watched, functools.partial(_place, phases), config.hang_seconds)
     try:
-        start = _begin(
-            objective, source, config, program, load_variables, load_slots, checkpoints, run_provenance,
-            Rollbacks(model_dir, rollback), phases, reporter,
-        )  # fmt: skip
+        with watch():
+            start = _begin(
+                objective, source, config, program, load_variables, load_slots, checkpoints, run_provenance,
+                Rollbacks(model_dir, rollback), phases, reporter,
+            )  # fmt: skip
     except BaseException:
         # Its threads would be cut off by the end of the process, and say so below the mistake.
         checkpoints.close()
@@ -245,13 +255,15 @@ def train(
         throughput=throughput,
     )
     try:
-        # Before requests to stop are taken: a source that prepares for long can be stopped at once.
+        # Before requests to stop are taken: a source that prepares for long can be stopped at once. Nor does
+        # anybody know how long.
         with phases.phase("first batch"):
             batches = source.batches(start.cursor.rows_consumed, start.cursor.anchor)
-        with stop_requests() as stop_after:
+        with watch(), stop_requests() as stop_after:
             return run.go(batches, stop_after, start)
     finally:
-        run.close()
+        with watch():
+            run.close()
 
 
 class _Start(NamedTuple):
@@ -332,6 +344,7 @@ class _Run:
             self._run_evaluation(step, state, frozen)
         while step < last_step and not stopping:
             first = step == start.step
+            self.phases.step = step + 1
             try:
                 with stop_after.waiting(), self.phases.phase("first batch" if first else "data wait"):
                     placed = self._next(batches)
@@ -346,7 +359,8 @@ class _Run:
             rows_consumed += self.source.rows_per_step
             stopping = stop_after(step)
             self._between(step, state, frozen, rows_consumed, stopping)
-        self.checkpoints.wait()
+        with self.phases.phase("checkpoint"):
+            self.checkpoints.wait()
         if stopping and step < last_step:
             saved = f"saved step {step}; the same command goes on from there" if step else "no step was taken"
             self.reporter.say(f"asked to stop: {saved}")
@@ -372,7 +386,8 @@ class _Run:
             self._tell_start(step)
         self.profiler.after(step, state)
         if len(self.pending) > STEPS_IN_FLIGHT:
-            jax.block_until_ready(self.pending[-1 - STEPS_IN_FLIGHT].metrics["loss"])
+            with self.phases.phase("training"):
+                jax.block_until_ready(self.pending[-1 - STEPS_IN_FLIGHT].metrics["loss"])
         self.reporter.at(step)
         return state
 
@@ -398,7 +413,8 @@ class _Run:
         self.profiler.close()
         self.reporter.close()
         self.steps.close()
-        self.checkpoints.close()
+        with self.phases.phase("checkpoint"):
+            self.checkpoints.close()
         if self.writer:
             self.writer.flush()
 
@@ -448,7 +464,9 @@ class _Run:
         """Fetches the metrics since the last line, writes them, and stops a run that learns nothing."""
         if not self.pending:
             return
-        records = [record._replace(metrics=jax.device_get(record.metrics)) for record in self.pending]
+        with self.phases.phase("training"):
+            # Steps under way end here.
+            records = [record._replace(metrics=jax.device_get(record.metrics)) for record in self.pending]
         self.pending = []
         rates = self.throughput.read(self.config.train_steps - step)
         self.throughput.restart()
@@ -496,6 +514,11 @@ class _Run:
     def _write(self, step: int, group: str, scalars: dict[str, float]) -> None:
         if self.writer and jax.process_index() == 0:
             self.writer.write_scalars(step, {f"{group}/{name}": value for name, value in scalars.items()})
+
+
+def _place(phases: Phases) -> Place:
+    step = "" if phases.step is None else f" of step {phases.step}"
+    return Place(f"{phases.current!r}{step}", phases.moves)
 
 
 def _peak_flops(mesh: Mesh) -> float | None:

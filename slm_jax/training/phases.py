@@ -16,23 +16,35 @@ class Phases:
 
     Args:
       age: seconds that had passed before, which the phase `process start and imports` gets.
+
+    Attributes:
+      step: the training step that it is about; None before the first one.
+      moves: how often something went on; may be asked from another thread, as `current` may.
     """
 
     def __init__(self, age: float = 0.0):
         self._open: list[str] = []
         self._seconds: dict[str, float] = {"process start and imports": age} if age else {}
         self._mark = time.monotonic()
+        self.step: int | None = None
+        self.moves = 0
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Counts the time of a block for the phase of that name."""
         self._count()
         self._open.append(name)
+        self.moves += 1
         try:
             yield
         finally:
             self._count()
             self._open.pop()
+            self.moves += 1
+
+    def touch(self) -> None:
+        """Tells that a phase goes on, however long it lasts."""
+        self.moves += 1
 
     def timed(self, name: str, function: Callable[[Any], Any]) -> Callable[[Any], Any]:
         """Returns the function with its time counted for the phase of that name."""

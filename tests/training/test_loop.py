@@ -7,8 +7,10 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -19,11 +21,13 @@ from jax.experimental import multihost_utils
 from toy import EMBED, MLP, VOCAB, ToyObjective, ToySource, toy_train
 
 from slm_jax.checkpoints.manager import RunCheckpoints
-from slm_jax.errors import UserError
+from slm_jax.errors import EXIT_LOST, UserError
+from slm_jax.multihost.hang import Watchdog
 from slm_jax.partitioning.mesh import make_mesh
 from slm_jax.training.batches import check_same_plan
 from slm_jax.training.loop import LoopConfig, train
 from slm_jax.training.optimizers import AdafactorConfig, AdamWConfig, MuonConfig, ScheduleConfig
+from slm_jax.training.phases import Phases
 from slm_jax.training.preemption import stop_requests
 
 
@@ -125,6 +129,71 @@ def test_sigterm_saves_while_a_batch_does_not_come(tmp_path, rng):
     assert process.returncode == 0 and "asked to stop: saved step 7;" in said, said
     assert toy_train(tmp_path, 9, seed=seed).step == 9
     assert [step["step"] for step in steps_of(tmp_path)] == list(range(1, 10))
+
+
+def test_a_hang_is_told_by_every_process_and_ends_them(tmp_path):
+    with socket.socket() as found:
+        found.bind(("localhost", 0))
+        address = f"localhost:{found.getsockname()[1]}"
+    program, words = str(Path(__file__).with_name("toy.py")), [str(tmp_path), "9", "1", "0.01", "3"]
+    running = [
+        subprocess.Popen(
+            [sys.executable, program, *words, "--hangs_in", "1", "--hang_seconds", "10"],
+            env={
+                **os.environ,
+                "JAX_NUM_CPU_DEVICES": "1",
+                "JAX_COORDINATOR_ADDRESS": address,
+                "JAX_NUM_PROCESSES": "2",
+                "JAX_PROCESS_ID": str(index),
+            },
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for index in range(2)
+    ]
+    said = [process.communicate(timeout=120)[1] for process in running]
+    here = f"of 2 (host {socket.gethostname()})"
+    assert [process.returncode for process in running] == [EXIT_LOST, EXIT_LOST], said
+    # Whoever notices first says so, and the other one heard of it or has noticed, too.
+    told = [line for line in "".join(said).splitlines() if line.startswith("slm: no progress for 1")]
+    assert told and f"process 1 {here} is in 'data wait' of step 4 for " in told[0], said
+    assert f"process 0 {here} is in 'training' of step 4 for " in told[0]
+    for err in said:
+        assert "Thread 0x" in err and "loop.py" in err and "without a word" not in err
+    assert re.search(r'toy.py", line \d+ in batches', said[1])
+
+
+@pytest.mark.parametrize("call", ["save", "wait"])
+def test_storage_that_stalls_is_noticed(tmp_path, monkeypatch, call):
+    noticed, released = [], threading.Event()
+
+    def end(self, place, held):
+        noticed.append(place.what)
+        if "checkpoint" in place.what:
+            released.set()
+
+    def stall(*_):
+        assert released.wait(60)
+
+    monkeypatch.setattr(Watchdog, "_end", end)
+    monkeypatch.setattr(RunCheckpoints, call, stall)
+    toy_train(tmp_path, 3, hang_seconds=0.5)
+    assert "'checkpoint' of step 3" in noticed
+
+
+def test_batches_of_an_evaluation_are_progress(tmp_path, monkeypatch):
+    noticed = []
+    monkeypatch.setattr(Watchdog, "_end", lambda self, place, held: noticed.append(place.what))
+    phases = Phases()
+
+    def evaluate(*_):
+        for _ in range(12):
+            phases.touch()
+            time.sleep(0.1)
+        return {}
+
+    toy_train(tmp_path, 1, hang_seconds=0.5, evaluate=evaluate, phases=phases)
+    assert not [what for what in noticed if "evaluation" in what]
 
 
 @pytest.mark.parametrize(

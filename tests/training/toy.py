@@ -15,6 +15,8 @@ from flax.linen.spmd import with_logical_constraint
 from jax.sharding import Mesh
 
 from slm_jax.errors import UserError
+from slm_jax.multihost.environment import find_processes
+from slm_jax.multihost.joining import joined
 from slm_jax.partitioning.mesh import make_mesh
 from slm_jax.partitioning.sharding import batch_sharding
 from slm_jax.training.batches import PlacedBatch
@@ -126,9 +128,10 @@ class ToySource:
             rows = [self.row(number) for number in numbers]
             if rows_consumed // self.rows_per_step + 1 in self._spiked:
                 rows = [{**row, "targets": (row["tokens"] * 5 + 8) % VOCAB} for row in rows]
-            arrays = {
-                name: jax.device_put(np.stack([row[name] for row in rows]), self._sharding)
-                for name in self.shapes
+            whole = {name: np.stack([row[name] for row in rows]) for name in self.shapes}
+            arrays: dict[str, jax.Array] = {
+                name: jax.make_array_from_callback(rows.shape, self._sharding, rows.__getitem__)
+                for name, rows in whole.items()
             }
             ids = {place: (f"row-{number}",) for place, number in enumerate(numbers)}
             tokens = float(sum(row["weights"].sum() for row in rows))
@@ -156,6 +159,7 @@ def toy_train(
     spiked: tuple[int, ...] = (),
     profile_steps=None,
     dump_program=None,
+    phases=None,
     **options,
 ) -> TrainResult:
     """Trains the toy with few words."""
@@ -186,6 +190,7 @@ def toy_train(
         rollback=rollback,
         profile_steps=profile_steps,
         dump_program=dump_program,
+        phases=phases,
     )
 
 
@@ -196,19 +201,25 @@ def main() -> int:
     parser.add_argument("seed", type=int)
     parser.add_argument("delay", type=float)
     parser.add_argument("hangs_at", type=int, help="steps after which no batch comes; -1 for never")
+    parser.add_argument("--hangs_in", type=int, default=0, help="process in which it does not")
+    parser.add_argument("--hang_seconds", type=float, default=1800.0, help="what the loop has of that name")
     args = parser.parse_args()
-    try:
-        toy_train(
-            args.model_dir,
-            args.steps,
-            seed=args.seed,
-            delay=args.delay,
-            hangs_at=args.hangs_at,
-            log_period=1,
-        )
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return 2
+    processes = find_processes()
+    with joined(processes) as company:
+        try:
+            toy_train(
+                args.model_dir,
+                args.steps,
+                mesh=make_mesh() if company else None,
+                seed=args.seed,
+                delay=args.delay,
+                hangs_at=args.hangs_at if processes.index == args.hangs_in else -1,
+                log_period=1,
+                hang_seconds=args.hang_seconds,
+            )
+        except UserError as error:
+            print(error, file=sys.stderr)
+            return 2
     return 0
 
 
