@@ -23,6 +23,7 @@ _COMMANDS = {
     "infer": "Answer a prompt about audio files, or a manifest of them.",
     "export": "Write a run's model as safetensors and StableHLO, checked against the live model.",
     "convert": "Bring in a published checkpoint as a frozen foundation model, or write one back.",
+    "goodput": "Say what share of a run's time went into steps that count, and where the rest went.",
     "data describe": "Say what a source or task holds: hours, languages, histograms, what is rejected.",
     "data prepare": "Write the references of a source with their audio as speech shards.",
     "data mixture": "Say what a run's plan holds: rates, epochs, packing, first rows; reads no audio.",
@@ -32,7 +33,7 @@ _COMMANDS = {
     "quickstart": "Corpus, adapter, evaluation: the main job on the embedded default.",
 }
 # Commands whose settings are all flags.
-_WITHOUT_GIN = ("convert", "demo")
+_WITHOUT_GIN = ("convert", "demo", "goodput")
 # Commands of two words.
 _GROUPS = ("data",)
 

@@ -22,6 +22,7 @@ from slm_jax.training.compiled import CompiledStep, CompiledSteps
 from slm_jax.training.compiler_options import check_option_types
 from slm_jax.training.evaluation_mark import EvaluationMark
 from slm_jax.training.first_lines import say_devices, say_first_batch, say_size
+from slm_jax.training.goodput import GoodputLog
 from slm_jax.training.initialisation import LoadSlots, LoadVariables, make_state, make_variables
 from slm_jax.training.objectives.base import Objective
 from slm_jax.training.optimizers import OptimizerConfig
@@ -253,6 +254,7 @@ def train(
         phases=phases,
         profiler=StepProfiler(model_dir / "profile", profile_steps, reporter.say, throughput.apart),
         throughput=throughput,
+        goodput=GoodputLog(model_dir, phases, start.step) if process == 0 else None,
     )
     try:
         # Before requests to stop are taken: a source that prepares for long can be stopped at once. Nor does
@@ -331,6 +333,7 @@ class _Run:
     phases: Phases
     profiler: StepProfiler
     throughput: Throughput
+    goodput: GoodputLog | None
     skipped: tuple[RowRange, ...]
     pending: list[StepRecord] = field(default_factory=list)
     metrics: dict[str, float] = field(default_factory=dict)
@@ -361,6 +364,9 @@ class _Run:
             self._between(step, state, frozen, rows_consumed, stopping)
         with self.phases.phase("checkpoint"):
             self.checkpoints.wait()
+        if self.goodput:
+            self.goodput.write(step)
+            self.reporter.say(self.goodput.line())
         if stopping and step < last_step:
             saved = f"saved step {step}; the same command goes on from there" if step else "no step was taken"
             self.reporter.say(f"asked to stop: {saved}")
@@ -482,6 +488,8 @@ class _Run:
         self.metrics.update(metrics)
         self.reporter.say(log_line(step, self.config.train_steps, metrics, rates))
         self._write(step, "train", {**metrics, **rates, "batch_shapes": len(self.programs)})
+        if self.goodput:
+            self.goodput.write(step)
         worst = max(int(record.metrics["nonfinite_in_a_row"]) for record in records)
         if worst >= self.config.max_nonfinite_in_a_row:
             saved = self.checkpoints.latest_step()

@@ -1,4 +1,4 @@
-"""Being asked to stop: SIGTERM, or Ctrl-C, ends a run after the step at hand, with a checkpoint."""
+"""Being asked to stop: SIGTERM, a notice or Ctrl-C ends a run after the step at hand, with a checkpoint."""
 
 import contextlib
 import os
@@ -7,6 +7,8 @@ import threading
 from collections.abc import Callable, Iterator
 
 import jax
+
+from slm_jax.multihost.notice import preemption_notices
 
 
 class StopWaiting(BaseException):
@@ -46,7 +48,7 @@ class StopRequests:
 
 @contextlib.contextmanager
 def stop_requests() -> Iterator[StopRequests]:
-    """Watches for SIGTERM and SIGINT; gives what says after a step whether to stop there.
+    """Watches for SIGTERM, SIGINT and notices of preemption; gives what says after a step whether to stop.
 
     A second SIGINT is Python's KeyboardInterrupt. Several processes stop after the same step, all of them,
     as JAX's preemption service agrees on it at a SIGTERM.
@@ -54,7 +56,8 @@ def stop_requests() -> Iterator[StopRequests]:
     if jax.process_count() > 1:
         from jax.experimental import multihost_utils
 
-        yield StopRequests(multihost_utils.reached_preemption_sync_point)
+        with preemption_notices():
+            yield StopRequests(multihost_utils.reached_preemption_sync_point)
         return
     if threading.current_thread() is not threading.main_thread():
         # Signals belong to the main thread; elsewhere the owner of the process handles them.
@@ -79,7 +82,8 @@ def stop_requests() -> Iterator[StopRequests]:
     if with_keyboard:
         signal.signal(signal.SIGINT, handle)
     try:
-        yield requests
+        with preemption_notices():
+            yield requests
     finally:
         signal.signal(signal.SIGTERM, previous)
         if with_keyboard:

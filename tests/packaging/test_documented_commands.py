@@ -218,6 +218,7 @@ STEP_BY_STEP = [
         wrote("runs/quickstart/config.gin"),
     ),
     Exercise(".venv/bin/slm evaluate --run runs/quickstart --split test", "", says(r"demo_names wer \d")),
+    Exercise(".venv/bin/slm goodput --run runs/quickstart", "", says(r"^goodput \d+\.\d % of \d+ s")),
     Exercise(
         ".venv/bin/slm evaluate --run runs/quickstart --split test --speech_as transcript",
         "",
