@@ -188,6 +188,9 @@ class RunCheckpoints:
                 metrics=dict(metrics or {}),
                 force=True,
             )
+        except jax.errors.JaxRuntimeError:
+            # Not the storage: another process is lost, or a device.
+            raise
         except Exception as error:
             raise self._failed(error) from error
 
@@ -199,6 +202,9 @@ class RunCheckpoints:
         """
         try:
             self._manager.wait_until_finished()
+        except jax.errors.JaxRuntimeError:
+            # Not the storage: another process is lost, or a device.
+            raise
         except Exception as error:
             raise self._failed(error) from error
 

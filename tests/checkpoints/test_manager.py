@@ -247,6 +247,21 @@ def test_options_that_do_not_fit_are_refused(tmp_path, options):
         RunCheckpoints(tmp_path, **options)
 
 
+def test_a_save_that_fails_because_a_process_is_lost_is_no_mistake_of_the_user(tmp_path, rng, monkeypatch):
+    def lose(*args, **options):
+        raise jax.errors.JaxRuntimeError("UNKNOWN: Gloo AllGather failed: Connection reset by peer")
+
+    checkpoints = RunCheckpoints(tmp_path)
+    for method, call in (
+        ("save", lambda: save_all(checkpoints, make_state(rng), {1: None})),
+        ("wait_until_finished", checkpoints.wait),
+    ):
+        monkeypatch.setattr(checkpoints._manager, method, lose)
+        # A launcher starts the run again after anything but a mistake.
+        with pytest.raises(jax.errors.JaxRuntimeError):
+            call()
+
+
 # Orbax writes several arrays at a time and asks for the outcome of the first that fails alone: Python then
 # complains about the other failures when their futures are collected.
 @pytest.mark.filterwarnings("ignore:Exception ignored in:pytest.PytestUnraisableExceptionWarning")
