@@ -6,6 +6,7 @@
 #   launch/tpu_vm.sh setup             installs the commit at hand on every host
 #   launch/tpu_vm.sh run slm train --gin_file mine.gin
 #   launch/tpu_vm.sh logs              fetches every host's log of the newest attempt
+#   launch/tpu_vm.sh stacks            has every process write its stacks to its log
 #   launch/tpu_vm.sh stop              has every process save and end; `run` ends with 75
 #   launch/tpu_vm.sh delete            gives the TPU back
 #
@@ -78,6 +79,7 @@ status)
         echo killed
     fi
     ;;
+stacks) kill -USR1 "$(cat "$folder/pid")" 2>/dev/null ;;
 stop) kill -TERM "$(cat "$folder/pid")" 2>/dev/null ;;
 kill) kill -KILL -- "-$(cat "$folder/session")" 2>/dev/null ;;
 *) cat "$folder/$action" ;;
@@ -307,16 +309,12 @@ run)
     (($# > 0)) || refuse "a command is missing, such as: launch/tpu_vm.sh run slm train --gin_file mine.gin"
     run "$@"
     ;;
-stop | logs)
+stop | stacks | logs)
     newest=$(newest_attempt)
     [[ -n $newest ]] || refuse "$log_dir holds no attempt"
-    if [[ $action == stop ]]; then
-        # So that `run` does not start it again.
-        touch "$log_dir/stop"
-        on_all stop "attempt-$newest"
-    else
-        fetch_logs "attempt-$newest"
-    fi
+    # So that `run` does not start it again.
+    if [[ $action == stop ]]; then touch "$log_dir/stop"; fi
+    if [[ $action == logs ]]; then fetch_logs "attempt-$newest"; else on_all "$action" "attempt-$newest"; fi
     ;;
-*) refuse "'$action' is none of create, setup, run, stop, logs, delete" ;;
+*) refuse "'$action' is none of create, setup, run, stacks, stop, logs, delete" ;;
 esac

@@ -52,7 +52,7 @@ def _answers(address: str) -> bool:
 
 def main(name: str, coordinator: str, coordinator_name: str) -> None:
     """Waits for the end of the process that started it."""
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
         # These are for the process; whoever sends them to its group means it.
         signal.signal(number, signal.SIG_IGN)
     if sys.stdin.buffer.read().endswith(_FAREWELL):

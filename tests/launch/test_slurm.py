@@ -193,6 +193,16 @@ def test_the_preflight_is_slm_doctor_with_the_commands_flags(submit: Submit, tmp
     assert (tmp_path / "asked").read_text() == "doctor --gin_file train.gin\n" * 2
 
 
+def test_a_preflight_that_another_process_ended_is_tried_again(submit: Submit, tmp_path: Path):
+    script = '#!/bin/sh\n[ "$1" = doctor ] || exit 0\n[ -e once ] || { touch once; exit 76; }\n'
+    (tmp_path / "slm").write_text(script)
+    (tmp_path / "slm").chmod(stat.S_IRWXU)
+    status, output = ended(submit("./slm", "train", PREFLIGHT="1"))
+    assert status == 0, output
+    assert "the preflight ended with status 76" in output and output.count("preflight: ./slm doctor") == 2
+    assert output.count("launch: attempt") == 2 and "by process: 0:0 1:0" in output
+
+
 @pytest.mark.parametrize(
     ("command", "variables", "sentence"),
     [

@@ -174,6 +174,18 @@ def test_asked_to_stop_all_save_and_nothing_is_started_again(tpu: Start, tmp_pat
     assert (tmp_path / "logs/attempt-0/1.log").read_text() == "saved\n"
 
 
+def test_stacks_are_asked_of_the_process_itself(tpu: Start, tmp_path: Path):
+    assert ended(tpu("create"))[0] == 0
+    script = "trap 'echo asked; exit 0' USR1; touch begun; while :; do sleep 0.05; done"
+    process = tpu("run", "sh", "-c", script)
+    for index in range(2):
+        wait_for(host(tmp_path, index) / "begun")
+    assert ended(tpu("stacks"))[0] == 0
+    status, output = ended(process)
+    assert status == 0, output
+    assert (tmp_path / "logs/attempt-0/1.log").read_text() == "asked\n"
+
+
 def test_processes_outlive_the_launcher_and_are_found_again(tpu: Start, tmp_path: Path):
     assert ended(tpu("create"))[0] == 0
     first = tpu("run", "sh", "-c", "echo began; touch begun; while [ ! -e go ]; do sleep 0.05; done")
@@ -198,7 +210,7 @@ def test_processes_outlive_the_launcher_and_are_found_again(tpu: Start, tmp_path
     ("words", "variables", "sentence"),
     [
         (["run"], {}, "a command is missing, such as"),
-        (["start"], {}, "'start' is none of create, setup, run, stop, logs, delete"),
+        (["start"], {}, "'start' is none of create, setup, run, stacks, stop, logs, delete"),
         (["create"], {"ZONE": ""}, "the variable ZONE is not set"),
         (["create"], {"RUNTIME_VERSION": ""}, "the variable RUNTIME_VERSION is not set"),
         (["logs"], {}, "logs holds no attempt"),
