@@ -18,6 +18,7 @@ from slm_jax.multihost.environment import find_processes
 # only when asked for, as TensorFlow and JAX take seconds to load.
 _COMMANDS = {
     "train": "Train what the gin files say; run again to resume.",
+    "doctor": "Say whether the hosts of a run can work together: devices, versions, network, storage.",
     "plan": "Say whether a run fits devices that are not at hand, and how fast it would be.",
     "evaluate": "Score a run's model on a split of its mixture.",
     "infer": "Answer a prompt about audio files, or a manifest of them.",
@@ -34,6 +35,8 @@ _COMMANDS = {
 }
 # Commands whose settings are all flags.
 _WITHOUT_GIN = ("convert", "demo", "goodput")
+# What meets the other processes in its own way.
+_JOINS_ITSELF = ("doctor",)
 # Commands of two words.
 _GROUPS = ("data",)
 
@@ -86,7 +89,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args = parse_arguments(sys.argv[1:] if argv is None else argv)
         if hasattr(args, "num_processes"):
-            return _among_processes(args)
+            _show_stacks_on_request()
+            if args.command not in _JOINS_ITSELF:
+                return _among_processes(args)
         return _module(args.command).main(args)
     except UserError as error:
         # gin appends lines that say which of its configurables it was calling.
@@ -101,11 +106,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
 
 
+def _show_stacks_on_request() -> None:
+    """Has SIGUSR1 write the stacks of all threads to stderr, where nobody else has that signal."""
+    if signal.getsignal(signal.SIGUSR1) == signal.SIG_DFL:
+        faulthandler.register(signal.SIGUSR1, 2, all_threads=True)
+
+
 def _among_processes(args: argparse.Namespace) -> int:
     """Runs a command as one of the processes that the flags or the environment tell of."""
-    if signal.getsignal(signal.SIGUSR1) == signal.SIG_DFL:
-        # What it is busy with can be asked at any time.
-        faulthandler.register(signal.SIGUSR1, 2, all_threads=True)
     processes = find_processes(args.coordinator_address, args.num_processes, args.process_id)
     if processes.count == 1:
         return _module(args.command).main(args)

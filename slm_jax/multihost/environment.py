@@ -11,6 +11,9 @@ COORDINATOR = "JAX_COORDINATOR_ADDRESS"
 COUNT = "JAX_NUM_PROCESSES"
 INDEX = "JAX_PROCESS_ID"
 
+# What gRPC reads of proxies, and of hosts that it reaches without.
+_PROXIES, _NO_PROXIES = ("grpc_proxy", "https_proxy", "http_proxy"), ("no_grpc_proxy", "no_proxy")
+
 # Of a TPU's coordinator where nothing else is said, and of MPI's; JAX takes the first for TPUs, too.
 _TPU_PORT = "8482"
 
@@ -94,6 +97,15 @@ def find_processes(
     return Processes()
 
 
+def proxies_in_the_way(coordinator: str | None, environ: Mapping[str, str] = os.environ) -> list[str]:
+    """Returns the variables by which gRPC asks a proxy for the coordinator, which few proxies know."""
+    host = (coordinator or "").rpartition(":")[0].strip("[]")
+    direct = next((environ[name] for name in _NO_PROXIES if environ.get(name)), "")
+    if any(entry.strip() and host.endswith(entry.strip()) for entry in direct.split(",")):
+        return []
+    return [name for name in _PROXIES if environ.get(name)] if host else []
+
+
 def _both(name: str, value: int | None, other_name: str, other: int | None) -> None:
     for missing, given, absent in ((name, other_name, value), (other_name, name, other)):
         if absent is None:
@@ -119,7 +131,8 @@ def _slurm(environ: Mapping[str, str], address: str | None) -> Processes | None:
             _number(environ, "JAX_COORDINATOR_PORT") or 61440 + (_number(environ, "SLURM_JOB_ID") or 0) % 4096
         )
         address = f"{_first_node(environ['SLURM_STEP_NODELIST'])}:{port}"
-    tasks = _tasks_of_node(environ)
+    # With --gpus-per-task, a task sees its own GPUs alone.
+    tasks = 1 if environ.get("SLURM_GPUS_PER_TASK") else _tasks_of_node(environ)
     return Processes(count, index, address, _own_devices(environ, "SLURM_LOCALID", tasks), "Slurm")
 
 

@@ -132,15 +132,16 @@ def places_text(places: Mapping[int, Told], name: Callable[[int], str]) -> str:
     parts = []
     for what, found in sorted(by_place.items(), key=lambda entry: (len(entry[1]), entry[1])):
         verb, held = ("is" if len(found) == 1 else "are"), max(places[index].held for index in found)
-        part = f"{_names(found, name)} {verb} in {what} for {held:.0f} s"
+        part = f"{names_text(found, name)} {verb} in {what} for {held:.0f} s"
         if silent := [index for index in found if places[index].silent > _SILENT_SECONDS]:
             most = max(places[index].silent for index in silent)
-            part += f" ({_names(silent, name)} told nothing for {most:.0f} s since)"
+            part += f" ({names_text(silent, name)} told nothing for {most:.0f} s since)"
         parts.append(part)
     return "; ".join(parts)
 
 
-def _names(indices: Sequence[int], name: Callable[[int], str]) -> str:
+def names_text(indices: Sequence[int], name: Callable[[int], str]) -> str:
+    """Returns the names of some processes and the number of the others."""
     names = [name(index) for index in indices[:_NAMED]]
     if len(indices) > _NAMED:
         names.append(f"{len(indices) - _NAMED} more")

@@ -18,8 +18,8 @@ from typing import Any
 import jax
 
 from slm_jax.errors import EXIT_LOST, EXIT_MISTAKE, UserError
-from slm_jax.multihost.environment import Processes
-from slm_jax.multihost.witness import Witness
+from slm_jax.multihost.environment import Processes, proxies_in_the_way
+from slm_jax.multihost.witness import Witness, answers
 
 # A process is lost when nothing was heard of it for so long; the others end within 30 s of its death.
 HEARTBEAT_SECONDS = 20
@@ -78,10 +78,14 @@ class Company:
           text: of this process.
         """
         self.tell(topic, text)
-        # Whoever waits in vain is ended by a watch.
-        self._client.wait_at_barrier(f"slm_jax/{topic}", 7 * 24 * 3600 * 1000)
+        self.meet(topic)
         told = self.told(topic)
         return [told[index] for index in range(self.processes.count)]
+
+    def meet(self, topic: str) -> None:
+        """Returns when all processes have called it; a topic serves once."""
+        # Whoever waits in vain is ended by a watch.
+        self._client.wait_at_barrier(f"slm_jax/{topic}", 7 * 24 * 3600 * 1000)
 
     def fail(self, status: int, sentence: str, stacks: bool = False) -> None:
         """Ends this process, and tells the others why: they have no need to wait for it.
@@ -237,6 +241,10 @@ def _client() -> Any:
 
 def _give_up(processes: Processes, seconds: float) -> None:
     """Ends this process, which waits where nothing interrupts it."""
+    where = processes.coordinator or ""
+    silent = ", where nothing answers" if processes.index and not answers(where) else ""
+    if proxies := proxies_in_the_way(where):
+        silent += f"; {' and '.join(proxies)} may be why: name the coordinator's host in no_proxy"
     loopback = (
         f"; {processes.coordinator} leads every host to itself: where the processes are on several hosts, "
         "name the host of process 0"
@@ -246,7 +254,7 @@ def _give_up(processes: Processes, seconds: float) -> None:
     print(
         f"slm: process {processes.index} of {processes.count} (by {processes.found}, on host "
         f"{socket.gethostname()}) did not meet the others at {processes.coordinator} within {seconds:.0f} s"
-        f"{loopback}",
+        f"{silent}{loopback}",
         file=sys.stderr,
         flush=True,
     )

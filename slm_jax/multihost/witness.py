@@ -41,7 +41,8 @@ class Witness:
             return
 
 
-def _answers(address: str) -> bool:
+def answers(address: str) -> bool:
+    """Returns whether somebody listens at `host:port`."""
     host, _, port = address.rpartition(":")
     try:
         socket.create_connection((host.strip("[]"), int(port)), _CONNECT_SECONDS).close()
@@ -59,7 +60,7 @@ def main(name: str, coordinator: str, coordinator_name: str) -> None:
         return
     if coordinator_name == name:
         why = "it was killed or crashed, and with it goes the coordinator of all"
-    elif _answers(coordinator):
+    elif answers(coordinator):
         why = "it was killed (by the kernel, where memory ran out) or crashed"
     else:
         why = f"{coordinator_name} with the coordinator {coordinator} is lost, and this one ends with it"

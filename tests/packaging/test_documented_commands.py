@@ -200,6 +200,11 @@ OWN_DATA = [
         devices=8,
     ),
     Exercise(
+        ".venv/bin/slm doctor --gin_file mine.gin --dir runs",
+        "",
+        says(r"all-reduce +ok: (.*\n)storage +ok: /.*/runs is written and read by all;"),
+    ),
+    Exercise(
         ".venv/bin/python launch/local.py --processes 2 --devices_per_process 2"
         " --progress_dir runs/mine/checkpoints -- .venv/bin/slm train --gin_file mine.gin",
         "--dry_run",
