@@ -20,14 +20,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 SLM = Path(sys.executable).with_name("slm")
 NODES = ("node1", "node2")
 INSIDE = "SLURM_TWO_NODES_INSIDE"
-PROGRAMS = ("slurmctld", "slurmd", "munged", "sbatch", "scancel", "squeue", "unshare")
+PROGRAMS = ("slurmctld", "slurmd", "munged", "sbatch", "scontrol", "squeue", "unshare")
 
 # Short times, so that what takes minutes on a cluster takes seconds here.
 SLURM_CONF = """\
@@ -102,11 +102,12 @@ class Cluster:
 
     def processes(self, node: str, name: bytes = b"") -> list[int]:
         """Processes of a node's tasks whose command line has `name`."""
+        # The folder, too: this machine may be a node of another cluster.
+        wanted = {f"SLURMD_NODENAME={node}".encode(), f"SLURM_CONF={self.folder}/slurm.conf".encode()}
         return [
             int(entry.name)
             for entry in Path("/proc").glob("[0-9]*")
-            if f"SLURMD_NODENAME={node}".encode() in read(entry / "environ").split(b"\0")
-            and name in read(entry / "cmdline")
+            if wanted <= set(read(entry / "environ").split(b"\0")) and name in read(entry / "cmdline")
         ]
 
     def kill(self, node: str) -> None:
@@ -117,18 +118,22 @@ class Cluster:
             for task in tasks
             if read(Path(f"/proc/{(parent := parent_of(task))}/comm")).startswith(b"slurmstepd")
         }
-        for process in (int((self.folder / f"{node}.pid").read_text()), *daemons, *tasks):
-            os.kill(process, signal.SIGKILL)
+        for process in {self.daemon(node), *daemons, *tasks}:
+            end(process)
+
+    def daemon(self, name: str) -> int:
+        return int((self.folder / f"{name}.pid").read_text())
 
     def stop(self) -> None:
-        self.run("scancel", "--user=root", "--signal=KILL", "--full")
         for node in NODES:
-            for process in self.processes(node):
-                os.kill(process, signal.SIGKILL)
-        for name in ("node1", "node2", "slurmctld", "munge"):
-            process = int((self.folder / f"{name}.pid").read_text())
-            if Path(f"/proc/{process}").exists():
-                os.kill(process, signal.SIGKILL)
+            self.kill(node)
+        end(self.daemon("slurmctld"))
+        end(self.daemon("munge"))
+
+
+def end(process: int) -> None:
+    with suppress(ProcessLookupError):
+        os.kill(process, signal.SIGKILL)
 
 
 def read(path: Path) -> bytes:
@@ -236,7 +241,7 @@ def process_killed(cluster: Cluster, work: Path, steps: int) -> Job:
         for process in cluster.processes("node2", b"\0train\0")
         if read(Path(f"/proc/{parent_of(process)}/comm")) == b"bash\n"
     ]
-    os.kill(process, signal.SIGKILL)
+    end(process)
     job.say("its process on node2 was killed")
     return job
 
