@@ -143,6 +143,18 @@ def test_near_the_time_limit_all_save_and_the_job_goes_back_into_the_queue(submi
     assert requeues(tmp_path) == 1
 
 
+def test_a_time_limit_during_the_preflight_is_heard_after_it(submit: Submit, tmp_path: Path):
+    (tmp_path / "slm").write_text("#!/bin/sh\ntouch begun\nsleep 0.5\n")
+    (tmp_path / "slm").chmod(stat.S_IRWXU)
+    process = submit("./slm", "train", PREFLIGHT="1")
+    while not (tmp_path / "begun").exists():
+        time.sleep(0.02)
+    process.send_signal(signal.SIGUSR1)
+    status, output = ended(process)
+    assert status == 75 and requeues(tmp_path) == 1, output
+    assert "the time limit is near" in output and "launch: attempt" not in output
+
+
 @pytest.mark.parametrize("stays", [False, True])
 def test_processes_that_were_told_to_stop_go_on_later_unless_a_file_says_otherwise(
     submit: Submit, tmp_path: Path, stays: bool
