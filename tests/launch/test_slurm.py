@@ -220,7 +220,6 @@ def test_a_preflight_that_another_process_ended_is_tried_again(submit: Submit, t
     [
         ([], {}, "a command is missing"),
         (["sh"], {"SLURM_JOB_ID": ""}, "SLURM_JOB_ID is not set: start this file with sbatch"),
-        (["sh"], {"SLURM_GPUS_PER_TASK": "1"}, "--gpus-per-task=1 hides a node's other GPUs from each task"),
         (["slm-of-nobody"], {}, "the command 'slm-of-nobody' was not found on"),
     ],
 )
