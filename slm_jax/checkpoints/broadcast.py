@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from slm_jax.checkpoints.checksums import DamagedCheckpoint
 from slm_jax.errors import UserError
 
 # About so many bytes of a shard are under way at a time, beside the shard itself; at least one row of it.
@@ -52,8 +53,9 @@ def together(action: Callable[[], Any]) -> Any:
     """Returns what `action` returns, in a run of several processes once it went well in all of them.
 
     Raises:
-      UserError: of the first process in which `action` failed, the same in all. What is no UserError goes
-        through where it was raised; the other processes name that process.
+      UserError: of the first process in which `action` failed, the same in all, and DamagedCheckpoint where
+        it was one. What is no UserError goes through where it was raised; the other processes name that
+        process.
     """
     if jax.process_count() == 1:
         return action()
@@ -61,10 +63,10 @@ def together(action: Callable[[], Any]) -> Any:
     try:
         result = action()
     except UserError as caught:
-        error, sentence = caught, str(caught)
+        error, sentence = caught, f"{isinstance(caught, DamagedCheckpoint):d}{caught}"
     except Exception as caught:
         # Whatever it is, the others must not wait for this process.
-        error, sentence = caught, f"{type(caught).__name__}: {caught}"
+        error, sentence = caught, f"0{type(caught).__name__}: {caught}"
     sentences = _gathered(sentence)
     if error is not None and not isinstance(error, UserError):
         raise error
@@ -72,7 +74,7 @@ def together(action: Callable[[], Any]) -> Any:
     if failed:
         first = sentences[failed[0]]
         alone = "" if set(sentences) == {first} else f"process {failed[0]} of {len(sentences)}: "
-        raise UserError(alone + first) from error
+        raise (DamagedCheckpoint if first[0] == "1" else UserError)(alone + first[1:]) from error
     return result
 
 

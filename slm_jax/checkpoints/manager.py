@@ -3,7 +3,9 @@
 import contextlib
 import enum
 import json
-from collections.abc import Mapping, Sequence
+import re
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,6 +15,15 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
+from slm_jax.checkpoints.broadcast import decided, together
+from slm_jax.checkpoints.checksums import (
+    DamagedCheckpoint,
+    check_checksums,
+    check_signed,
+    checksums,
+    named_arrays,
+    signed,
+)
 from slm_jax.checkpoints.directories import first_line
 from slm_jax.checkpoints.parameters import (
     check_parameters,
@@ -31,6 +42,13 @@ from slm_jax.errors import UserError, nearest
 from slm_jax.partitioning.sharding import path_text
 
 MARKER_FILE = "slm_run.json"
+# Beside the directory of the checkpoints: those that were found damaged.
+DAMAGED = "checkpoints_damaged"
+# How long a run of several processes that ends by an error waits for a save under way.
+_CLOSE_SECONDS = 30.0
+_POLL_SECONDS = 0.005
+# A store that does not answer, or asks who we are, has damaged nothing.
+_NO_DAMAGE = re.compile("PERMISSION_DENIED|UNAUTHENTICATED|UNAVAILABLE|DEADLINE_EXCEEDED|RESOURCE_EXHAUSTED")
 
 
 class BestMode(enum.StrEnum):
@@ -59,12 +77,18 @@ class Restored(NamedTuple):
 
 
 def claim_run_directory(directory: str | Path) -> Path:
-    """Makes a directory a run's own, or finds that it is one already.
+    """Makes a directory a run's own, or finds that it is one already; all processes call this together.
 
     Raises:
       UserError: it holds something else, a newer release wrote it, or it cannot be written.
     """
     directory = Path(directory).absolute()
+    # By one process: another one might look while the mark is being made.
+    decided(lambda: _claimed(directory))
+    return directory
+
+
+def _claimed(directory: Path) -> str:
     marker = directory / MARKER_FILE
     if marker.is_file():
         try:
@@ -72,21 +96,21 @@ def claim_run_directory(directory: str | Path) -> Path:
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{marker} is damaged; expected the mark of a run directory") from error
         check_format_version(version, str(marker))
-        return directory
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        return str(directory)
+    partial = marker.with_suffix(".partial")
+    # A run that was killed at its very start leaves its mark half made.
+    if directory.exists() and (not directory.is_dir() or set(directory.iterdir()) - {partial}):
         raise UserError(
             f"{directory} holds something that is no run of slm_jax (it has no {MARKER_FILE}); "
             "choose an empty or a new directory"
         )
-    if jax.process_index() == 0:
-        try:
-            directory.mkdir(parents=True, exist_ok=True)
-            partial = marker.with_suffix(".partial")
-            partial.write_text(json.dumps({"format_version": FORMAT_VERSION}) + "\n", encoding="utf-8")
-            partial.rename(marker)
-        except OSError as error:
-            raise UserError(f"cannot write run directory {directory}: {error.strerror or error}") from error
-    return directory
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        partial.write_text(json.dumps({"format_version": FORMAT_VERSION}) + "\n", encoding="utf-8")
+        partial.rename(marker)
+    except OSError as error:
+        raise UserError(f"cannot write run directory {directory}: {error.strerror or error}") from error
+    return str(directory)
 
 
 class RunCheckpoints:
@@ -143,6 +167,9 @@ class RunCheckpoints:
             )
         finally:
             absl.logging.set_verbosity(level)
+        self._failure: BaseException | None = None
+        if not read_only:
+            self._note_failures()
 
     @property
     def directory(self) -> Path:
@@ -172,6 +199,7 @@ class RunCheckpoints:
         Raises:
           UserError: this save or one before it failed, as on a full disk; earlier checkpoints are intact.
         """
+        self.wait()
         if step in self.all_steps():
             return False
         record = {
@@ -179,12 +207,15 @@ class RunCheckpoints:
             "cursor": asdict(cursor),
             "provenance": provenance.to_json(),
             "parameters": table_to_json(parameter_table(state)),
+            "checksums": checksums(state),
             "metrics": dict(metrics or {}),
         }
         try:
             return self._manager.save(
                 step,
-                args=ocp.args.Composite(state=ocp.args.PyTreeSave(state), record=ocp.args.JsonSave(record)),
+                args=ocp.args.Composite(
+                    state=ocp.args.PyTreeSave(state), record=ocp.args.JsonSave(signed(record))
+                ),
                 metrics=dict(metrics or {}),
                 force=True,
             )
@@ -192,14 +223,31 @@ class RunCheckpoints:
             # Not the storage: another process is lost, or a device.
             raise
         except Exception as error:
+            self._failure = error
             raise self._failed(error) from error
 
-    def wait(self) -> None:
-        """Waits for saves that are under way.
+    def check(self) -> None:
+        """Finds whether a save in the background failed, without waiting.
+
+        Raises:
+          UserError: it did, in this process.
+        """
+        if self._failure is not None:
+            raise self._failed(self._failure) from self._failure
+
+    def wait(self, seconds: float = float("inf")) -> None:
+        """Waits for saves that are under way, or so long.
 
         Raises:
           UserError: one of them failed.
         """
+        deadline = time.monotonic() + seconds
+        while self._manager.is_saving_in_progress():
+            # Where one failed here, Orbax waits for the other processes, which wait for this one.
+            self.check()
+            if time.monotonic() > deadline:
+                return
+            time.sleep(_POLL_SECONDS)
         try:
             self._manager.wait_until_finished()
         except jax.errors.JaxRuntimeError:
@@ -208,16 +256,39 @@ class RunCheckpoints:
         except Exception as error:
             raise self._failed(error) from error
 
-    def close(self) -> None:
+    def close(self, failed: bool = False) -> None:
         """Waits and frees the threads.
+
+        Args:
+          failed: the run ends by an error, of which other processes may know nothing: no wait is
+            without an end.
 
         Raises:
           UserError: a save failed.
         """
+        alone = jax.process_count() == 1
         try:
-            self.wait()
+            self.wait(_CLOSE_SECONDS if failed and not alone else float("inf"))
         finally:
-            self._manager.close()
+            if alone or not (self._failure or self._manager.is_saving_in_progress()):
+                self._manager.close()
+
+    def _note_failures(self) -> None:
+        """Keeps what a save in the background failed of.
+
+        Orbax tells once, and its own thread asks first: that then waits for all processes before it tells.
+        """
+        saves = self._manager._checkpointer._async_manager  # pyright: ignore[reportAttributeAccessIssue]
+        check_for_errors = saves.check_for_errors
+
+        def check() -> None:
+            try:
+                check_for_errors()
+            except BaseException as error:
+                self._failure = error
+                raise
+
+        saves.check_for_errors = check
 
     def all_steps(self) -> list[int]:
         """Steps that are saved, in order; a half-written one is none of them."""
@@ -226,6 +297,35 @@ class RunCheckpoints:
     def reload(self) -> None:
         """Looks anew at which steps are saved, after others were moved away."""
         self._manager.reload()
+
+    def set_aside(self, step: int) -> Path:
+        """Moves a damaged checkpoint into `checkpoints_damaged`; all processes call this together.
+
+        Returns:
+          Where it lies now.
+
+        Raises:
+          UserError: it cannot be moved.
+        """
+
+        def move() -> str:
+            folder = self._directory.parent / DAMAGED
+            aside, number = folder / str(step), 1
+            while aside.exists():
+                number += 1
+                aside = folder / f"{step}.{number}"
+            try:
+                folder.mkdir(exist_ok=True)
+                (self._directory / str(step)).rename(aside)
+            except OSError as error:
+                raise UserError(
+                    f"cannot move damaged {self._where(step)} to {aside}: {error.strerror or error}"
+                ) from error
+            return str(aside)
+
+        aside = decided(move)
+        self.reload()
+        return Path(aside)
 
     def latest_step(self) -> int | None:
         """The newest step that is saved."""
@@ -241,15 +341,13 @@ class RunCheckpoints:
         """What was saved beside the state: cursor, provenance, parameter table, metrics.
 
         Raises:
-          UserError: it is damaged, or a newer release wrote it.
+          UserError: it is damaged (DamagedCheckpoint), or a newer release wrote it.
         """
         where = self._where(step)
-        try:
-            record = dict(
-                self._manager.restore(step, args=ocp.args.Composite(record=ocp.args.JsonRestore()))["record"]
-            )
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{where} is damaged: {first_line(error)}") from error
+        folder = epath.Path(self._directory / str(step) / "record")
+        with self._reading(where):
+            record = dict(ocp.JsonCheckpointHandler().restore(folder))
+        check_signed(record, where)
         check_format_version(record.get("format_version"), where)
         return record
 
@@ -267,20 +365,22 @@ class RunCheckpoints:
           None where nothing is saved yet.
 
         Raises:
-          UserError: another plan, frozen checkpoint, tokenizer or model, a newer format, or damaged data.
+          UserError: another plan, frozen checkpoint, tokenizer or model, a newer format, or damaged data
+            (DamagedCheckpoint); the same in all processes.
         """
         step = self.latest_step() if step is None else step
         if step is None:
             return None
         where = self._where(step)
-        record = self.read_record(step)
+        record = together(lambda: self.read_record(step))
         saved = read_provenance(record["provenance"], where)
         # The model goes first: with another model the fingerprints usually differ too, and say less.
         check_parameters(
             table_from_json(record["parameters"]), parameter_table(abstract_state), where, check_dtype=True
         )
         notes = check_provenance(saved, provenance, where)
-        return Restored(step, self._restore_state(step, abstract_state), record["cursor"], saved, notes)
+        state = self._restore_state(step, abstract_state, record)
+        return Restored(step, state, record["cursor"], saved, notes)
 
     def restore_params(
         self, abstract_params: Any, provenance: Provenance | None = None, step: int | None = None
@@ -301,7 +401,7 @@ class RunCheckpoints:
             raise UserError(f"{self._directory} holds no checkpoint")
         if step not in steps:
             raise UserError(f"{self._directory} holds no checkpoint of step {step}{nearest(step, steps)}")
-        record = self.read_record(step)
+        record = together(lambda: self.read_record(step))
         if provenance is not None:
             before = read_provenance(record["provenance"], self._where(step))
             check_provenance(_of_model(before), _of_model(provenance), self._where(step))
@@ -311,7 +411,7 @@ class RunCheckpoints:
             if path.startswith("params/")
         }
         check_parameters(saved, parameter_table(abstract_params), self._where(step), check_dtype=False)
-        return self._restore_state(step, {"params": abstract_params}, partial=True)["params"]
+        return self._restore_state(step, {"params": abstract_params}, record, partial=True)["params"]
 
     def restore_arrays(self, wanted: Mapping[str, jax.ShapeDtypeStruct], step: int) -> dict[str, jax.Array]:
         """Restores single arrays of a state.
@@ -328,30 +428,67 @@ class RunCheckpoints:
             # Orbax leaves `...` as it is.
             return wanted.get(path_text(path), ...)
 
-        try:
-            with contextlib.closing(ocp.PyTreeCheckpointHandler()) as handler:
-                saved = handler.metadata(epath.Path(self._directory / str(step) / "state")).tree
-        except (OSError, ValueError) as error:
-            raise UserError(f"{self._where(step)} is damaged: {first_line(error)}") from error
-        state = self._restore_state(step, jax.tree_util.tree_map_with_path(of_leaf, saved))
+        with self._reading(self._where(step)), contextlib.closing(ocp.PyTreeCheckpointHandler()) as handler:
+            saved = handler.metadata(self._state_folder(step)).tree
+        record = together(lambda: self.read_record(step))
+        state = self._restore_state(step, jax.tree_util.tree_map_with_path(of_leaf, saved), record)
         leaves = {path_text(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(state)}
         return {name: leaves[name] for name in wanted}
 
-    def _restore_state(self, step: int, abstract: Any, partial: bool = False) -> Any:
+    def _restore_state(
+        self, step: int, abstract: Any, record: Mapping[str, Any], partial: bool = False
+    ) -> Any:
+        """Reads arrays, and finds that they are what was saved; all processes call this together."""
         args = ocp.args.PyTreeRestore(
             item=abstract,
             restore_args=ocp.checkpoint_utils.construct_restore_args(abstract),
             partial_restore=partial,
         )
+        where = self._where(step)
+
+        def read() -> Any:
+            # The manager's own waits for all processes after it read, and for ever where one could not.
+            with self._reading(where), contextlib.closing(ocp.PyTreeCheckpointHandler()) as handler:
+                return handler.restore(self._state_folder(step), args=args)
+
+        state = together(read)
+        dtypes = {name: dtype for name, (_, dtype) in table_from_json(record["parameters"]).items()}
+        # Checkpoints of earlier releases have none, and what is read as another dtype has other bits.
+        saved = {
+            name: record.get("checksums", {})[name]
+            for name, leaf in named_arrays(state)
+            if name in record.get("checksums", {}) and dtypes[name] == leaf.dtype.name
+        }
+        together(lambda: check_checksums(saved, state, where))
+        return state
+
+    @contextlib.contextmanager
+    def _reading(self, where: str) -> Iterator[None]:
+        """Inside, what cannot be read is told as damage, unless it is the store that is at fault."""
         try:
-            return self._manager.restore(step, args=ocp.args.Composite(state=args))["state"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{self._where(step)} is damaged: {first_line(error)}") from error
+            yield
+        except UserError:
+            raise
+        except Exception as error:
+            # Damaged files end in whatever they may; Orbax's own error tells where, and its cause tells what.
+            cause = error.__cause__ or error
+            unanswered = isinstance(cause, (PermissionError, TimeoutError, ConnectionError, MemoryError))
+            if unanswered or _NO_DAMAGE.search(str(cause)):
+                raise UserError(f"{where} cannot be read: {first_line(cause)}") from error
+            raise DamagedCheckpoint(f"{where} is damaged: {first_line(cause)}") from error
+
+    def _state_folder(self, step: int) -> Any:
+        return epath.Path(self._directory / str(step) / "state")
 
     def _where(self, step: int) -> str:
         return f"checkpoint {self._directory / str(step)}"
 
-    def _failed(self, error: BaseException) -> UserError:
+    def _failed(self, error: BaseException) -> BaseException:
+        # Orbax tells by a time-out of its own that JAX waited in vain.
+        found = error.__cause__ or error
+        if isinstance(found, jax.errors.JaxRuntimeError):
+            # Another process is lost, or a device failed: nothing that a user has to mend.
+            return found
         return UserError(
             f"cannot save a checkpoint to {self._directory}: {first_line(error)}; "
             "earlier checkpoints are intact"

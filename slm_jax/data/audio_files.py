@@ -16,6 +16,7 @@ Rules, each counted by the iterator:
 from __future__ import annotations
 
 import contextlib
+import io
 import math
 import os
 from collections.abc import Iterator
@@ -59,6 +60,27 @@ REASONS = (
     "shorter_than_reference",
     "too_long",
 )
+
+
+def _use_once() -> None:
+    """Reads a sound in this thread, before several do.
+
+    cffi makes the types of a library's functions when they are first used, and from 2.0 on ends the process
+    where two threads do so at once (https://github.com/python-cffi/cffi/issues/271).
+    """
+    file = io.BytesIO()
+    soundfile.write(file, np.zeros(1, np.int16), SAMPLE_RATE, format="WAV")
+    file.seek(0)
+    with soundfile.SoundFile(file) as sound:
+        for dtype in ("int16", "float32"):
+            sound.seek(0)
+            sound.read(dtype=dtype)
+    with contextlib.suppress(soundfile.SoundFileError):
+        # Not open to reading, and as good as any that is for the functions that take a path.
+        soundfile.SoundFile(os.devnull)
+
+
+_use_once()
 
 
 class Audio(NamedTuple):

@@ -263,7 +263,11 @@ def _give_up(processes: Processes, seconds: float) -> None:
 
 @contextlib.contextmanager
 def joined(processes: Processes, seconds: float = JOIN_SECONDS) -> Iterator[Company | None]:
-    """Joins the processes for the time of a block, and ends this one so that no other waits for it."""
+    """Joins the processes for the time of a block, and ends this one so that no other waits for it.
+
+    Args:
+      processes, seconds: as of `join`.
+    """
     company = join(processes, seconds)
     if company is None:
         yield None

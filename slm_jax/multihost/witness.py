@@ -13,6 +13,8 @@ from pathlib import Path
 # What tells the witness that nothing happened.
 _FAREWELL = b"farewell"
 _CONNECT_SECONDS = 5.0
+# What a client of gRPC says first, with an empty frame of settings; its server answers with its own.
+_HTTP2_PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\4\0\0\0\0\0"
 
 
 class Witness:
@@ -42,13 +44,14 @@ class Witness:
 
 
 def answers(address: str) -> bool:
-    """Returns whether somebody listens at `host:port`."""
+    """Returns whether the coordinator at `host:port` answers: one that hangs takes connections, too."""
     host, _, port = address.rpartition(":")
     try:
-        socket.create_connection((host.strip("[]"), int(port)), _CONNECT_SECONDS).close()
+        with socket.create_connection((host.strip("[]"), int(port)), _CONNECT_SECONDS) as connection:
+            connection.sendall(_HTTP2_PREFACE)
+            return bool(connection.recv(1))
     except OSError:
         return False
-    return True
 
 
 def main(name: str, coordinator: str, coordinator_name: str) -> None:

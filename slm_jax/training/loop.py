@@ -230,10 +230,10 @@ def train(
             )  # fmt: skip
     except BaseException:
         # Its threads would be cut off by the end of the process, and say so below the mistake.
-        checkpoints.close()
+        checkpoints.close(failed=True)
         raise
     if jax.process_index() == 0:
-        (model_dir / "sharding_plan.txt").write_text(plan_text(shapes.boxed, mesh, rules), encoding="utf-8")
+        _write_plan(model_dir / "sharding_plan.txt", plan_text(shapes.boxed, mesh, rules))
     if on_start:
         on_start()
 
@@ -262,10 +262,14 @@ def train(
         with phases.phase("first batch"):
             batches = source.batches(start.cursor.rows_consumed, start.cursor.anchor)
         with watch(), stop_requests() as stop_after:
-            return run.go(batches, stop_after, start)
-    finally:
+            result = run.go(batches, stop_after, start)
+    except BaseException:
         with watch():
-            run.close()
+            run.close(failed=True)
+        raise
+    with watch():
+        run.close()
+    return result
 
 
 class _Start(NamedTuple):
@@ -294,7 +298,7 @@ def _begin(
     shapes, mesh, rules = program.shapes, program.mesh, program.rules
     with phases.phase("restore"):
         step = rollbacks.step(checkpoints.all_steps())
-        restored = restore_run(checkpoints, shapes.state, provenance, step)
+        restored = restore_run(checkpoints, shapes.state, provenance, step, rollbacks.oldest)
     wanted = {"frozen": shapes.frozen}
     if not restored:
         wanted = {"params": shapes.state.params, **wanted}
@@ -400,6 +404,7 @@ class _Run:
     def _between(self, step: int, state: TrainState, frozen: Any, rows_consumed: int, stopping: bool) -> None:
         """Tells, saves and scores what is due after a step."""
         config, last = self.config, step == self.config.train_steps
+        self.checkpoints.check()
         if last or stopping or step % config.log_period == 0:
             self._log(step)
         due = last or stopping or step % config.checkpoint_period == 0
@@ -414,13 +419,13 @@ class _Run:
         if config.keep_best and (due or scores is not None):
             self._save(step, state, rows_consumed, scores)
 
-    def close(self) -> None:
-        """Ends the threads and files of the run; a save under way is completed."""
+    def close(self, failed: bool = False) -> None:
+        """Ends the threads and files of the run; a save under way is completed, if the others are there."""
         self.profiler.close()
         self.reporter.close()
         self.steps.close()
         with self.phases.phase("checkpoint"):
-            self.checkpoints.close()
+            self.checkpoints.close(failed)
         if self.writer:
             self.writer.flush()
 
@@ -527,6 +532,13 @@ class _Run:
 def _place(phases: Phases) -> Place:
     step = "" if phases.step is None else f" of step {phases.step}"
     return Place(f"{phases.current!r}{step}", phases.moves)
+
+
+def _write_plan(path: Path, text: str) -> None:
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
 
 
 def _peak_flops(mesh: Mesh) -> float | None:

@@ -5,7 +5,8 @@ from typing import Any
 
 import jax
 
-from slm_jax.checkpoints.broadcast import agree
+from slm_jax.checkpoints.broadcast import agree, together
+from slm_jax.checkpoints.checksums import DamagedCheckpoint
 from slm_jax.checkpoints.manager import Restored, RunCheckpoints
 from slm_jax.checkpoints.parameters import parameter_table
 from slm_jax.checkpoints.provenance import Provenance
@@ -19,22 +20,63 @@ _STATISTICS = "opt_state/steps_counted"
 
 
 def restore_run(
-    checkpoints: RunCheckpoints, shapes: TrainState, provenance: Provenance, step: int | None
+    checkpoints: RunCheckpoints,
+    shapes: TrainState,
+    provenance: Provenance,
+    step: int | None,
+    oldest: int = 0,
 ) -> Restored | None:
+    """Restores a step, or the newest one that is whole; damaged ones after it are set aside.
+
+    A run that starts again by itself goes on where it can. Nothing is set aside before an older checkpoint
+    was read, and none is passed over that is of another plan or model.
+
+    Args:
+      checkpoints, shapes, provenance: as of `RunCheckpoints.restore`.
+      step: the one to restore, and no other; None for the newest.
+      oldest: no step before this one is gone back to.
+
+    Returns:
+      None where nothing is saved yet.
+
+    Raises:
+      UserError: as of `RunCheckpoints.restore`; DamagedCheckpoint of the newest where no older one is whole.
+    """
+    steps = checkpoints.all_steps()
+    agree("the checkpoints to go on from, of steps", str(steps if step is None else step))
+    if step is not None:
+        return _restore(checkpoints, shapes, provenance, step)
+    damaged: dict[int, DamagedCheckpoint] = {}
+    for candidate in reversed(steps):
+        if damaged and candidate < oldest:
+            break
+        try:
+            restored = _restore(checkpoints, shapes, provenance, candidate)
+        except DamagedCheckpoint as error:
+            damaged[candidate] = error
+            continue
+        asides = {step: checkpoints.set_aside(step) for step in damaged}
+        told = [f"{damaged[step]}; it lies in {aside} now" for step, aside in asides.items()]
+        return restored._replace(notes=[*told, *restored.notes])
+    if damaged:
+        newest, error = next(iter(damaged.items()))
+        raise DamagedCheckpoint(f"{error}; none older than that of step {newest} is whole") from error
+    return None
+
+
+def _restore(checkpoints: RunCheckpoints, shapes: TrainState, provenance: Provenance, step: int) -> Restored:
     """Restores as `RunCheckpoints.restore`, whether or not the checkpoint's run watched for spikes.
 
     A run may begin or cease to watch at any checkpoint: what is lacking begins afresh, the rest is left out.
     """
-    step = checkpoints.latest_step() if step is None else step
-    agree("the checkpoint to go on from at step", str(step))
-    if step is None:
-        return None
-    names = checkpoints.read_record(step)["parameters"].keys()
+    names = together(lambda: checkpoints.read_record(step))["parameters"].keys()
     _check_counts(names, parameter_table(shapes).keys(), f"checkpoint {checkpoints.directory / str(step)}")
     saved = _STATISTICS in names
     wanted = isinstance(shapes.opt_state, SpikeState)
     if saved == wanted:
-        return checkpoints.restore(shapes, provenance, step)
+        restored = checkpoints.restore(shapes, provenance, step)
+        assert restored is not None
+        return restored
     if saved:
         scalars = jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=shapes.step.sharding),

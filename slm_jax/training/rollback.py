@@ -67,6 +67,11 @@ class Rollbacks:
         return Rollback(self._entries[-1]["step"], self._entries[-1]["skip_steps"])
 
     @property
+    def oldest(self) -> int:
+        """The step of the newest rollback: an older checkpoint knows nothing of the rows that it left out."""
+        return self._last.step if self._last else 0
+
+    @property
     def unfinished(self) -> Rollback | None:
         """What is to be carried out now; None where it is done already or nothing was asked for."""
         if self._entries and not self._entries[-1]["done"]:

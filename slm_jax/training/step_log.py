@@ -32,7 +32,7 @@ class StepLog:
             partial.replace(self._path)
             self._file = self._path.open("a", encoding="utf-8")
         except OSError as error:
-            raise UserError(f"cannot write {self._path}: {error.strerror or error}") from error
+            raise self._unwritten(error) from error
 
     @property
     def name(self) -> str:
@@ -50,7 +50,10 @@ class StepLog:
         line: dict[str, object] = {"step": step, "loss": loss, **(more or {})}
         if ids is not None:
             line["ids"] = {str(row): list(names) for row, names in sorted(ids.items())}
-        self._file.write(json.dumps(line) + "\n")
+        try:
+            self._file.write(json.dumps(line) + "\n")
+        except OSError as error:
+            raise self._unwritten(error) from error
 
     def flush(self) -> None:
         """Brings all lines to the disk; called before a checkpoint, which must never be ahead of it."""
@@ -58,11 +61,17 @@ class StepLog:
             self._file.flush()
             os.fsync(self._file.fileno())
         except OSError as error:
-            raise UserError(f"cannot write {self._path}: {error.strerror or error}") from error
+            raise self._unwritten(error) from error
 
     def close(self) -> None:
         """Closes the file."""
-        self._file.close()
+        try:
+            self._file.close()
+        except OSError as error:
+            raise self._unwritten(error) from error
+
+    def _unwritten(self, error: OSError) -> UserError:
+        return UserError(f"cannot write {self._path}: {error.strerror or error}")
 
     def _lines_up_to(self, last_step: int) -> list[bytes]:
         if not self._path.exists():
