@@ -1,4 +1,7 @@
-"""`slm convert`: a published checkpoint becomes a frozen foundation model, or the other way round."""
+"""`slm convert`: a published checkpoint becomes a frozen foundation model, or the other way round.
+
+What a run has trained goes to T5X and back, by `t5x_checkpoints`.
+"""
 
 import argparse
 import contextlib
@@ -9,9 +12,11 @@ import sys
 import time
 from pathlib import Path
 
+from slm_jax.cli.main import add_gin_arguments
 from slm_jax.errors import UserError, nearest
 
 _LAYOUTS = ("scan",)
+_TARGETS = ("to", "to_hf", "to_t5x", "to_run")
 # What a task can take its vocabulary from; ByT5 needs none.
 _VOCABULARIES = {"spiece.model", "sentencepiece.model", "tokenizer.model"}
 _BYT5_ROWS = 384
@@ -31,6 +36,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="new directory that transformers loads: safetensors and config.json",
     )
     parser.add_argument(
+        "--to_t5x", metavar="DIR",
+        help="--from is a run: folder for checkpoint_<step> with what it has trained, for T5X to begin with",
+    )  # fmt: skip
+    parser.add_argument(
+        "--to_run", metavar="DIR",
+        help="--from is T5X's checkpoint of an SLM: new run with its parameters, configured by --gin_file",
+    )  # fmt: skip
+    parser.add_argument(
+        "--step", type=int, metavar="N", help="with --to_t5x: checkpoint of the run; the newest by default"
+    )
+    add_gin_arguments(parser, required=False)
+    parser.add_argument(
         "--dtype", metavar="NAME", help="float32, bfloat16 or int8; by default that of the checkpoint"
     )
     parser.add_argument(
@@ -47,12 +64,33 @@ def main(args: argparse.Namespace) -> int:
         raise UserError(f"slm convert: --layout is {args.layout!r}{nearest(args.layout, _LAYOUTS)}")
     if args.source == "":
         raise UserError("slm convert: --from is empty, expected a directory")
-    if (args.to is None) == (args.to_hf is None):
-        raise UserError("slm convert: expected one of --to and --to_hf")
+    targets = {name: getattr(args, name) for name in _TARGETS if getattr(args, name) is not None}
+    if len(targets) != 1:
+        raise UserError(f"slm convert: expected one of {', '.join(f'--{name}' for name in _TARGETS)}")
+    (target, directory) = next(iter(targets.items()))
+    _check_flags(args, target)
     from slm_jax.checkpoints.directories import new_directory
 
-    new_directory(args.to_hf if args.to is None else args.to)
-    return _to_foundation(args) if args.to is not None else _to_huggingface(args)
+    if target in ("to_t5x", "to_run"):
+        from slm_jax.cli import t5x_checkpoints
+
+        return getattr(t5x_checkpoints, target)(args)
+    new_directory(directory)
+    return _to_foundation(args) if target == "to" else _to_huggingface(args)
+
+
+def _check_flags(args: argparse.Namespace, target: str) -> None:
+    """Raises UserError where a flag is given that has no meaning beside the target."""
+    if args.gin_bindings and target != "to_run":
+        raise UserError(f"slm convert: reads no gin, so --gin.{args.gin_bindings[0]} has no meaning here")
+    if args.gin_file and target != "to_run":
+        raise UserError(f"slm convert: --gin_file has no meaning with --{target}")
+    if not args.gin_file and target == "to_run":
+        raise UserError("slm convert: --to_run needs --gin_file, the configuration of the run")
+    if args.step is not None and target != "to_t5x":
+        raise UserError(f"slm convert: --step has no meaning with --{target}")
+    if args.dtype is not None and target in ("to_t5x", "to_run"):
+        raise UserError(f"slm convert: --dtype has no meaning with --{target}, which keeps every bit")
 
 
 def _to_foundation(args: argparse.Namespace) -> int:

@@ -34,7 +34,7 @@ _COMMANDS = {
     "quickstart": "Corpus, adapter, evaluation: the main job on the embedded default.",
 }
 # Commands whose settings are all flags.
-_WITHOUT_GIN = ("convert", "demo", "goodput")
+_WITHOUT_GIN = ("demo", "goodput")
 # What meets the other processes in its own way.
 _JOINS_ITSELF = ("doctor",)
 # Commands of two words.

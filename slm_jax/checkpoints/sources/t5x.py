@@ -75,13 +75,12 @@ def find_t5x(directory: str | Path) -> Path | None:
     return next(iter(_steps(Path(directory))), None)
 
 
-class T5XSource:
-    """A T5X checkpoint opened for reading; see `sources.base.TensorSource`.
+class T5XTensors:
+    """What a T5X checkpoint holds, of whatever model.
 
     Attributes:
       where: the checkpoint's folder.
       notes: what a user should know of the choice, such as that the newest of several steps was taken.
-      config: what shapes say of the network, by the names of T5X's `T5Config`, with `model_type` of `t5x`.
       tensors: names are paths in the train state, joined by dots: `target.encoder.encoder_norm.scale`.
     """
 
@@ -89,7 +88,7 @@ class T5XSource:
         """Opens a checkpoint, or the newest of those that a folder holds.
 
         Raises:
-          UserError: there is none, it is damaged, a part of it is missing, or it is no T5.
+          UserError: there is none, it is damaged, or a part of it is missing.
         """
         steps = _steps(Path(directory))
         if not steps:
@@ -102,12 +101,18 @@ class T5XSource:
         legacy = (folder / INDEX).is_file()
         self._places = dict(_legacy(folder) if legacy else _orbax(folder / "state"))
         self.tensors: Mapping[str, TensorInfo] = {name: place.info for name, place in self._places.items()}
-        self.config: Mapping[str, Any] = _config(self.where, self.tensors)
-        activation, distance = (
-            self.config[name] for name in ("mlp_activations", "relative_attention_max_distance")
-        )
-        assumed = f"{activation[0]}, {distance}"
-        self.notes += (f"T5X tells no activation and no distance of the last bucket: taken as {assumed}",)
+
+    def parameters(self) -> dict[str, TensorInfo]:
+        """Shape and dtype of each parameter by its path, such as `adapter/out/kernel`."""
+        return {
+            name.removeprefix(_PARAMETERS).replace(".", "/"): info
+            for name, info in self.tensors.items()
+            if name.startswith(_PARAMETERS)
+        }
+
+    def parameter(self, path: str) -> np.ndarray:
+        """Returns a parameter by its path; raises UserError as `read`."""
+        return self.read(_PARAMETERS + path.replace("/", "."))
 
     def read(self, name: str, index: tuple[int | slice, ...] = ()) -> np.ndarray:
         """Returns the tensor `name`, or what `tensor[index]` is; see `sources.base.TensorSource.read`."""
@@ -120,6 +125,28 @@ class T5XSource:
             return np.asarray((array[index] if index else array).read().result())
         except (ValueError, OSError, IndexError, TypeError, MemoryError) as error:
             raise UserError(f"{self.where}: {name} cannot be read: {first_line(error)}") from error
+
+
+class T5XSource(T5XTensors):
+    """A T5X checkpoint of a T5 opened for reading; see `sources.base.TensorSource`.
+
+    Attributes:
+      config: what shapes say of the network, by the names of T5X's `T5Config`, with `model_type` of `t5x`.
+    """
+
+    def __init__(self, directory: str | Path):
+        """Opens a checkpoint, or the newest of those that a folder holds.
+
+        Raises:
+          UserError: there is none, it is damaged, a part of it is missing, or it is no T5.
+        """
+        super().__init__(directory)
+        self.config: Mapping[str, Any] = _config(self.where, self.tensors)
+        activation, distance = (
+            self.config[name] for name in ("mlp_activations", "relative_attention_max_distance")
+        )
+        assumed = f"{activation[0]}, {distance}"
+        self.notes += (f"T5X tells no activation and no distance of the last bucket: taken as {assumed}",)
 
 
 def _steps(directory: Path) -> list[Path]:
