@@ -62,7 +62,9 @@ def test_runs_and_recipes_build(name):
 
 
 def test_every_packaged_file_is_covered():
-    others = {name for name in gin_config.packaged_gin_files() if name not in _RUNS}
+    # Those of t5x/ configure T5X's functions: tests/t5x_partner builds them where T5X is.
+    known = [name for name in gin_config.packaged_gin_files() if not name.startswith("t5x/")]
+    others = {name for name in known if name not in _RUNS}
     for name in others:
         gin_config.parse([name])
         assert gin.config_str()

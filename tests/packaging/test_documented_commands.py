@@ -238,6 +238,19 @@ STEP_BY_STEP = [
         ".venv/bin/tensorboard --logdir runs/quickstart/tensorboard", "--inspect", says("eval/demo_asr")
     ),
 ]
+THERE_AND_BACK = [
+    Exercise(
+        ".venv/bin/slm convert --from runs/quickstart --to_t5x runs/quickstart_t5x",
+        "",
+        wrote("runs/quickstart_t5x/checkpoint_2/state/manifest.ocdbt"),
+    ),
+    Exercise(
+        ".venv/bin/slm convert --from runs/quickstart_t5x --to_run runs/from_t5x"
+        " --gin_file recipes/quickstart.gin --gin.CORPUS_DIR=\"'runs/demo/corpus'\"",
+        "",
+        wrote("runs/from_t5x/config.gin", "runs/from_t5x/checkpoints/2/state"),
+    ),
+]
 OWN_TASK_AND_MODEL = [
     Exercise(
         ".venv/bin/slm train --gin_file slots.gin",
@@ -385,6 +398,7 @@ EXERCISES = {
     "seeds": SEEDS,
     "own_data": OWN_DATA,
     "step_by_step": STEP_BY_STEP,
+    "there_and_back": THERE_AND_BACK,
     "own_task_and_model": OWN_TASK_AND_MODEL,
     "shards_and_plans": SHARDS_AND_PLANS,
     "packing": PACKING,

@@ -22,10 +22,11 @@ RANKS = {
     "evaluation": 4,
     "export": 4,
     "cli": 5,
+    "t5x_partner": 5,
 }
 # Rooms that stand beside, and who may know them: what trains is handed its data.
 BESIDE = {
-    "data": {"data", "tasks", "evaluation", "demo", "cli"},
+    "data": {"data", "tasks", "evaluation", "demo", "cli", "t5x_partner"},
     "tasks": {"tasks", "demo", "cli"},
     "demo": {"demo", "tasks", "cli"},
 }
@@ -35,7 +36,7 @@ BESIDE_MAY_IMPORT = {
     "demo": {"errors", "data", "demo", "evaluation"},
 }
 TENSORFLOW = {"tensorflow", "tensorflow_datasets", "tensorflow_text", "seqio"}
-TENSORFLOW_ROOMS = {"data", "tasks"}
+TENSORFLOW_ROOMS = {"data", "tasks", "t5x_partner"}
 MARKERS = re.compile(r"\b(TODO|FIXME|XXX|HACK|for now|simplified|placeholder)\b", re.IGNORECASE)
 
 
@@ -124,6 +125,12 @@ def test_no_rooms_import_each_other():
 def test_gin_is_known_in_cli_alone():
     rooms = {found.room for found in ALL if found.module.split(".")[0] == "gin"}
     assert rooms == {"cli"}
+
+
+def test_t5x_is_known_in_its_own_room_alone():
+    assert {found.room for found in ALL if found.module.split(".")[0] == "t5x"} == {"t5x_partner"}
+    assert {found.room for found, asked in own_rooms() if asked == "t5x_partner"} == {"t5x_partner"}
+    assert "cli" not in {asked for found, asked in own_rooms() if found.room == "t5x_partner"}
 
 
 def test_tensorflow_lives_in_data_and_tasks_and_lazily_in_evaluation():
