@@ -7,6 +7,8 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from slm_jax.multihost.examination import Examination, Verdict
+
 _ROUNDS = 3
 # Sums of so small numbers are exact in float32, over however many devices.
 _CYCLE, _STEP = 31, 16
@@ -22,6 +24,23 @@ class Measured(NamedTuple):
 
     seconds: float
     wrong: list[int]
+
+
+def examine_all_reduce(examination: Examination, mesh: Mesh, bytes_per_device: int) -> None:
+    """Goes through a phase `all-reduce` for each axis of a mesh along which there are several devices."""
+    for axis in [axis for axis, ways in mesh.shape.items() if ways > 1] or mesh.axis_names[-1:]:
+        what = f"{bytes_per_device / (1 << 20):.0f} MiB a device over {axis}={mesh.shape[axis]}"
+
+        def judge(found: list[tuple[float, list[int]]], what: str = what) -> Verdict:
+            if wrong := [index for index, (_, devices) in enumerate(found) if devices]:
+                return Verdict("", [f"the sum of {what} is wrong on {examination.names(wrong)}"])
+            seconds = [one for one, _ in found]
+            slowest = seconds.index(max(seconds))
+            last = f", {examination.name(slowest)} last" if len(seconds) > 1 else ""
+            speed = f"{1e3 * seconds[slowest]:.2f} ms, {bytes_per_device / seconds[slowest] / 1e9:.3g} GB/s"
+            return Verdict(f"{what} in {speed}{last}; the sum is exact")
+
+        examination.examine("all-reduce", lambda axis=axis: all_reduce(mesh, axis, bytes_per_device), judge)
 
 
 def all_reduce(mesh: Mesh, axis: str, bytes_per_device: int) -> Measured:

@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import os
 import socket
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -160,8 +159,3 @@ def differing(what: str, values: Sequence[object], names: Callable[[Sequence[int
     # First what most have.
     ranked = sorted(holders.items(), key=lambda entry: -len(entry[1]))
     return f"{what} is " + ", ".join(f"{value} on {names(found)}" for value, found in ranked)
-
-
-def token() -> str:
-    """Returns letters that nobody else has."""
-    return os.urandom(8).hex()

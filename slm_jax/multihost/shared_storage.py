@@ -1,11 +1,12 @@
 """Whether all processes write to a directory, and read there what the others wrote."""
 
+import os
 import time
 from typing import Any, Protocol
 
 import numpy as np
 
-from slm_jax.multihost.examination import Examination, Verdict, by_value, token
+from slm_jax.multihost.examination import Examination, Verdict, by_value
 
 _BULK_BYTES = 16 << 20
 # Each process reads the marks of so many others at most: a thousand processes do not read a million files.
@@ -27,21 +28,22 @@ class Files(Protocol):
         """Returns bytes that are free, where that can be said."""
         ...
 
+    def nearest(self, directory: str) -> str:
+        """Returns a directory, or one above it where it is not there."""
+        ...
 
-def examine_storage(
-    examination: Examination, files: Files, name: str, directory: str, shared: bool = True
-) -> None:
-    """Goes through a phase for one directory; what it writes there it removes.
+
+def examine_storage(examination: Examination, files: Files, directory: str, shared: bool = True) -> None:
+    """Goes through the phase `storage` for one directory; what it writes there it removes.
 
     Args:
-      examination: in which all processes call this with the same `name`.
+      examination: in which all processes call this.
       files: writes and reads.
-      name: of the phase.
-      directory: as this process finds it, local or remote; it exists.
+      directory: as this process finds it, local or remote.
       shared: whether processes of several hosts must see what the others write.
     """
     examination.examine(
-        name,
+        "storage",
         lambda: _look(examination, files, directory, shared),
         lambda found: _judge(examination, found, shared),
     )
@@ -49,7 +51,10 @@ def examine_storage(
 
 def _look(examination: Examination, files: Files, directory: str, shared: bool) -> dict[str, Any]:
     index, count = examination.processes.index, examination.processes.count
-    mine = f"{directory.rstrip('/')}/.slm_doctor_{examination.gathered(token())[0]}_"
+    token = examination.gathered(os.urandom(8).hex())[0]
+    examination.at(f"looks for {directory}")
+    directory = files.nearest(directory)
+    mine = f"{directory.rstrip('/')}/.slm_doctor_{token}_"
     found: dict[str, Any] = {"directory": directory, "error": None, "unseen": [], "free": None}
     bulk = np.random.default_rng(index).bytes(_BULK_BYTES)
     own = [f"{mine}{index}", f"{mine}{index}_bulk"]

@@ -1,12 +1,15 @@
 """What of a process's environment will not do: GPUs that it does not see or that it shares, proxies."""
 
 import re
+import socket
 import subprocess
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from slm_jax.multihost.environment import Processes, proxies_in_the_way
+from slm_jax.multihost.examination import Examination, Verdict, by_value
 
 # What names no GPU in CUDA_VISIBLE_DEVICES.
 _NO_GPU = ("", "-1", "NoDevFiles")
@@ -20,11 +23,13 @@ class Surroundings(NamedTuple):
       problems: a sentence for each.
       notes: what may be a problem.
       gpus: identifiers of the GPUs that this process will take.
+      machine: that this process runs on, whatever containers call it.
     """
 
     problems: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     gpus: tuple[str, ...] = ()
+    machine: str = ""
 
 
 def installed_gpus() -> list[str]:
@@ -65,7 +70,14 @@ def look_around(environ: Mapping[str, str], processes: Processes, installed: Seq
     if proxies := proxies_in_the_way(processes.coordinator, environ):
         names = " and ".join(proxies)
         notes.append(f"{names} may keep processes from meeting; name the coordinator's host in no_proxy")
-    return Surroundings(tuple(problems), tuple(notes), gpus)
+    return Surroundings(tuple(problems), tuple(notes), gpus, _machine())
+
+
+def _machine() -> str:
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
+    except OSError:
+        return socket.gethostname()
 
 
 def _visible(environ: Mapping[str, str], installed: Sequence[str]) -> list[str]:
@@ -131,17 +143,74 @@ def _number(environ: Mapping[str, str], name: str) -> int | None:
 
 
 def _count(number: int, what: str) -> str:
-    return f"{number} {what}" + ("s" if number != 1 else "")
+    return f"{number} {what}" + ("" if number == 1 else "es" if what.endswith("s") else "s")
 
 
-def shared_gpus(hosts: Sequence[str], gpus: Sequence[Sequence[str]]) -> dict[tuple[str, str], list[int]]:
-    """Returns the GPUs that several processes of a host take: host and GPU -> processes.
+def namesakes(hosts: Sequence[str], machines: Sequence[str]) -> dict[str, int]:
+    """Returns the names that several machines have, and how many.
 
     Args:
-      hosts, gpus: of each process.
+      hosts, machines: of each process.
+    """
+    named: dict[str, set[str]] = {}
+    for host, machine in zip(hosts, machines, strict=True):
+        named.setdefault(host, set()).add(machine)
+    return {host: len(found) for host, found in named.items() if len(found) > 1}
+
+
+def shared_gpus(machines: Sequence[str], gpus: Sequence[Sequence[str]]) -> dict[tuple[str, str], list[int]]:
+    """Returns the GPUs that several processes of a machine take: machine and GPU -> processes.
+
+    Args:
+      machines, gpus: of each process.
     """
     takers: dict[tuple[str, str], list[int]] = {}
-    for index, (host, own) in enumerate(zip(hosts, gpus, strict=True)):
+    for index, (machine, own) in enumerate(zip(machines, gpus, strict=True)):
         for gpu in own:
-            takers.setdefault((host, gpu), []).append(index)
+            takers.setdefault((machine, gpu), []).append(index)
     return {place: indices for place, indices in takers.items() if len(indices) > 1}
+
+
+def examine_surroundings(examination: Examination, around: Surroundings) -> None:
+    """Goes through the phases `environment` and `joining`, which were before the processes met.
+
+    Args:
+      examination: of processes that have met.
+      around: what this process has found.
+    """
+    examination.examine("environment", around._asdict, lambda found: judge(examination, found))
+    examination.examine("joining", lambda: None, lambda _: judge_company(examination))
+
+
+def judge(examination: Examination, found: Sequence[Mapping[str, Any]]) -> Verdict:
+    """Judges what all processes have found around themselves."""
+    processes, machines = examination.processes, [one["machine"] for one in found]
+    said = {index: "; ".join(one["problems"]) for index, one in enumerate(found) if one["problems"]}
+    problems = by_value(said, examination.names)
+    for (_, gpu), takers in [*shared_gpus(machines, [one["gpus"] for one in found]).items()][:1]:
+        problems.append(
+            f"{examination.names(takers)} take the same GPU {gpu}; expected for each its own, by "
+            "CUDA_VISIBLE_DEVICES or --gpus-per-task"
+        )
+    if processes.on_loopback and len(set(machines)) > 1:
+        problems.append(
+            f"the coordinator {processes.coordinator} leads every host to itself, and there are "
+            f"{len(set(machines))} hosts; expected the address of process 0's"
+        )
+    notes = sorted({note for one in found for note in one["notes"]})
+    for host, count in namesakes(examination.hosts, machines).items():
+        notes.append(f"{count} machines have the name {host}, which tells nobody which one is meant")
+    at = f", coordinator {processes.coordinator}" if processes.coordinator else ""
+    by = "alone" if processes.count == 1 else f"{processes.count} processes, by {processes.found}{at}"
+    return Verdict("; ".join([by, *(f"note: {note}" for note in notes)]), problems)
+
+
+def judge_company(examination: Examination) -> Verdict:
+    """Says which hosts are there; expected are as many processes on each."""
+    ranked = Counter(examination.hosts).most_common()
+    (host, most), (other, least) = ranked[0], ranked[-1]
+    if most != least:
+        found = f"host {host} runs {most} processes and host {other} {least}"
+        return Verdict("", [f"{found}; expected as many on each"])
+    hosts = ", ".join([host for host, _ in ranked[:8]] + ["..."] * (len(ranked) > 8))
+    return Verdict(f"{_count(len(examination.hosts), 'process')} on {_count(len(ranked), 'host')}: {hosts}")

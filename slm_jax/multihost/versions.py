@@ -4,8 +4,10 @@ import hashlib
 import importlib.metadata
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+
+from slm_jax.multihost.examination import Examination, Verdict, differing
 
 PACKAGES = (
     "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "slm-jax", "libtpu", "jax-cuda12-plugin",
@@ -16,6 +18,19 @@ VARIABLES = (
     "JAX_DEFAULT_PRNG_IMPL", "JAX_THREEFRY_PARTITIONABLE",
 )  # fmt: skip
 NOT_THERE, NOT_SET = "not there", "not set"
+
+
+def examine_versions(examination: Examination) -> None:
+    """Goes through the phase `versions`."""
+    examination.examine("versions", versions, lambda found: judge(examination, found))
+
+
+def judge(examination: Examination, found: Sequence[Mapping[str, str]]) -> Verdict:
+    """Compares what all processes have."""
+    values = {name: [one[name] for one in found] for name in found[0]}
+    problems = [differing(name, values[name], examination.names) for name in values]
+    same = [f"{name} {value}" for name, value in found[0].items() if value not in (NOT_THERE, NOT_SET)]
+    return Verdict(", ".join(same), [problem for problem in problems if problem])
 
 
 def versions(environ: Mapping[str, str] = os.environ) -> dict[str, str]:

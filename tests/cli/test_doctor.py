@@ -66,7 +66,7 @@ def test_all_is_well(tmp_path):
     _, out, _ = found[0]
     for line in (
         r"environment +ok: 2 processes, by flags, coordinator localhost:\d+",
-        rf"joining +ok: 2 process\(es\) on 1 host\(s\): {re.escape(HERE)}",
+        rf"joining +ok: 2 processes on 1 host: {re.escape(HERE)}",
         r"versions +ok: Python .* source of slm_jax [0-9a-f]{12}",
         r"configuration ok: the same for all, SHA-256 [0-9a-f]{12}",
         r"clocks +ok: at most \d",
@@ -148,10 +148,12 @@ def test_flags_that_do_not_fit(words, sentence, capsys):
 
 
 def test_alone(tmp_path, capsys):
-    assert main(["doctor", "--run", str(tmp_path / "none"), "--dir", str(tmp_path)]) == EXIT_MISTAKE
+    words = ["doctor", "--dir", str(tmp_path), "--dir", "ram://bucket/folder", "--profile_steps", "2:3"]
+    assert main([*words, "--run", str(tmp_path / "none")]) == EXIT_MISTAKE
     out, err = capsys.readouterr()
     assert "environment   ok: alone" in out and "devices       ok: 8, of each process 8 x cpu (cpu)" in out
     assert f"storage       ok: {tmp_path} is written" in out
+    assert "storage       ok: ram://bucket/folder is written and read by all" in out
     assert (
         "slm: error: doctor: configuration: process 0 of 1" in err and "is no run: it does not exist" in err
     )

@@ -5,27 +5,13 @@ from pathlib import Path
 
 import jax
 import pytest
+from several import Several
 
 from slm_jax.errors import UserError
 from slm_jax.multihost import bandwidth, clocks, devices, shared_storage
-from slm_jax.multihost.examination import Examination, Verdict, by_value, differing
+from slm_jax.multihost.examination import Verdict, by_value, differing
 from slm_jax.multihost.versions import source_fingerprint, versions
 from slm_jax.partitioning.mesh import MESH_AXES, make_mesh
-
-
-class Several(Examination):
-    """An examination of several processes that are not there."""
-
-    def __init__(self, count: int):
-        self.said: list[str] = []
-        super().__init__(self.said.append)
-        self.count = count
-
-    def name(self, index):
-        return f"process {index} of {self.count}"
-
-    def names(self, indices):
-        return " and ".join(map(self.name, indices))
 
 
 class LocalFiles:
@@ -44,6 +30,9 @@ class LocalFiles:
 
     def remove(self, path):
         Path(path).unlink()
+
+    def nearest(self, directory):
+        return directory
 
     def free(self, path):
         return shutil.disk_usage(path).free
@@ -118,9 +107,7 @@ def test_devices_of_all_processes():
         }
 
     def problems(*all_found):
-        examination = Several(2)
-        examination.processes = examination.processes.__class__(2, 0, "a:1")
-        return devices.judge(examination, [*all_found]).problems
+        return devices.judge(Several(2), [*all_found]).problems
 
     assert not problems(found(), found())
     (fallen,) = problems(found(), found("cpu", "cpu", 1))
@@ -158,7 +145,7 @@ def test_a_wrong_sum_is_found(monkeypatch):
 
 def test_a_directory_that_works(tmp_path):
     examination = Several(1)
-    shared_storage.examine_storage(examination, LocalFiles(), "storage", str(tmp_path))
+    shared_storage.examine_storage(examination, LocalFiles(), str(tmp_path))
     assert examination.said[0].startswith(
         f"storage       ok: {tmp_path} is written and read by all; the slowest"
     )
@@ -168,7 +155,7 @@ def test_a_directory_that_works(tmp_path):
 def test_a_directory_that_cannot_be_written(tmp_path):
     examination = Several(1)
     folder = tmp_path / "missing"
-    shared_storage.examine_storage(examination, LocalFiles(), "storage", str(folder))
+    shared_storage.examine_storage(examination, LocalFiles(), str(folder))
     assert examination.problems == [
         f"storage: process 0 of 1: cannot write to {folder}: No such file or directory"
     ]
@@ -176,7 +163,7 @@ def test_a_directory_that_cannot_be_written(tmp_path):
 
 def test_a_directory_that_gives_back_other_bytes(tmp_path):
     examination = Several(1)
-    shared_storage.examine_storage(examination, LocalFiles(changed="_bulk"), "storage", str(tmp_path))
+    shared_storage.examine_storage(examination, LocalFiles(changed="_bulk"), str(tmp_path))
     assert examination.problems == [
         f"storage: process 0 of 1: read other bytes in {tmp_path} than were written there"
     ]
@@ -185,7 +172,7 @@ def test_a_directory_that_gives_back_other_bytes(tmp_path):
 def test_a_directory_that_shows_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(shared_storage, "_SEEN_SECONDS", 0.0)
     examination = Several(1)
-    shared_storage.examine_storage(examination, LocalFiles(hidden="_0"), "storage", str(tmp_path))
+    shared_storage.examine_storage(examination, LocalFiles(hidden="_0"), str(tmp_path))
     assert examination.problems == [
         f"storage: process 0 of 1 does not see what process 0 of 1 wrote in {tmp_path}; expected a directory "
         "that all hosts share"

@@ -49,6 +49,22 @@ def test_a_process_alone_says_where_it_is_and_ends():
     assert "in sleeps_here" in done.stderr
 
 
+def test_the_interpreter_may_be_held_itself():
+    code = """if True:
+        import ctypes, time
+        from slm_jax.multihost import hang
+        hang._SILENT_SECONDS = 0.5
+        def holds_it():
+            ctypes.PyDLL(None).usleep(2_500_000)
+        with hang.watched(lambda: hang.Place("'x'", time.monotonic()), 0.5):
+            time.sleep(0.5)
+            holds_it()
+    """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and done.stderr.startswith("Timeout (0:00:01)!"), done.stderr
+    assert "in holds_it" in done.stderr
+
+
 def test_progress_and_places_without_a_limit_end_nothing(monkeypatch):
     ended = []
     monkeypatch.setattr(Watchdog, "_end", lambda self, place, held: ended.append((place.what, held)))

@@ -1,9 +1,17 @@
 """What a process says of its environment: GPUs hidden, shared or idle, Slurm without srun, proxies."""
 
 import pytest
+from several import Several
 
 from slm_jax.multihost.environment import Processes, find_processes
-from slm_jax.multihost.surroundings import installed_gpus, look_around, shared_gpus
+from slm_jax.multihost.surroundings import (
+    installed_gpus,
+    judge,
+    judge_company,
+    look_around,
+    namesakes,
+    shared_gpus,
+)
 
 GPUS = [f"GPU-{letter}0" for letter in "abcdefgh"]
 
@@ -38,7 +46,7 @@ def around(environ, installed=GPUS):
 )
 def test_the_gpus_that_cuda_shows(told, gpus):
     environ = {} if told is None else {"CUDA_VISIBLE_DEVICES": told}
-    assert around(environ) == ((), (), tuple(gpus))
+    assert around(environ)[:3] == ((), (), tuple(gpus))
 
 
 @pytest.mark.parametrize("told", ["", "-1", "NoDevFiles"])
@@ -53,13 +61,13 @@ def test_gpus_that_are_hidden_are_missed(told):
 
 def test_tasks_that_see_all_gpus_take_their_share():
     visible = {"CUDA_VISIBLE_DEVICES": "0,1,2,3,4,5,6,7", "SLURM_GPUS_ON_NODE": "8"}
-    assert around(slurm(1, 4, **visible)) == ((), (), ("GPU-c0", "GPU-d0"))
+    assert around(slurm(1, 4, **visible))[:3] == ((), (), ("GPU-c0", "GPU-d0"))
 
 
 def test_a_task_with_gpus_of_its_own_takes_all_of_them():
     # Each task sees its four as 0 to 3, the other four of the node belong to the other task.
     own = {"CUDA_VISIBLE_DEVICES": "0,1,2,3", "SLURM_GPUS_ON_NODE": "8", "SLURM_GPUS_PER_TASK": "4"}
-    assert around(slurm(1, 2, **own), GPUS[4:]) == ((), (), tuple(GPUS[4:]))
+    assert around(slurm(1, 2, **own), GPUS[4:])[:3] == ((), (), tuple(GPUS[4:]))
 
 
 def test_one_task_that_sees_one_of_eight_gpus():
@@ -94,7 +102,13 @@ def test_proxies_are_noted_where_processes_are_to_meet():
     assert not look_around({**environ, "no_proxy": "x, .pod"}, processes, []).notes
 
 
-def test_gpus_that_two_processes_of_a_host_take():
+def test_names_that_several_machines_have():
+    assert namesakes(["a", "a", "b", "b"], ["1", "2", "3", "3"]) == {"a": 2}
+    machines = {around({}, []).machine, around({}, []).machine}
+    assert len(machines) == 1 and "" not in machines
+
+
+def test_gpus_that_two_processes_of_a_machine_take():
     hosts, gpus = ["a", "a", "b"], [["0", "1"], ["1"], ["1"]]
     assert shared_gpus(hosts, gpus) == {("a", "1"): [0, 1]}
 
@@ -105,3 +119,42 @@ def test_installed_gpus_are_asked_of_the_driver(tmp_path, monkeypatch):
     program.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
     assert installed_gpus() == ["GPU-1", "GPU-2"]
+
+
+def of_each(*machines, **more):
+    return [{"problems": [], "notes": [], "gpus": [], "machine": machine, **more} for machine in machines]
+
+
+def test_what_all_have_found():
+    examination = Several(2, coordinator="a:1")
+    assert judge(examination, of_each("m", "n")) == ("2 processes, by flags, coordinator a:1", [])
+    noted = judge(examination, of_each("m", "m", notes=["http_proxy is set"]))
+    assert noted.line == "2 processes, by flags, coordinator a:1; note: http_proxy is set"
+    assert judge(examination, of_each("m", "n", problems=["x", "y"])).problems == ["all processes: x; y"]
+    assert judge(examination, of_each("m", "n", gpus=["GPU-1"])).problems == []
+    (shared,) = judge(examination, of_each("m", "m", gpus=["GPU-1"])).problems
+    assert shared.startswith("all processes take the same GPU GPU-1; expected for each its own")
+
+
+def test_a_coordinator_on_loopback_is_for_one_host():
+    examination = Several(2, coordinator="localhost:1")
+    assert not judge(examination, of_each("m", "m")).problems
+    (problem,) = judge(examination, of_each("m", "n")).problems
+    assert problem == (
+        "the coordinator localhost:1 leads every host to itself, and there are 2 hosts; expected the address "
+        "of process 0's"
+    )
+
+
+def test_machines_of_one_name():
+    examination = Several(2, hosts=["localhost", "localhost"])
+    assert judge(examination, of_each("m", "n")).line.endswith(
+        "; note: 2 machines have the name localhost, which tells nobody which one is meant"
+    )
+
+
+def test_the_hosts_that_are_there():
+    assert judge_company(Several(4, hosts="abab")) == ("4 processes on 2 hosts: a, b", ())
+    assert judge_company(Several(20)).line.endswith("20 hosts: a, b, c, d, e, f, g, h, ...")
+    (problem,) = judge_company(Several(3, hosts="aab")).problems
+    assert problem == "host a runs 2 processes and host b 1; expected as many on each"
