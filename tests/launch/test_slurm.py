@@ -179,7 +179,7 @@ def test_a_job_that_is_cancelled_is_not_requeued(submit: Submit, tmp_path: Path)
     for pid in (tmp_path / "slurm/pids").read_text().split():
         os.killpg(int(pid), signal.SIGTERM)
     status, output = ended(process)
-    assert status == 75 and "launch: cancelled" in output and requeues(tmp_path) == 0
+    assert status == 75 and "launch: Slurm ends the job" in output and requeues(tmp_path) == 0
 
 
 def test_while_a_node_does_not_answer_nothing_is_started_on_it(submit: Submit, tmp_path: Path):
