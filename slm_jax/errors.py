@@ -1,4 +1,4 @@
-"""The two kinds of trouble that are not bugs: a user's mistake and a bad example."""
+"""The kinds of trouble that are not bugs: a user's mistake, storage that is away, and a bad example."""
 
 import difflib
 import math
@@ -8,6 +8,8 @@ _LONGEST = 1200
 
 # Exit statuses of `slm`, for whoever starts it again. A user has to mend something first:
 EXIT_MISTAKE = 2
+# Storage did not answer for a while (sysexits' EX_IOERR); the same command goes on when it does.
+EXIT_STORAGE = 74
 # Asked to stop: saved, and the same command goes on (sysexits' EX_TEMPFAIL).
 EXIT_STOPPED = 75
 # Another process of the run is lost, or this one hangs.
@@ -26,6 +28,24 @@ class UserError(Exception):
         if len(line) > _LONGEST:
             line = f"{line[: _LONGEST // 2]} ... {line[-_LONGEST // 2 :]}"
         super().__init__(line)
+
+
+class RemoteError(OSError):
+    """An operation on remote storage that failed in every attempt."""
+
+
+class StorageError(UserError):
+    """Remote storage that does not answer: nobody's mistake, told in one sentence all the same."""
+
+
+def exit_status(error: UserError) -> int:
+    """Returns the status to exit with: `EXIT_MISTAKE`, or `EXIT_STORAGE` where remote storage was away."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, (StorageError, RemoteError)):
+            return EXIT_STORAGE
+        cause = cause.__cause__
+    return EXIT_MISTAKE
 
 
 class BadExample(Exception):

@@ -11,12 +11,14 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from slm_jax.checkpoints.checksums import DamagedCheckpoint
-from slm_jax.errors import UserError
+from slm_jax.errors import EXIT_STORAGE, StorageError, UserError, exit_status
 
 # About so many bytes of a shard are under way at a time, beside the shard itself; at least one row of it.
 PIECE_BYTES = 64 << 20
 # More than the longest sentence of a UserError.
 _TEXT_BYTES = 8 << 10
+# Kinds of errors that are the same in all processes; of what is none of them the first.
+_KINDS = (UserError, DamagedCheckpoint, StorageError)
 
 Places = dict[str, jax.ShapeDtypeStruct]
 
@@ -49,6 +51,13 @@ def read_once(places: Places, read: Callable[[Places], Mapping[str, jax.Array]])
     return {name: _on_all(place, readers[name], found.pop(name, None)) for name, place in places.items()}
 
 
+def _kind_of(error: UserError) -> int:
+    """The number of the most telling kind among `_KINDS`."""
+    if isinstance(error, DamagedCheckpoint):
+        return 1
+    return 2 if exit_status(error) == EXIT_STORAGE else 0
+
+
 def together(action: Callable[[], Any]) -> Any:
     """Returns what `action` returns, in a run of several processes once it went well in all of them.
 
@@ -63,7 +72,7 @@ def together(action: Callable[[], Any]) -> Any:
     try:
         result = action()
     except UserError as caught:
-        error, sentence = caught, f"{isinstance(caught, DamagedCheckpoint):d}{caught}"
+        error, sentence = caught, f"{_kind_of(caught)}{caught}"
     except Exception as caught:
         # Whatever it is, the others must not wait for this process.
         error, sentence = caught, f"0{type(caught).__name__}: {caught}"
@@ -74,7 +83,7 @@ def together(action: Callable[[], Any]) -> Any:
     if failed:
         first = sentences[failed[0]]
         alone = "" if set(sentences) == {first} else f"process {failed[0]} of {len(sentences)}: "
-        raise (DamagedCheckpoint if first[0] == "1" else UserError)(alone + first[1:]) from error
+        raise _KINDS[int(first[0])](alone + first[1:]) from error
     return result
 
 

@@ -11,7 +11,8 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from slm_jax.errors import UserError
+from slm_jax import storage
+from slm_jax.errors import StorageError, UserError
 
 # Held by the process that writes a directory which is not in place yet.
 _LOCK_FILE = ".writing"
@@ -27,9 +28,17 @@ def new_directory(directory: str | Path) -> Path:
     """
     if not str(directory):
         raise UserError("the name of the new directory is empty")
-    path = Path(os.path.abspath(directory))  # noqa: PTH100, `..` goes, which `absolute` leaves
+    if storage.is_remote(directory):
+        path = storage.absolute_path(directory)
+    else:
+        path = Path(os.path.abspath(directory))  # noqa: PTH100, `..` goes, which `absolute` leaves
     if bad := sorted(_PATTERN.intersection(str(path))):
         raise UserError(f"{path} has {' '.join(bad)} in its name, expected one without any of [ ] * ?")
+    if storage.is_remote(path):
+        # What a process was killed over has the lock file still, and may be begun anew.
+        if not storage.asked(path, lambda: storage.is_empty(path) or storage.is_file(path / _LOCK_FILE)):
+            raise UserError(f"{path} exists and is not an empty directory; a model is never overwritten")
+        return path
     try:
         if path.is_symlink():
             raise UserError(f"{path} is a link, expected the directory itself or none")
@@ -44,6 +53,8 @@ def new_directory(directory: str | Path) -> Path:
 def put_in_place(directory: Path, what: str, needed: int = 0) -> Iterator[Path]:
     """Gives a folder to write into, which takes the directory's name when all is written, or goes.
 
+    In a bucket it is the directory itself: what is written last there has to be what a reader asks for first.
+
     In a run of several processes all of them enter together; process 0 makes and moves the folder.
 
     Args:
@@ -54,8 +65,11 @@ def put_in_place(directory: Path, what: str, needed: int = 0) -> Iterator[Path]:
     Raises:
       UserError: it cannot be written.
     """
-    partial = directory.with_name(f".{directory.name}.partial-{_shared_suffix()}")
     first = jax.process_index() == 0
+    if storage.is_remote(directory):
+        yield from _in_bucket(directory, what, first)
+        return
+    partial = directory.with_name(f".{directory.name}.partial-{_shared_suffix()}")
     lock, made = None, []
     try:
         if first:
@@ -88,6 +102,27 @@ def put_in_place(directory: Path, what: str, needed: int = 0) -> Iterator[Path]:
     finally:
         if lock is not None:
             lock.close()
+
+
+def _in_bucket(directory: Path, what: str, first: bool) -> Iterator[Path]:
+    try:
+        if first:
+            storage.remove_folder(directory)
+            storage.write(directory / _LOCK_FILE, "")
+        barrier(f"{what}: folder")
+        yield directory
+        if first:
+            storage.remove(directory / _LOCK_FILE)
+        barrier(f"{what}: in place")
+    except BaseException as error:
+        if first:
+            # Where storage is away it stays, without what makes it whole.
+            with contextlib.suppress(OSError):
+                storage.remove_folder(directory)
+        if isinstance(error, (OSError, ValueError)):
+            kind = StorageError if storage.is_away(directory, error) else UserError
+            raise kind(f"cannot save the {what} to {directory}: {first_line(error)}") from error
+        raise
 
 
 def barrier(name: str) -> None:

@@ -14,9 +14,11 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.typing import DTypeLike
 
+from slm_jax import storage
 from slm_jax.checkpoints.broadcast import agree, read_once, together
 from slm_jax.checkpoints.directories import barrier, first_line, new_directory, put_in_place
 from slm_jax.checkpoints.fingerprints import StreamedFingerprint, fingerprint
+from slm_jax.checkpoints.orbax_paths import orbax_path
 from slm_jax.checkpoints.parameters import (
     ParameterTable,
     check_parameters,
@@ -27,7 +29,7 @@ from slm_jax.checkpoints.parameters import (
 from slm_jax.checkpoints.provenance import FORMAT_VERSION, check_format_version
 from slm_jax.checkpoints.safetensors import flatten, load_placed, save_safetensors, unflatten
 from slm_jax.checkpoints.streaming import StreamedArray, save_streamed
-from slm_jax.errors import UserError, nearest
+from slm_jax.errors import StorageError, UserError, nearest
 from slm_jax.models.encoders import ENCODERS
 from slm_jax.models.quantization import (
     SCALE,
@@ -108,7 +110,7 @@ def save_foundation(
     with put_in_place(directory, f"{kind} model") as partial:
         if format == "orbax":
             with ocp.StandardCheckpointer() as checkpointer:
-                checkpointer.save(partial / PARAMS_FOLDER, params)
+                checkpointer.save(orbax_path(partial / PARAMS_FOLDER), params)
                 checkpointer.wait_until_finished()
         elif jax.process_index() == 0:
             save_safetensors(partial / PARAMS_FILE, params, {"kind": kind, "fingerprint": record.fingerprint})
@@ -158,15 +160,16 @@ def read_foundation(directory: str | Path) -> FoundationRecord:
     Raises:
       UserError: there is none, it is damaged, or a newer release wrote it.
     """
-    directory = Path(directory).absolute()
+    directory = storage.absolute_path(directory)
     path = directory / RECORD_FILE
-    if not path.is_file():
+    if not storage.asked(directory, lambda: storage.is_file(path)):
+        there = storage.asked(directory, lambda: storage.is_folder(directory))
         raise UserError(
             f"{directory} is no foundation model: "
-            + (f"it has no {RECORD_FILE}" if directory.is_dir() else "there is no such directory")
+            + (f"it has no {RECORD_FILE}" if there else "there is no such directory")
         )
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = json.loads(storage.asked(directory, lambda: storage.read(path)))
         check_format_version(record["format_version"], str(path))
         return FoundationRecord(
             directory,
@@ -207,7 +210,7 @@ def load_foundation(
       UserError: no foundation model, another kind, another configuration (the field is named), another
         tree (the parameter is named), or damaged data, in any process: all of them raise.
     """
-    record, stored, rounding = together(lambda: _checked(Path(directory), kind, abstract, config, defaults))
+    record, stored, rounding = together(lambda: _checked(directory, kind, abstract, config, defaults))
     # It covers names, shapes and dtypes: all processes go on with the same arrays.
     agree(f"a {kind} model with fingerprint", record.fingerprint)
     if rounding:
@@ -218,7 +221,7 @@ def load_foundation(
 
 
 def _checked(
-    directory: Path,
+    directory: str | Path,
     kind: str,
     abstract: Any,
     config: Mapping[str, Any] | None,
@@ -343,7 +346,7 @@ def _places(record: FoundationRecord, abstract: Any) -> dict[str, jax.ShapeDtype
 def _from_disk(record: FoundationRecord, places: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
     """Reads the parts of parameters that this process holds, without a word to the others."""
     file = record.directory / PARAMS_FILE
-    if file.is_file():
+    if storage.asked(file, lambda: storage.is_file(file)):
         return load_placed(file, places, record.parameters)
     item = unflatten(places)
     arguments = ocp.args.PyTreeRestore(
@@ -356,8 +359,11 @@ def _from_disk(record: FoundationRecord, places: dict[str, jax.ShapeDtypeStruct]
     try:
         handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=alone)
         with ocp.Checkpointer(handler, multiprocessing_options=alone) as checkpointer:
-            return flatten(checkpointer.restore(record.directory / PARAMS_FOLDER, args=arguments))
+            folder = orbax_path(record.directory / PARAMS_FOLDER)
+            return flatten(checkpointer.restore(folder, args=arguments))
     except (OSError, ValueError, KeyError, TypeError) as error:
+        if storage.is_away(record.directory, error):
+            raise StorageError(f"cannot read {record.directory}: {first_line(error)}") from error
         raise UserError(f"{record.directory} is damaged: {first_line(error)}") from error
 
 
@@ -377,7 +383,10 @@ def _write_record(partial: Path, record: FoundationRecord, files: Iterable[str |
     if jax.process_index() != 0:
         return
     for file in files:
-        shutil.copyfile(file, partial / Path(file).name)
+        if storage.is_remote(partial):
+            storage.put(Path(file), str(partial / Path(file).name))
+        else:
+            shutil.copyfile(file, partial / Path(file).name)
     text = json.dumps(
         {
             "format_version": FORMAT_VERSION,
@@ -389,7 +398,7 @@ def _write_record(partial: Path, record: FoundationRecord, files: Iterable[str |
         },
         indent=1,
     )
-    (partial / RECORD_FILE).write_text(text + "\n", encoding="utf-8")
+    storage.write(partial / RECORD_FILE, text + "\n")
 
 
 def _check_config(record: FoundationRecord, expected: dict[str, Any], defaults: dict[str, Any]) -> None:

@@ -15,6 +15,7 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
+from slm_jax import storage
 from slm_jax.checkpoints.broadcast import decided, together
 from slm_jax.checkpoints.checksums import (
     DamagedCheckpoint,
@@ -25,6 +26,7 @@ from slm_jax.checkpoints.checksums import (
     signed,
 )
 from slm_jax.checkpoints.directories import first_line
+from slm_jax.checkpoints.orbax_paths import orbax_path
 from slm_jax.checkpoints.parameters import (
     check_parameters,
     parameter_table,
@@ -38,7 +40,7 @@ from slm_jax.checkpoints.provenance import (
     check_provenance,
     read_provenance,
 )
-from slm_jax.errors import UserError, nearest
+from slm_jax.errors import StorageError, UserError, nearest
 from slm_jax.partitioning.sharding import path_text
 
 MARKER_FILE = "slm_run.json"
@@ -82,7 +84,7 @@ def claim_run_directory(directory: str | Path) -> Path:
     Raises:
       UserError: it holds something else, a newer release wrote it, or it cannot be written.
     """
-    directory = Path(directory).absolute()
+    directory = storage.absolute_path(directory)
     # By one process: another one might look while the mark is being made.
     decided(lambda: _claimed(directory))
     return directory
@@ -90,26 +92,24 @@ def claim_run_directory(directory: str | Path) -> Path:
 
 def _claimed(directory: Path) -> str:
     marker = directory / MARKER_FILE
-    if marker.is_file():
-        try:
-            version = json.loads(marker.read_text(encoding="utf-8"))["format_version"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{marker} is damaged; expected the mark of a run directory") from error
-        check_format_version(version, str(marker))
-        return str(directory)
-    partial = marker.with_suffix(".partial")
-    # A run that was killed at its very start leaves its mark half made.
-    if directory.exists() and (not directory.is_dir() or set(directory.iterdir()) - {partial}):
-        raise UserError(
-            f"{directory} holds something that is no run of slm_jax (it has no {MARKER_FILE}); "
-            "choose an empty or a new directory"
-        )
     try:
-        directory.mkdir(parents=True, exist_ok=True)
-        partial.write_text(json.dumps({"format_version": FORMAT_VERSION}) + "\n", encoding="utf-8")
-        partial.rename(marker)
+        if storage.is_file(marker):
+            try:
+                version = json.loads(storage.read(marker))["format_version"]
+            except (ValueError, KeyError, TypeError) as error:
+                raise UserError(f"{marker} is damaged; expected the mark of a run directory") from error
+            check_format_version(version, str(marker))
+            return str(directory)
+        # A run that was killed at its very start leaves its mark half made.
+        if not storage.is_empty(directory, besides=marker.with_suffix(".partial").name):
+            raise UserError(
+                f"{directory} holds something that is no run of slm_jax (it has no {MARKER_FILE}); "
+                "choose an empty or a new directory"
+            )
+        storage.make_folder(directory)
+        storage.write(marker, json.dumps({"format_version": FORMAT_VERSION}) + "\n")
     except OSError as error:
-        raise UserError(f"cannot write run directory {directory}: {error.strerror or error}") from error
+        raise storage.failed(f"cannot write run directory {directory}", error, directory) from error
     return str(directory)
 
 
@@ -143,10 +143,10 @@ class RunCheckpoints:
             raise UserError(f"keep_best={keep_best} needs best_metric, the name of a metric")
         if best_mode not in tuple(BestMode):
             raise UserError(f"best_mode {best_mode!r} is unknown{nearest(best_mode, tuple(BestMode))}")
-        self._directory = Path(directory).absolute()
+        self._directory = storage.absolute_path(directory)
         if not read_only:
             claim_run_directory(directory)
-        elif not (self._directory / MARKER_FILE).is_file():
+        elif not storage.asked(self._directory, lambda: storage.is_file(self._directory / MARKER_FILE)):
             raise UserError(f"{self._directory} holds no checkpoints of a run")
         self._policy = KeepLastAndBest(keep_last, keep_best, best_metric, best_mode)
         # Orbax warns that what is opened to be read is read-only.
@@ -162,8 +162,11 @@ class RunCheckpoints:
                 create=False,
                 read_only=read_only,
             )
-            self._manager = ocp.CheckpointManager(
-                self._directory, options=options, item_names=("state", "record")
+            self._manager = storage.asked(
+                self._directory,
+                lambda: ocp.CheckpointManager(
+                    orbax_path(self._directory), options=options, item_names=("state", "record")
+                ),
             )
         finally:
             absl.logging.set_verbosity(level)
@@ -311,21 +314,20 @@ class RunCheckpoints:
         def move() -> str:
             folder = self._directory.parent / DAMAGED
             aside, number = folder / str(step), 1
-            while aside.exists():
+            while storage.is_folder(aside):
                 number += 1
                 aside = folder / f"{step}.{number}"
             try:
-                folder.mkdir(exist_ok=True)
-                (self._directory / str(step)).rename(aside)
+                storage.make_folder(folder)
+                storage.move_folder(self._directory / str(step), aside)
             except OSError as error:
-                raise UserError(
-                    f"cannot move damaged {self._where(step)} to {aside}: {error.strerror or error}"
-                ) from error
+                sentence = f"cannot move damaged {self._where(step)} to {aside}"
+                raise storage.failed(sentence, error, aside) from error
             return str(aside)
 
         aside = decided(move)
         self.reload()
-        return Path(aside)
+        return storage.absolute_path(aside)
 
     def latest_step(self) -> int | None:
         """The newest step that is saved."""
@@ -472,6 +474,8 @@ class RunCheckpoints:
         except Exception as error:
             # Damaged files end in whatever they may; Orbax's own error tells where, and its cause tells what.
             cause = error.__cause__ or error
+            if storage.is_away(self._directory, cause):
+                raise StorageError(f"{where} cannot be read: {first_line(cause)}") from error
             unanswered = isinstance(cause, (PermissionError, TimeoutError, ConnectionError, MemoryError))
             if unanswered or _NO_DAMAGE.search(str(cause)):
                 raise UserError(f"{where} cannot be read: {first_line(cause)}") from error
@@ -489,7 +493,8 @@ class RunCheckpoints:
         if isinstance(found, jax.errors.JaxRuntimeError):
             # Another process is lost, or a device failed: nothing that a user has to mend.
             return found
-        return UserError(
+        kind = StorageError if storage.is_away(self._directory, error) else UserError
+        return kind(
             f"cannot save a checkpoint to {self._directory}: {first_line(error)}; "
             "earlier checkpoints are intact"
         )

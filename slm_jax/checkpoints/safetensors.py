@@ -3,15 +3,23 @@
 import json
 import math
 import os
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
+from slm_jax import storage
 from slm_jax.checkpoints.parameters import ParameterTable, check_parameters
 from slm_jax.errors import UserError
+
+_DTYPES = {
+    "F64": np.dtype(np.float64), "F32": np.dtype(np.float32), "F16": np.dtype(np.float16),
+    "BF16": np.dtype(jax.numpy.bfloat16), "I64": np.dtype(np.int64), "I32": np.dtype(np.int32),
+    "I16": np.dtype(np.int16), "I8": np.dtype(np.int8), "U8": np.dtype(np.uint8), "BOOL": np.dtype(np.bool_),
+}  # fmt: skip
 
 
 def flatten(tree: Any) -> dict[str, Any]:
@@ -45,6 +53,12 @@ def save_safetensors(path: str | os.PathLike, params: Any, metadata: Mapping[str
     """
     from safetensors.numpy import save_file
 
+    if storage.is_remote(path):
+        with tempfile.TemporaryDirectory() as folder:
+            local = Path(folder) / "params.safetensors"
+            save_safetensors(local, params, metadata)
+            storage.put(local, os.fspath(path))
+        return
     path = Path(path)
     arrays = {
         name: np.asarray(jax.device_get(leaf), order="C") for name, leaf in sorted(flatten(params).items())
@@ -73,6 +87,9 @@ def load_safetensors(path: str | os.PathLike) -> dict[str, Any]:
     """
     from safetensors import SafetensorError, safe_open
 
+    if storage.is_remote(path):
+        file = _RemoteFile(path)
+        return unflatten({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118, safetensors' own
     try:
         # safetensors knows bfloat16 where ml_dtypes is, which JAX brings.
         with safe_open(path, framework="numpy") as file:
@@ -98,7 +115,8 @@ def load_placed(
     from safetensors import SafetensorError, safe_open
 
     try:
-        with safe_open(path, framework="numpy") as file:
+        opened = _RemoteFile(path) if storage.is_remote(path) else safe_open(path, framework="numpy")
+        with opened as file:
             names = file.keys()
             shapes = {name: (tuple(file.get_slice(name).get_shape()), "") for name in names}
             check_parameters(shapes, table, str(path), check_dtype=False)
@@ -119,3 +137,88 @@ def _placed(file: Any, name: str, place: jax.ShapeDtypeStruct) -> jax.Array:
 
     assert place.sharding is not None
     return jax.make_array_from_callback(place.shape, place.sharding, values, place.dtype)
+
+
+class _Tensor(NamedTuple):
+    """Where a tensor lies in the bytes after the header."""
+
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+
+class _RemoteFile:
+    """What this file needs of safetensors' `safe_open`, of a remote file: it is read in stretches.
+
+    Raises:
+      UserError: it is missing, or no whole safetensors file.
+    """
+
+    def __init__(self, path: str | os.PathLike):
+        self._path = os.fspath(path)
+        self._file = storage.asked(path, lambda: storage.SharedFile(path))
+        length = int.from_bytes(self._read(0, 8), "little")
+        try:
+            if not 0 < length <= self._file.size - 8:
+                raise ValueError("its header is cut off")
+            header = json.loads(self._read(8, length))
+            self._begin = 8 + length
+            self._tensors = {
+                name: _Tensor(_DTYPES[told["dtype"]], tuple(told["shape"]), *told["data_offsets"])
+                for name, told in header.items()
+                if name != "__metadata__"
+            }
+            if (
+                self._begin + max((tensor.end for tensor in self._tensors.values()), default=0)
+                > self._file.size
+            ):
+                raise ValueError("it is cut off")
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{self._path} cannot be read: no whole safetensors file ({error})") from error
+
+    def __enter__(self) -> "_RemoteFile":
+        return self
+
+    def __exit__(self, *unused: object) -> None:
+        pass
+
+    def keys(self) -> list[str]:
+        """Names of the tensors."""
+        return list(self._tensors)
+
+    def get_slice(self, name: str) -> "_RemoteSlice":
+        """A tensor of which parts are read."""
+        return _RemoteSlice(self, name)
+
+    def get_tensor(self, name: str) -> np.ndarray:
+        """The whole of a tensor."""
+        shape = self.shape(name)
+        return self.rows(name, 0, shape[0] if shape else 1)
+
+    def rows(self, name: str, start: int, stop: int) -> np.ndarray:
+        """A stretch along the first dim, which lies together in the file."""
+        dtype, shape, begin, end = self._tensors[name]
+        count = shape[0] if shape else 1
+        size = (end - begin) // max(1, count)
+        data = self._read(self._begin + begin + start * size, (stop - start) * size)
+        return np.frombuffer(data, dtype).reshape((stop - start, *shape[1:]) if shape else ())
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of a tensor."""
+        return self._tensors[name].shape
+
+    def _read(self, offset: int, length: int) -> bytes:
+        return storage.asked(self._path, lambda: self._file.read_at(offset, length))
+
+
+class _RemoteSlice:
+    def __init__(self, file: _RemoteFile, name: str):
+        self._file, self._name = file, name
+
+    def get_shape(self) -> tuple[int, ...]:
+        return self._file.shape(self._name)
+
+    def __getitem__(self, index: tuple[slice, ...]) -> np.ndarray:
+        start, stop, _ = index[0].indices(self.get_shape()[0])
+        return self._file.rows(self._name, start, stop)[(slice(None), *index[1:])]

@@ -11,6 +11,9 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
 
+from slm_jax import storage
+from slm_jax.checkpoints.orbax_paths import orbax_path
+
 # Chunks are at most so large, ...
 _CHUNK_BYTES = 1 << 20
 # ... and every dim is cut into so many, for the meshes of usual size, unless chunks become tiny.
@@ -58,9 +61,10 @@ def save_streamed(
     )
     handler = ocp.PyTreeCheckpointHandler(use_ocdbt=True, type_handler_registry=registry)
     with ocp.Checkpointer(handler) as checkpointer:
-        checkpointer.save(Path(directory).absolute(), args=ocp.args.PyTreeSave(dict(tree)))
+        folder = storage.absolute_path(directory)
+        checkpointer.save(orbax_path(folder), args=ocp.args.PyTreeSave(dict(tree)))
     # Orbax joins what each process wrote, and is silent where it finds nothing to join.
-    if not (Path(directory) / "manifest.ocdbt").is_file():
+    if not storage.is_file(folder / "manifest.ocdbt"):
         raise ValueError("Orbax has not completed the checkpoint")
 
 

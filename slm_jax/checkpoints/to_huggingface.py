@@ -11,6 +11,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from slm_jax import storage
 from slm_jax.checkpoints.conversion import companions
 from slm_jax.checkpoints.directories import first_line, new_directory, put_in_place
 from slm_jax.checkpoints.families import FAMILIES
@@ -18,6 +19,7 @@ from slm_jax.checkpoints.families.base import Family
 from slm_jax.checkpoints.families.mapping import Piece
 from slm_jax.checkpoints.fingerprints import StreamedFingerprint
 from slm_jax.checkpoints.foundation import PARAMS_FILE, PARAMS_FOLDER, FoundationRecord, config_of
+from slm_jax.checkpoints.orbax_paths import orbax_path
 from slm_jax.checkpoints.parameters import check_parameters, parameter_table
 from slm_jax.checkpoints.safetensors import flatten, load_safetensors, unflatten
 from slm_jax.checkpoints.sources.huggingface import CONFIG_FILE, INDEX_FILE, WEIGHTS_FILE
@@ -42,6 +44,8 @@ def convert_to_huggingface(
       UserError: no family of published models is of this kind, the parameters are damaged, or the directory
         holds something or cannot be written.
     """
+    if storage.is_remote(directory):
+        raise UserError(f"{directory} is remote, and transformers reads local files; expected a local folder")
     directory = new_directory(directory)
     family, config = _family(record), config_of(record)
     (dtype, *more) = sorted({dtype for _, dtype in record.parameters.values()}) or ["nothing"]
@@ -144,7 +148,7 @@ def _name_shards(directory: Path, shards: list[dict[str, int]]) -> None:
 
 def _parameters(record: FoundationRecord) -> Iterator[tuple[str, np.ndarray]]:
     """Gives every parameter by its path, one at a time."""
-    if (record.directory / PARAMS_FILE).is_file():
+    if storage.asked(record.directory, lambda: storage.is_file(record.directory / PARAMS_FILE)):
         yield from flatten(load_safetensors(record.directory / PARAMS_FILE)).items()
         return
     with ocp.PyTreeCheckpointer() as checkpointer:
@@ -153,7 +157,7 @@ def _parameters(record: FoundationRecord) -> Iterator[tuple[str, np.ndarray]]:
             how = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), abstract)
             try:
                 args = ocp.args.PyTreeRestore(item=abstract, restore_args=how, partial_restore=True)
-                found = checkpointer.restore(record.directory / PARAMS_FOLDER, args=args)
+                found = checkpointer.restore(orbax_path(record.directory / PARAMS_FOLDER), args=args)
             except (OSError, ValueError, KeyError, TypeError) as error:
                 raise UserError(f"{record.directory} is damaged: {first_line(error)}") from error
             yield name, np.asarray(flatten(found)[name])

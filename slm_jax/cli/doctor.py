@@ -11,10 +11,10 @@ from pathlib import Path
 
 import jax
 
+from slm_jax import storage
 from slm_jax.cli import gin_config
 from slm_jax.cli.main import add_gin_arguments, add_process_arguments, search_paths
 from slm_jax.cli.run import Run, load_run
-from slm_jax.data import storage
 from slm_jax.data.cache_folder import default_cache_dir
 from slm_jax.errors import UserError
 from slm_jax.multihost.bandwidth import examine_all_reduce

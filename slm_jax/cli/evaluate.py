@@ -2,7 +2,6 @@
 
 import argparse
 import hashlib
-from pathlib import Path
 
 from slm_jax.cli.main import add_process_arguments, add_run_arguments
 from slm_jax.errors import UserError, nearest
@@ -37,6 +36,7 @@ def main(args: argparse.Namespace) -> int:
         raise UserError(f"--speech_as: {args.speech_as!r}{nearest(args.speech_as, SPEECH_AS)}")
     import jax
 
+    from slm_jax import storage
     from slm_jax.checkpoints.broadcast import together
     from slm_jax.cli.run import load_run
     from slm_jax.cli.scoring import TRANSCRIBE_PROMPT
@@ -53,7 +53,8 @@ def main(args: argparse.Namespace) -> int:
     instead = args.speech_as if args.speech_as != "audio" else None
     asked = args.transcribe_prompt and hashlib.sha256(args.transcribe_prompt.encode()).hexdigest()[:8]
     name = "-".join(filter(None, [split, args.mixture, args.step and f"step{args.step}", instead, asked]))
-    directory = Path(args.output) if args.output else run.path(run.model_dir) / "evaluation" / name
+    beside = run.path(run.model_dir) / "evaluation" / name
+    directory = storage.absolute_path(args.output) if args.output else beside
     # Every process has all scores; one writes and tells them.
     first = jax.process_index() == 0
     together(lambda: write_results(results, directory) if first else None)

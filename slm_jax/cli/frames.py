@@ -134,7 +134,7 @@ class SpeechFrames:
         return self._place(str(self._run.data.frames))
 
     def _place(self, name: str) -> str:
-        from slm_jax.data.storage import is_remote
+        from slm_jax.storage import is_remote
 
         return name.rstrip("/") if is_remote(name) else str(self._run.path(name))
 

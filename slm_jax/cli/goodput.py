@@ -1,9 +1,9 @@
 """`slm goodput`: what share of a run's wall time went into steps that count, and where the rest went."""
 
 import argparse
-from pathlib import Path
 
 from slm_jax.errors import UserError
+from slm_jax.storage import absolute_path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -15,7 +15,7 @@ def main(args: argparse.Namespace) -> int:
     """Runs the command: a line with the share, and a line for each cause."""
     from slm_jax.training.goodput import goodput, read_attempts
 
-    attempts = read_attempts(Path(args.run))
+    attempts = read_attempts(absolute_path(args.run))
     if not attempts:
         raise UserError(f"--run: {args.run} holds no record of a training, expected a run's directory")
     found = goodput(attempts)

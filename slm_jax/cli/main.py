@@ -11,7 +11,7 @@ from typing import Any
 
 import slm_jax
 from slm_jax.data.cache_folder import default_cache_dir
-from slm_jax.errors import EXIT_MISTAKE, UserError, nearest
+from slm_jax.errors import EXIT_STORAGE, RemoteError, UserError, exit_status, nearest
 from slm_jax.multihost.environment import find_processes
 
 # Name -> help; the module of that name has `add_arguments(parser)` and `main(args) -> int`, and is imported
@@ -83,7 +83,7 @@ def _joined_command(words: list[str]) -> list[str]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command; returns its exit status: 0, or 2 for a user's mistake."""
+    """Runs a command; returns its exit status: 0, 2 for a user's mistake, 74 where storage is away."""
     # Programs take longer to compile than to run; JAX reads this when it is imported.
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(default_cache_dir() / "compiled"))
     try:
@@ -96,7 +96,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         # gin appends lines that say which of its configurables it was calling.
         print(f"slm: error: {str(error).splitlines()[0]}", file=sys.stderr)
-        return EXIT_MISTAKE
+        return exit_status(error)
+    except RemoteError as error:
+        print(f"slm: error: {error}", file=sys.stderr)
+        return EXIT_STORAGE
     except KeyboardInterrupt:
         print("slm: interrupted", file=sys.stderr)
         return 130

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from slm_jax.errors import EXIT_STOPPED, UserError, check_whole
+from slm_jax.storage import is_remote
 
 if TYPE_CHECKING:
     from slm_jax.evaluation.report import TaskMetrics
@@ -54,6 +55,11 @@ def main(args: argparse.Namespace) -> int:
     for part in foundation.PARTS if args.foundation else ():
         read_foundation(Path(args.foundation) / part)
     stages = _Stages()
+    for flag, folder in (("--demo_dir", args.demo_dir), ("--run_dir", args.run_dir)):
+        if is_remote(folder):
+            raise UserError(
+                f"{flag} is {folder!r}, expected a local folder; slm train trains in buckets, too"
+            )
     demo_dir, run_dir = Path(args.demo_dir).absolute(), Path(args.run_dir).absolute()
     if any(binding.startswith("MODEL_DIR=") for binding in args.gin_bindings):
         raise UserError("slm quickstart: the run goes to --run_dir, so --gin.MODEL_DIR has no meaning here")

@@ -2,9 +2,11 @@
 
 import contextlib
 import dataclasses
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from slm_jax import storage
 from slm_jax.checkpoints.foundation import FORMATS
 from slm_jax.cli import gin_config
 from slm_jax.data.augmentation import AugmentationConfig
@@ -105,6 +107,11 @@ class DataConfig:
             raise UserError(
                 f"DataConfig.frames is {self.frames!r} and DataConfig.encode_once is True; expected one of "
                 "both"
+            )
+        if self.cache_dir and storage.is_remote(self.cache_dir):
+            raise UserError(
+                f"DataConfig.cache_dir is {self.cache_dir!r}, expected a local folder: index tables are "
+                "mapped into memory, and every host makes its own"
             )
         self._check_stages()
 
@@ -253,6 +260,8 @@ class Run:
 
     def path(self, path: str | Path) -> Path:
         """Returns a path of the configuration as an absolute one."""
+        if storage.is_remote(path):
+            return storage.absolute_path(path)
         return (Path(self.working_dir or ".") / path).absolute()
 
     @property
@@ -292,13 +301,19 @@ def load_run(directory: str | Path, bindings: Sequence[str] = ()) -> Run:
     Raises:
       UserError: the directory is no run's.
     """
-    directory = Path(directory).absolute()
+    directory = storage.absolute_path(directory)
     config = directory / CONFIG_FILE
-    if not config.is_file():
-        near = [path.parent.name for path in directory.parent.glob(f"*/{CONFIG_FILE}")]
-        found = f"has no {CONFIG_FILE}" if directory.is_dir() else "does not exist"
+    if not storage.asked(directory, lambda: storage.is_file(config)):
+        local = not storage.is_remote(directory)
+        near = [path.parent.name for path in directory.parent.glob(f"*/{CONFIG_FILE}")] if local else []
+        there = storage.asked(directory, lambda: storage.is_folder(directory))
+        found = f"has no {CONFIG_FILE}" if there else "does not exist"
         raise UserError(f"--run: {directory} is no run: it {found}{nearest(directory.name, near)}")
-    gin_config.parse([str(config)], bindings)
+    with tempfile.TemporaryDirectory() as folder:
+        # gin reads local files.
+        copy = Path(folder) / CONFIG_FILE
+        copy.write_bytes(storage.asked(directory, lambda: storage.read(config)))
+        gin_config.parse([str(copy if storage.is_remote(config) else config)], bindings)
     # What is built may read files, such as a checkpoint's record, by paths relative to where training ran.
     working_dir = gin_config.bound("run.Run.working_dir") or "."
     if not Path(working_dir).is_dir():
@@ -323,9 +338,7 @@ def save_config(directory: Path, working_dir: str | None = None) -> None:
     """
     folder = str(Path(working_dir or ".").absolute())
     text = f"{gin_config.resolved_config()}\nrun.Run.working_dir = {folder!r}\n"
-    unfinished = directory / f".{CONFIG_FILE}.unfinished"
     try:
-        unfinished.write_text(text, encoding="utf-8")
-        unfinished.replace(directory / CONFIG_FILE)
+        storage.write(directory / CONFIG_FILE, text)
     except OSError as error:
-        raise UserError(f"cannot write {directory / CONFIG_FILE}: {error.strerror or error}") from error
+        raise storage.failed(f"cannot write {directory / CONFIG_FILE}", error, directory) from error

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from slm_jax import storage
 from slm_jax.checkpoints.broadcast import decided
 from slm_jax.checkpoints.foundation import read_foundation
 from slm_jax.checkpoints.manager import RunCheckpoints
@@ -148,18 +149,16 @@ class StartingPoint:
         asked = StartingPoint.fingerprint(self._run)
         path = self._run.path(self._run.model_dir) / STARTING_POINT_FILE
         with contextlib.suppress(FileNotFoundError, ValueError, KeyError, TypeError):
-            found = json.loads(path.read_bytes())
+            found = json.loads(storage.read(path))
             if found["asked"] == asked and found["step"] in checkpoints.all_steps():
                 return found["step"]
         step = self._step(checkpoints)
-        if path.parent.is_dir():
-            partial = path.with_suffix(".partial")
+        if storage.is_remote(path) or path.parent.is_dir():
             told = {"run": str(self._directory), "step": step, "asked": asked}
             try:
-                partial.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
-                partial.replace(path)
+                storage.write(path, json.dumps(told, indent=1) + "\n")
             except OSError as error:
-                raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+                raise storage.failed(f"cannot write {path}", error, path) from error
         return step
 
     def _step(self, checkpoints: RunCheckpoints) -> int:

@@ -1,13 +1,17 @@
 """`slm train`: trains what the gin files say; the same command goes on with a run that was stopped."""
 
 import argparse
+import functools
 import hashlib
 import sys
+import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
 import jax
 
+from slm_jax import storage
 from slm_jax.checkpoints.broadcast import agree
 from slm_jax.checkpoints.fingerprints import fingerprint
 from slm_jax.checkpoints.foundation import (
@@ -36,6 +40,9 @@ from slm_jax.training.phases import Phases, process_age
 from slm_jax.training.profiling import ProfileSteps
 from slm_jax.training.program import make_train_program
 from slm_jax.training.rollback import Rollback, Rollbacks
+
+# Between two copies of TensorBoard's file to a bucket.
+_COPY_SECONDS = 60.0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -182,11 +189,17 @@ def train(
 
 
 class _TensorBoard:
-    """CLU's writer, made when something is written: a run that is refused leaves no file behind."""
+    """CLU's writer, made when something is written: a run that is refused leaves no file behind.
+
+    In a bucket, where nothing can be added to a file, what this start has written is copied there once in a
+    while, and when it ends.
+    """
 
     def __init__(self, directory: Path):
         self._directory = directory
         self._writer: Any = None
+        self._local: tempfile.TemporaryDirectory[str] | None = None
+        self._copied = time.monotonic()
 
     def write_scalars(self, step: int, scalars: dict[str, float]) -> None:
         """Writes scalars of a step."""
@@ -194,13 +207,24 @@ class _TensorBoard:
             # After the tasks, which import TensorFlow in the one way that hides accelerators from it.
             from clu import metric_writers
 
-            self._writer = metric_writers.SummaryWriter(str(self._directory))
+            if storage.is_remote(self._directory):
+                self._local = tempfile.TemporaryDirectory()
+            folder = self._local.name if self._local else str(self._directory)
+            self._writer = metric_writers.SummaryWriter(folder)
         self._writer.write_scalars(step, scalars)
+        if self._local and time.monotonic() - self._copied > _COPY_SECONDS:
+            self.flush()
 
     def flush(self) -> None:
         """Brings everything to the disk."""
-        if self._writer is not None:
-            self._writer.flush()
+        if self._writer is None:
+            return
+        self._writer.flush()
+        if self._local:
+            for file in Path(self._local.name).iterdir():
+                path = self._directory / file.name
+                storage.asked(path, functools.partial(storage.put, file, str(path)))
+            self._copied = time.monotonic()
 
 
 def _check_outputs(run: Run, wired: Wiring, rollback: Rollback | None) -> None:
@@ -223,7 +247,7 @@ def _check_outputs(run: Run, wired: Wiring, rollback: Rollback | None) -> None:
                 "merged into floats, expected FROZEN_WEIGHTS = 'float'"
             )
         directory = run.path(run.save_foundations[part])
-        if (directory / RECORD_FILE).is_file() and _newest_step(run, rollback) < run.loop.train_steps:
+        if _is_foundation(directory) and _newest_step(run, rollback) < run.loop.train_steps:
             raise UserError(
                 f"{directory} holds a {part} already, and a foundation model is never overwritten; remove it "
                 "or name another directory"
@@ -234,14 +258,21 @@ def _newest_step(run: Run, rollback: Rollback | None) -> int:
     if rollback is not None and Rollbacks(run.path(run.model_dir), rollback).unfinished:
         return rollback.step
     folder = run.path(run.model_dir) / "checkpoints"
-    return max((int(path.name) for path in folder.glob("*") if path.name.isdigit()), default=0)
+    try:
+        return max((int(name) for name in storage.list_folder(folder) if name.isdigit()), default=0)
+    except FileNotFoundError:
+        return 0
+
+
+def _is_foundation(directory: Path) -> bool:
+    return storage.asked(directory, lambda: storage.is_file(directory / RECORD_FILE))
 
 
 def _save_foundations(run: Run, result: TrainResult, provenance: Provenance) -> None:
     for part, name in run.save_foundations.items():
         directory, place = run.path(name), run.objective.parts[part]
         params = converted(_trained_part(run, result, place), run.save_dtype)
-        if not (directory / RECORD_FILE).is_file():
+        if not _is_foundation(directory):
             save_foundation(
                 directory,
                 params,

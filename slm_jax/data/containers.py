@@ -18,11 +18,12 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, BinaryIO, NamedTuple, cast
 
-from slm_jax.data import ranges, storage, tfds_examples
+from slm_jax import storage
+from slm_jax.data import ranges, tfds_examples
 from slm_jax.data.handles import Handles
 from slm_jax.data.parts import Part, whole_number, whole_numbers
-from slm_jax.data.storage import SharedFile, Window
 from slm_jax.errors import BadExample, nearest
+from slm_jax.storage import SharedFile, Window
 
 # What stays open.
 OPEN_FILES = 64

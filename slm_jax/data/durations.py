@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from slm_jax.data import storage
+from slm_jax import storage
 from slm_jax.data.audio_files import count_samples
 from slm_jax.data.cache_folder import default_cache_dir
 from slm_jax.errors import BadExample

@@ -26,7 +26,8 @@ import pyarrow.parquet as pq
 from jax.experimental import multihost_utils
 from jax.sharding import Sharding
 
-from slm_jax.data import audio_files, leftovers, shards, storage
+from slm_jax import storage
+from slm_jax.data import audio_files, leftovers, shards
 from slm_jax.data.batch import BatchShape, Row
 from slm_jax.data.frames import Encoded, Roots, check_made_by, digest_of, entry_of, spoken, to_record
 from slm_jax.data.iterator import HostBatch, LoadUtterance, PlacedBatch, TrainBatches, Utterance

@@ -24,7 +24,8 @@ import numpy as np
 import pyarrow as pa
 import seqio
 
-from slm_jax.data import leftovers, storage
+from slm_jax import storage
+from slm_jax.data import leftovers
 from slm_jax.data.batch import check_feature_lengths
 from slm_jax.data.columns import Chunk, Pipeline, Ragged
 from slm_jax.data.duplicate_ids import find_duplicate, hashes_of

@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from slm_jax.data import shards, storage
+from slm_jax import storage
+from slm_jax.data import shards
 from slm_jax.data.audio_files import REASONS, load_utterance
 from slm_jax.data.duplicate_ids import find_duplicate, hashes_of
 from slm_jax.data.references import SAMPLE_RATE, Reference, audio_path

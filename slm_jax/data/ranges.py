@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from slm_jax.data import storage
+from slm_jax import storage
 from slm_jax.data.handles import Handles
-from slm_jax.data.storage import SharedFile
 from slm_jax.errors import BadExample
+from slm_jax.storage import SharedFile
 
 OPEN_FILES = 64
 

@@ -33,7 +33,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import soundfile
 
-from slm_jax.data import storage
+from slm_jax import storage
 from slm_jax.data.handles import Handles
 from slm_jax.data.references import SAMPLE_RATE
 from slm_jax.errors import BadExample, UserError, nearest

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 import soundfile
 
-from slm_jax.data import storage
+from slm_jax import storage
 from slm_jax.data.handles import Handles
 from slm_jax.data.parts import quoted, whole_number, whole_numbers
 from slm_jax.data.ranges import read_range

@@ -10,11 +10,11 @@ import dataclasses
 import functools
 import json
 import logging
-import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, cast
 
+from slm_jax import storage
 from slm_jax.errors import BadExample, UserError, nearest
 from slm_jax.evaluation.metrics import MetricFn, declaration
 from slm_jax.evaluation.predictor import Prediction, Rejected
@@ -193,26 +193,21 @@ def write_results(results: Mapping[str, TaskResult], directory: Path) -> None:
         for name, result in results.items()
     }
     try:
-        (directory / "hypotheses").mkdir(parents=True, exist_ok=True)
+        storage.make_folder(directory / "hypotheses")
         for name, result in results.items():
             lines = "".join(_json_line(line) for line in result.hypotheses)
             replace_text(directory / "hypotheses" / f"{name}.jsonl", lines)
         replace_text(directory / "metrics.json", json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
     except OSError as error:
         raise UserError(
-            f"{error.filename or directory}: cannot write results ({error.strerror}), "
+            f"{error.filename or directory}: cannot write results ({error.strerror or error}), "
             "expected a writable folder with room"
         ) from error
 
 
 def replace_text(path: Path, text: str) -> None:
     """Writes a file beside `path`, then puts it in its place, so that no reader sees half of it."""
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        unfinished.write_text(text, encoding="utf-8")
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    storage.write(path, text)
 
 
 def _json_line(line: Hypothesis) -> str:

@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from slm_jax import storage
+from slm_jax.appended import read_appended
 from slm_jax.errors import UserError
 
 Curve = list[tuple[int, float]]
@@ -40,11 +42,12 @@ def losses(run_dir: str | Path) -> Curve:
     Raises:
       UserError: the run has none.
     """
-    path = Path(run_dir) / "steps.jsonl"
+    path = storage.absolute_path(run_dir) / "steps.jsonl"
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = read_appended(path).decode().splitlines()
     except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}); expected a run of slm train") from error
+        said = error.strerror or error
+        raise UserError(f"{path} cannot be read ({said}); expected a run of slm train") from error
     return [(line["step"], line["loss"]) for line in map(json.loads, lines)]
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import jax
 
-from slm_jax.errors import EXIT_LOST, EXIT_MISTAKE, UserError
+from slm_jax.errors import EXIT_LOST, EXIT_MISTAKE, RemoteError, UserError, exit_status
 from slm_jax.multihost.environment import Processes, proxies_in_the_way
 from slm_jax.multihost.witness import Witness, answers
 
@@ -274,9 +274,9 @@ def joined(processes: Processes, seconds: float = JOIN_SECONDS) -> Iterator[Comp
         return
     try:
         yield company
-    except UserError as error:
+    except (RemoteError, UserError) as error:
         print(f"slm: error: {str(error).splitlines()[0]}", file=sys.stderr, flush=True)
-        company.fail(EXIT_MISTAKE, str(error).splitlines()[0])
+        company.fail(exit_status(error), str(error).splitlines()[0])
     except Exception as error:
         import traceback
 

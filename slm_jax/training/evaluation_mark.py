@@ -6,7 +6,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from slm_jax.errors import UserError
+from slm_jax import storage
 
 
 class EvaluationMark:
@@ -20,7 +20,7 @@ class EvaluationMark:
     def __init__(self, path: Path, restored_step: int):
         self._path = path
         if jax.process_index() == 0 and (self._read() or 0) > restored_step:
-            path.unlink()
+            storage.asked(path, lambda: storage.remove(path))
 
     def has(self, step: int) -> bool:
         """Returns whether the evaluation of a step is over, the same on every process."""
@@ -36,16 +36,14 @@ class EvaluationMark:
         """Writes down that the evaluation of a step is over; raises UserError where it cannot."""
         if jax.process_index() != 0:
             return
-        partial = self._path.with_suffix(".partial")
         try:
-            partial.write_text(json.dumps({"step": step}) + "\n", encoding="utf-8")
-            partial.replace(self._path)
+            storage.write(self._path, json.dumps({"step": step}) + "\n")
         except OSError as error:
-            raise UserError(f"cannot write {self._path}: {error.strerror or error}") from error
+            raise storage.failed(f"cannot write {self._path}", error, self._path) from error
 
     def _read(self) -> int | None:
         try:
-            return json.loads(self._path.read_bytes())["step"]
+            return json.loads(storage.read(self._path))["step"]
         except (OSError, ValueError, KeyError, TypeError):
             # To evaluate once more does no harm.
             return None

@@ -4,12 +4,15 @@ Every start of a run has a file of its own in the folder `goodput` of the run's 
 at every log line, so that a start that was killed has told how far it came.
 """
 
+import fnmatch
+import functools
 import json
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from slm_jax import storage
 from slm_jax.errors import UserError
 from slm_jax.training.phases import BETWEEN, Phases
 
@@ -65,13 +68,11 @@ class GoodputLog:
         seconds = self._phases.seconds()
         now = self._began + sum(seconds.values())
         attempt = Attempt(self._began, now, self._first_step, step, seconds)
-        partial = self._path.with_suffix(".partial")
         try:
-            self._path.parent.mkdir(exist_ok=True)
-            partial.write_text(json.dumps(asdict(attempt)) + "\n", encoding="utf-8")
-            partial.replace(self._path)
+            storage.make_folder(self._path.parent)
+            storage.write(self._path, json.dumps(asdict(attempt)) + "\n")
         except OSError as error:
-            raise UserError(f"cannot write {self._path}: {error.strerror or error}") from error
+            raise storage.failed(f"cannot write {self._path}", error, self._path) from error
 
     def line(self) -> str:
         """One line about all starts of the run until now."""
@@ -85,9 +86,14 @@ def read_attempts(model_dir: Path) -> list[Attempt]:
       UserError: a file of them is damaged.
     """
     attempts = []
-    for path in (model_dir / FOLDER).glob("*.json"):
+    folder = model_dir / FOLDER
+    try:
+        names = fnmatch.filter(storage.list_folder(folder), "*.json")
+    except FileNotFoundError:
+        return []
+    for path in (folder / name for name in names):
         try:
-            attempts.append(Attempt(**json.loads(path.read_bytes())))
+            attempts.append(Attempt(**json.loads(storage.asked(path, functools.partial(storage.read, path)))))
         except (ValueError, TypeError) as error:
             raise UserError(f"{path} is damaged, expected what a start of the run took; remove it") from error
     return sorted(attempts, key=lambda attempt: attempt.began)

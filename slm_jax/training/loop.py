@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 from jax.sharding import Mesh
 
+from slm_jax import storage
 from slm_jax.checkpoints.manager import BestMode, RunCheckpoints, claim_run_directory
 from slm_jax.checkpoints.provenance import Provenance, make_provenance
 from slm_jax.errors import UserError, check_whole, is_number
@@ -536,9 +537,9 @@ def _place(phases: Phases) -> Place:
 
 def _write_plan(path: Path, text: str) -> None:
     try:
-        path.write_text(text, encoding="utf-8")
+        storage.write(path, text)
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+        raise storage.failed(f"cannot write {path}", error, path) from error
 
 
 def _peak_flops(mesh: Mesh) -> float | None:

@@ -1,12 +1,15 @@
 """A trace of some steps of a run, for XProf."""
 
 import contextlib
+import functools
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 
+from slm_jax import storage
 from slm_jax.errors import UserError
 
 
@@ -56,6 +59,7 @@ class StepProfiler:
     ):
         self._directory, self._steps, self._say, self._apart = directory, steps, say, apart
         self._running, self._traced = False, False
+        self._local: tempfile.TemporaryDirectory[str] | None = None
 
     def before(self, step: int, state: Any) -> None:
         """Starts before the first of the steps; of a run that goes on among them, before its first one."""
@@ -63,7 +67,9 @@ class StepProfiler:
             # What was dispatched before is no part of these steps.
             jax.block_until_ready(state)
             with self._apart("profile"):
-                jax.profiler.start_trace(str(self._directory))
+                if storage.is_remote(self._directory):
+                    self._local = tempfile.TemporaryDirectory()
+                jax.profiler.start_trace(self._local.name if self._local else str(self._directory))
             self._running = self._traced = True
 
     def after(self, step: int, state: Any) -> None:
@@ -80,11 +86,19 @@ class StepProfiler:
                 f"no trace: none of steps {self._steps.first} to {self._steps.last} was taken by this start"
             )
 
+    def _copy(self, folder: Path) -> None:
+        for file in sorted(folder.rglob("*")):
+            if file.is_file():
+                path = self._directory / str(file.relative_to(folder))
+                storage.asked(path, functools.partial(storage.put, file, str(path)))
+
     def _stop(self) -> None:
         if self._running:
             self._running = False
             with self._apart("profile"):
                 jax.profiler.stop_trace()
+                if self._local:
+                    self._copy(Path(self._local.name))
             self._say(
                 f"trace written to {self._directory}; `pip install xprof`, then "
                 f"`xprof --logdir {self._directory}` or TensorBoard shows it"

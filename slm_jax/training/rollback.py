@@ -4,9 +4,8 @@ What was asked for is written down in `rollbacks.json` of the run's directory be
 that finds it unfinished finishes it, with or without the flags; one that finds it done goes on with the run.
 """
 
+import fnmatch
 import json
-import os
-import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,6 +13,8 @@ from typing import Any
 
 import jax
 
+from slm_jax import storage
+from slm_jax.appended import copy_appended
 from slm_jax.checkpoints.broadcast import together
 from slm_jax.checkpoints.directories import barrier
 from slm_jax.checkpoints.manager import RunCheckpoints
@@ -144,7 +145,8 @@ class Rollbacks:
     def forget(self) -> None:
         """A run that begins has gone back nowhere; what was moved aside stays."""
         if self._entries and jax.process_index() == 0:
-            (self._model_dir / ROLLBACKS_FILE).unlink()
+            path = self._model_dir / ROLLBACKS_FILE
+            storage.asked(path, lambda: storage.remove(path))
         self._entries = []
 
     def _move(self, wanted: Rollback) -> str:
@@ -154,44 +156,42 @@ class Rollbacks:
                 self._entries.append({**asdict(wanted), "moved_to": aside.name, "done": False})
                 self._write()
             aside = self._model_dir / ROLLED_BACK / self._entries[-1]["moved_to"]
-            aside.mkdir(parents=True, exist_ok=True)
-            for log in self._model_dir.glob("steps*.jsonl"):
+            storage.make_folder(aside)
+            for name in fnmatch.filter(storage.list_folder(self._model_dir), "steps*.jsonl"):
                 # The run's own is cut off after the step that it goes on from.
-                partial = aside / f"{log.name}.partial"
-                shutil.copyfile(log, partial)
-                partial.replace(aside / log.name)
+                copy_appended(self._model_dir / name, aside)
             for path in self._later(wanted.step):
                 _move_checkpoint(path, aside / path.name)
-            moved = sorted(int(path.name) for path in aside.iterdir() if path.name.isdigit())
+            moved = sorted(int(name) for name in storage.list_folder(aside) if name.isdigit())
             self._entries[-1]["done"] = True
             self._write()
         except OSError as error:
-            raise UserError(f"cannot roll back {self._model_dir}: {error.strerror or error}") from error
+            raise storage.failed(f"cannot roll back {self._model_dir}", error, self._model_dir) from error
         what = f"checkpoints {', '.join(map(str, moved))} are" if moved else "steps.jsonl as it was is"
         return f"rolled back to step {wanted.step}: {what} in {aside}"
 
     def _later(self, step: int) -> list[Path]:
         folder = self._model_dir / "checkpoints"
-        paths = [path for path in folder.iterdir() if path.name.isdigit() and int(path.name) > step]
-        return sorted(paths, key=lambda path: int(path.name), reverse=True)
+        steps = [int(name) for name in storage.list_folder(folder) if name.isdigit() and int(name) > step]
+        return [folder / str(step) for step in sorted(steps, reverse=True)]
 
     def _free_folder(self) -> Path:
         number = 1
-        while (folder := self._model_dir / ROLLED_BACK / str(number)).exists():
+        while storage.is_folder(folder := self._model_dir / ROLLED_BACK / str(number)):
             number += 1
         return folder
 
     def _read(self) -> list[dict[str, Any]]:
         path = self._model_dir / ROLLBACKS_FILE
         try:
-            entries = json.loads(path.read_bytes())
+            entries = json.loads(storage.read(path))
             for entry in entries:
                 Rollback(entry["step"], entry["skip_steps"])
                 _ = entry["done"], entry["moved_to"]
         except FileNotFoundError:
             return []
         except OSError as error:
-            raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+            raise storage.failed(f"cannot read {path}", error, path) from error
         except (ValueError, KeyError, TypeError, UserError) as error:
             raise UserError(
                 f"{path} is damaged, expected the rollbacks of this run; remove it to go on from the newest "
@@ -201,12 +201,7 @@ class Rollbacks:
 
     def _write(self) -> None:
         path = self._model_dir / ROLLBACKS_FILE
-        partial = path.with_suffix(".partial")
-        with partial.open("w", encoding="utf-8") as file:
-            file.write(json.dumps(self._entries, indent=1) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
+        storage.write(path, json.dumps(self._entries, indent=1) + "\n")
 
 
 def rows_text(skipped: Sequence[RowRange]) -> str:
@@ -215,4 +210,4 @@ def rows_text(skipped: Sequence[RowRange]) -> str:
 
 
 def _move_checkpoint(path: Path, aside: Path) -> None:
-    path.rename(aside)
+    storage.move_folder(path, aside)

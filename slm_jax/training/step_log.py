@@ -1,10 +1,11 @@
 """One line of JSON per step, to compare runs step by step."""
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
+from slm_jax import storage
+from slm_jax.appended import open_appended, read_appended
 from slm_jax.errors import UserError
 
 
@@ -23,14 +24,9 @@ class StepLog:
     """
 
     def __init__(self, path: str | Path, restored_step: int):
-        self._path = Path(path)
+        self._path = storage.absolute_path(path)
         try:
-            kept = self._lines_up_to(restored_step)
-            # Replaced in one go: a kill between the two leaves the old file or the new one.
-            partial = self._path.with_suffix(".partial")
-            partial.write_bytes(b"".join(kept))
-            partial.replace(self._path)
-            self._file = self._path.open("a", encoding="utf-8")
+            self._file = open_appended(self._path, b"".join(self._lines_up_to(restored_step)))
         except OSError as error:
             raise self._unwritten(error) from error
 
@@ -51,7 +47,7 @@ class StepLog:
         if ids is not None:
             line["ids"] = {str(row): list(names) for row, names in sorted(ids.items())}
         try:
-            self._file.write(json.dumps(line) + "\n")
+            self._file.add(json.dumps(line) + "\n")
         except OSError as error:
             raise self._unwritten(error) from error
 
@@ -59,7 +55,6 @@ class StepLog:
         """Brings all lines to the disk; called before a checkpoint, which must never be ahead of it."""
         try:
             self._file.flush()
-            os.fsync(self._file.fileno())
         except OSError as error:
             raise self._unwritten(error) from error
 
@@ -71,13 +66,15 @@ class StepLog:
             raise self._unwritten(error) from error
 
     def _unwritten(self, error: OSError) -> UserError:
-        return UserError(f"cannot write {self._path}: {error.strerror or error}")
+        return storage.failed(f"cannot write {self._path}", error, self._path)
 
     def _lines_up_to(self, last_step: int) -> list[bytes]:
-        if not self._path.exists():
+        try:
+            lines = read_appended(self._path).splitlines(keepends=True)
+        except FileNotFoundError:
             return []
         kept = []
-        for line in self._path.read_bytes().splitlines(keepends=True):
+        for line in lines:
             try:
                 step = json.loads(line)["step"]
             except (ValueError, KeyError, TypeError):

@@ -13,7 +13,8 @@ import pyarrow.parquet as pq
 import pytest
 import soundfile
 
-from slm_jax.data import containers, parts, storage
+from slm_jax import storage
+from slm_jax.data import containers, parts
 from slm_jax.data.audio_files import count_samples, decode, load_audio, load_utterance
 from slm_jax.data.host_tensorflow import tf
 from slm_jax.data.references import SPEECH, Reference

@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from slm_jax.data import storage
+from slm_jax import storage
 from slm_jax.data.handles import Handles
 from slm_jax.data.host_tensorflow import tf
+from slm_jax.errors import UserError
 
 gfile = tf.io.gfile
 GFile = gfile.GFile
@@ -118,7 +119,7 @@ def test_attempts_are_bounded(remote: str, monkeypatch: pytest.MonkeyPatch):
     path = write(f"{remote}/a.bin", b"0123456789")
     monkeypatch.setattr(gfile, "GFile", Failing(10_000, unavailable))
     before = storage.REMOTE_COUNTS.failures
-    with pytest.raises(storage.RemoteError, match=r"cannot read .*a\.bin in 6 attempts: the service is busy"):
+    with pytest.raises(storage.RemoteError, match=r"cannot read .*a\.bin in 8 attempts: the service is busy"):
         storage.read(path)
     assert storage.REMOTE_COUNTS.failures == before + 1
 
@@ -153,7 +154,23 @@ def test_delays_double_up_to_a_bound(monkeypatch: pytest.MonkeyPatch):
 
     with pytest.raises(storage.RemoteError):
         storage.retrying("wait", fail)
-    assert delays == [10.0, 20.0, 30.0, 30.0, 30.0]
+    assert delays == [10.0, 20.0, *[30.0] * (storage.ATTEMPTS - 3)]
+
+
+def test_an_operation_is_not_begun_anew_for_ever(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv(storage.PATIENCE_VARIABLE, "25")
+    clock = [0.0]
+    monkeypatch.setattr(storage.time, "monotonic", lambda: clock[0])
+
+    def fail() -> None:
+        clock[0] += 10.0
+        raise TimeoutError("slow")
+
+    with pytest.raises(storage.RemoteError, match="cannot wait in 3 attempts: slow"):
+        storage.retrying("wait", fail)
+    monkeypatch.setenv(storage.PATIENCE_VARIABLE, "soon")
+    with pytest.raises(UserError, match="SLM_STORAGE_PATIENCE is 'soon', expected seconds"):
+        storage.retrying("wait", fail)
 
 
 @pytest.mark.parametrize("kind", ["local", "remote"])
@@ -227,4 +244,4 @@ def test_retries_are_said_in_the_log(caplog: pytest.LogCaptureFixture):
 
     with caplog.at_level(logging.WARNING, storage.__name__):
         assert storage.retrying("ask", ask) == 5
-    assert "cannot ask, attempt 1 of 6: line is cut" in caplog.text
+    assert "cannot ask, attempt 1 of 8: line is cut" in caplog.text

@@ -12,6 +12,9 @@ PACKAGE = ROOT / "slm_jax"
 # A room may import rooms of a lower rank, and of its own where no circle comes of it.
 RANKS = {
     "errors": 0,
+    "object_stores": 0,
+    "storage": 0,
+    "appended": 0,
     "multihost": 1,
     "audio": 1,
     "models": 2,
@@ -31,7 +34,7 @@ BESIDE = {
     "demo": {"demo", "tasks", "cli"},
 }
 BESIDE_MAY_IMPORT = {
-    "data": {"errors", "data", "partitioning"},
+    "data": {"errors", "storage", "data", "partitioning"},
     "tasks": {"errors", "data", "tasks", "evaluation", "demo"},
     "demo": {"errors", "data", "demo", "evaluation"},
 }

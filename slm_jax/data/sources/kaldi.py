@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from slm_jax.data import storage
+from slm_jax import storage
 from slm_jax.data.parts import seconds
 from slm_jax.data.sources import fields, text_files
 from slm_jax.data.sources.base import CHUNK, Columns, ReferenceSource, by_split

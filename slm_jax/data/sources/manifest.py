@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pyarrow import json as pa_json
 
-from slm_jax.data import storage
+from slm_jax import storage
 from slm_jax.data.sources import text_files
 from slm_jax.data.sources.base import CHUNK, TEXT_FIELDS, Columns, ReferenceSource, by_split
 from slm_jax.data.sources.fields import check_unicode, samples_of_seconds

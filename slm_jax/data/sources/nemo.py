@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from slm_jax.data import storage
+from slm_jax import storage
 from slm_jax.data.parts import byte_range, seconds
 from slm_jax.data.sources import fields, text_files
 from slm_jax.data.sources.base import CHUNK, Columns, ReferenceSource, by_split

@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from slm_jax.data import storage
+from slm_jax import storage
 from slm_jax.data.containers import bytes_column
 from slm_jax.data.parts import parquet_row
 from slm_jax.data.references import SAMPLE_RATE

@@ -7,7 +7,7 @@ import os
 import re
 from collections.abc import Sequence
 
-from slm_jax.data import storage
+from slm_jax import storage
 from slm_jax.data.sources.text_files import naming_mistakes
 from slm_jax.errors import UserError, nearest
 

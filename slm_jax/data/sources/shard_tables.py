@@ -14,7 +14,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from slm_jax.data import storage
+from slm_jax import storage
 from slm_jax.data.cache_folder import default_cache_dir
 from slm_jax.data.sources.base import CHUNK, Columns, count_of
 from slm_jax.data.sources.text_files import naming_mistakes

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from slm_jax.data import shards, storage
+from slm_jax import storage
+from slm_jax.data import shards
 from slm_jax.data.sources.base import CHUNK, Columns, ReferenceSource
 from slm_jax.errors import UserError
 

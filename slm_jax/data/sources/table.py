@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from slm_jax.data import storage
+from slm_jax import storage
 from slm_jax.data.parts import seconds
 from slm_jax.data.references import SAMPLE_RATE
 from slm_jax.data.sources import fields, text_files

@@ -6,7 +6,7 @@ import logging
 import tarfile
 from typing import NamedTuple
 
-from slm_jax.data import storage
+from slm_jax import storage
 from slm_jax.data.sources.text_files import naming_mistakes
 from slm_jax.errors import UserError
 

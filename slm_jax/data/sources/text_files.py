@@ -10,7 +10,7 @@ import zlib
 from collections.abc import Iterator
 from typing import BinaryIO, NamedTuple, cast
 
-from slm_jax.data import storage
+from slm_jax import storage
 from slm_jax.errors import UserError, nearest
 
 _BLOCK = 4 << 20

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from slm_jax.data import storage
+from slm_jax import storage
 from slm_jax.data.references import SAMPLE_RATE
 from slm_jax.data.sources import fields
 from slm_jax.data.sources.base import Columns, ReferenceSource

@@ -19,8 +19,8 @@ from slm_jax.data.sources.patterns import Paths, files_of
 from slm_jax.data.sources.shard_tables import shard_columns, stats_of
 from slm_jax.data.sources.tar_index import BROKEN_OFF, Member, tar_members, warn_of_break
 from slm_jax.data.sources.text_files import naming_mistakes
-from slm_jax.data.storage import SharedFile
 from slm_jax.errors import UserError, nearest
+from slm_jax.storage import SharedFile
 
 AUDIO = ("wav", "flac", "mp3", "ogg", "opus")
 

@@ -9,7 +9,8 @@ import pytest
 import soxr
 import tensorflow_datasets
 
-from slm_jax.data import storage, tfds_examples
+from slm_jax import storage
+from slm_jax.data import tfds_examples
 from slm_jax.data.audio_files import decode, load_utterance
 from slm_jax.data.host_tensorflow import tf
 from slm_jax.data.references import SPEECH, Reference
