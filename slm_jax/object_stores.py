@@ -63,7 +63,9 @@ class ObjectStore:
         package, wanted = PACKAGES[scheme]
         if importlib.util.find_spec(package) is None:
             raise UserError(f"{scheme}:// needs the package {package}; expected pip install '{wanted}'")
-        self._files = fsspec.filesystem(scheme, use_listings_cache=False, **_OPTIONS.get(scheme, {}))
+        self._files = fsspec.filesystem(
+            scheme, use_listings_cache=False, skip_instance_cache=True, **_OPTIONS.get(scheme, {})
+        )
         # How often a request is tried is decided in one place, not in each client.
         if scheme == "s3":
             self._files.retries = 1
