@@ -183,15 +183,14 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch):
     write_results({}, tmp_path)
     before = (tmp_path / "metrics.json").read_bytes()
 
-    def full(self, text, encoding):
-        self.write_bytes(text[:3].encode())
-        raise OSError(28, "No space left on device", str(self))
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("pathlib.Path.write_text", full)
+    monkeypatch.setattr("slm_jax.storage.os.fsync", full)
     with pytest.raises(UserError, match="No space left on device"):
         write_results({}, tmp_path)
     assert (tmp_path / "metrics.json").read_bytes() == before
-    assert [path.name for path in tmp_path.glob(".*")] == []
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["hypotheses", "metrics.json"]
 
 
 def test_a_task_without_metrics_is_named_and_left_to_training(vocabulary, caplog):
