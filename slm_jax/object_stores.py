@@ -63,9 +63,13 @@ class ObjectStore:
         package, wanted = PACKAGES[scheme]
         if importlib.util.find_spec(package) is None:
             raise UserError(f"{scheme}:// needs the package {package}; expected pip install '{wanted}'")
-        self._files = fsspec.filesystem(
-            scheme, use_listings_cache=False, skip_instance_cache=True, **_OPTIONS.get(scheme, {})
-        )
+        options = dict(_OPTIONS.get(scheme, {}))
+        if scheme == "gs":
+            import aiohttp
+
+            # An answer that does not go on is given up as S3's is; by itself gcsfs waits for five minutes.
+            options["requests_timeout"] = aiohttp.ClientTimeout(total=None, sock_connect=20, sock_read=60)
+        self._files = fsspec.filesystem(scheme, use_listings_cache=False, skip_instance_cache=True, **options)
         # How often a request is tried is decided in one place, not in each client.
         if scheme == "s3":
             self._files.retries = 1
