@@ -321,10 +321,11 @@ def read_record(path: str, number: int, check: str = "") -> Record:
 
 
 def _reader(path: str) -> Any:
-    # ArrayRecord itself knows local files and `gs://`; a shard elsewhere is copied.
+    # ArrayRecord itself knows local files and `gs://` at Google; a shard elsewhere is copied.
     if not storage.is_remote(path):
         return _SHARDS.get(path, storage.stat(path))
-    return _SHARDS.get(path, None) if path.startswith("gs://") else _COPIES.get(path)
+    at_google = path.startswith("gs://") and not os.environ.get("STORAGE_EMULATOR_HOST")
+    return _SHARDS.get(path, None) if at_google else _COPIES.get(path)
 
 
 def _open_shard(path: str, changed: object) -> Any:
