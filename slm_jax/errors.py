@@ -38,7 +38,7 @@ class StorageError(UserError):
     """Remote storage that does not answer: nobody's mistake, told in one sentence all the same."""
 
 
-def exit_status(error: UserError) -> int:
+def exit_status(error: Exception) -> int:
     """Returns the status to exit with: `EXIT_MISTAKE`, or `EXIT_STORAGE` where remote storage was away."""
     cause: BaseException | None = error
     while cause is not None:
