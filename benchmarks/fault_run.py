@@ -11,14 +11,11 @@ import os
 import select
 import sys
 import time
-from pathlib import Path
 from typing import Any, NoReturn
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
-import soundfile
 from jax._src import compilation_cache, compiler
 from jax.experimental import multihost_utils  # noqa: F401, so that no child imports it
 
@@ -48,7 +45,7 @@ class Start:
     """One process of a run.
 
     Attributes:
-      corpus: folder of `write_corpus`.
+      corpus: folder of `faults.write_corpus`.
       model_dir, cache_dir: the run's directory, and where indices of its tasks are kept.
       mesh: sizes of the axes data, fsdp and tensor.
       devices: of this process.
@@ -72,20 +69,6 @@ class Start:
     index: int
     heartbeat: int
     meeting: int
-
-
-def write_corpus(folder: Path, rng: np.random.Generator, count: int = 40) -> None:
-    """Writes two manifests with audio of ragged lengths."""
-    for name in ("a", "b"):
-        lines = []
-        for i in range(count):
-            samples = int(rng.integers(800, 5_000))
-            wave = rng.integers(-20_000, 20_000, samples).astype(np.int16)
-            soundfile.write(folder / f"{name}{i}.wav", wave, 16_000)
-            text = "".join(rng.choice(list("abcdefg "), int(rng.integers(1, 15)))).strip() or "a"
-            line = {"id": f"{name}{i}", "audio": f"{name}{i}.wav", "duration": samples / 16_000, "text": text}
-            lines.append(json.dumps({**line, "language": "en"}))
-        (folder / f"{name}.jsonl").write_text("\n".join(lines))
 
 
 class Listener(nn.Module):

@@ -29,6 +29,7 @@ import sys
 import tempfile
 import threading
 import time
+import wave
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -102,15 +103,13 @@ class Planned:
 def planned(args: argparse.Namespace, number: int) -> Planned:
     """Draws a run's fault; the same for the same flags."""
     seed, steps, period, faults = args.seed, args.steps, args.period, args.faults.split(",")
-    counts = set(map(int, args.processes.split(",")))
-    known = [layout for layout in LAYOUTS if layout.count in counts]
     draw = random.Random(f"{seed} {number}")
     fault = faults[number % len(faults)]
-    layouts = [layout for layout in known if layout.count > 1 or fault not in _OF_ONE]
+    layouts = [layout for layout in LAYOUTS if layout.count > 1 or fault not in _OF_ONE]
     before = draw.choice(layouts)
     # Each fault strikes as often with as without a change of the layout.
     same = number // len(faults) % 2 == 0
-    after = before if same else draw.choice([layout for layout in known if layout != before])
+    after = before if same else draw.choice([layout for layout in LAYOUTS if layout != before])
     moment = draw.choice(MOMENTS.get(fault, ("start", "restore", "step", "save")))
     # An older checkpoint to fall back on is there once two are saved.
     first = 2 * period + 1 if fault == "damage" else 1
@@ -164,7 +163,7 @@ class Nursery:
         """Ends the nursery."""
         assert self._process.stdin is not None
         self._process.stdin.close()
-        self._process.wait(30)
+        self._process.wait(120)
 
     def _listen(self) -> None:
         assert self._process.stdout is not None
@@ -707,37 +706,48 @@ def _cells(records: list[dict[str, Any]]) -> str:
 def main(words: list[str] | None = None) -> int:
     """Runs the campaign; returns 1 where a run did not come out as it should."""
     args = parsed(words)
-    folder = Path(tempfile.mkdtemp(prefix="faults_", dir=args.folder))
-    (folder / "logs").mkdir()
-    (folder / "corpus").mkdir()
     log = Path(args.log)
     records = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
     done = {record["number"] for record in records}
     plans = [planned(args, number) for number in range(args.runs) if number not in done]
-    write_corpus(folder, args.seed)
+    if plans:
+        folder = Path(tempfile.mkdtemp(prefix="faults_", dir=args.folder))
+        with log.open("a") as file:
+            carry_out(args, folder, plans, records, file)
+        if not args.keep:
+            shutil.rmtree(folder)
+    print(table(records))
+    bad = [record for record in records if record["problems"]]
+    for record in bad:
+        print(json.dumps(record), file=sys.stderr)
+    return int(bool(bad))
+
+
+def carry_out(
+    args: argparse.Namespace,
+    folder: Path,
+    plans: list[Planned],
+    records: list[dict[str, Any]],
+    file: Any,
+) -> None:
+    """Does the runs of some plans in a folder; adds their records, and writes each to the log."""
+    (folder / "logs").mkdir()
+    (folder / "corpus").mkdir()
+    write_corpus(folder / "corpus", np.random.default_rng(args.seed))
     nursery = Nursery(Path(args.compiled or folder / "compiled"))
     campaign = Campaign(nursery, folder, args.steps, args.period, args.seed, args.pause, args.heartbeat)
     mounted = bool(set(args.faults.split(",")) & set(_ON_STORAGE))
     storages = [Storage(folder / f"storage{i}", mounted) for i in range(args.jobs)]
     try:
         wanted = {layout for plan in plans for layout in (plan.before, plan.after)}
-        layouts = tuple(layout for layout in LAYOUTS if layout in wanted)
-        references = refer(campaign, storages[0], layouts)
-        with log.open("a") as file:
-            in_parallel(
-                plans, storages, lambda plan, storage: run(campaign, storage, plan, references), records, file
-            )
+        references = refer(campaign, storages[0], tuple(layout for layout in LAYOUTS if layout in wanted))
+        in_parallel(
+            plans, storages, lambda plan, storage: run(campaign, storage, plan, references), records, file
+        )
     finally:
         for storage in storages:
             storage.close()
         nursery.close()
-    if not args.keep:
-        shutil.rmtree(folder)
-    print(table(records))
-    bad = [record for record in records if record["problems"]]
-    for record in bad:
-        print(json.dumps(record), file=sys.stderr)
-    return int(bool(bad))
 
 
 def in_parallel(
@@ -780,14 +790,19 @@ def in_parallel(
         raise failures[0]
 
 
-def write_corpus(folder: Path, seed: int) -> None:
-    """Has the corpus written by a process of its own: this one must stay small."""
-    code = (
-        "import sys, numpy, pathlib; sys.path.insert(0, sys.argv[1]); import fault_run; "
-        "fault_run.write_corpus(pathlib.Path(sys.argv[2]), numpy.random.default_rng(int(sys.argv[3])))"
-    )
-    here = str(Path(__file__).parent)
-    subprocess.run([sys.executable, "-c", code, here, str(folder / "corpus"), str(seed)], check=True)
+def write_corpus(folder: Path, rng: np.random.Generator, count: int = 40) -> None:
+    """Writes two manifests with audio of ragged lengths."""
+    for name in ("a", "b"):
+        lines = []
+        for i in range(count):
+            samples = int(rng.integers(800, 5_000))
+            with wave.open(str(folder / f"{name}{i}.wav"), "wb") as file:
+                file.setparams((1, 2, 16_000, samples, "NONE", ""))
+                file.writeframes(rng.integers(-20_000, 20_000, samples).astype("<i2").tobytes())
+            text = "".join(rng.choice(list("abcdefg "), int(rng.integers(1, 15)))).strip() or "a"
+            line = {"id": f"{name}{i}", "audio": f"{name}{i}.wav", "duration": samples / 16_000, "text": text}
+            lines.append(json.dumps({**line, "language": "en"}))
+        (folder / f"{name}.jsonl").write_text("\n".join(lines))
 
 
 def parsed(words: list[str] | None) -> argparse.Namespace:
@@ -800,7 +815,6 @@ def parsed(words: list[str] | None) -> argparse.Namespace:
         "--log", default="faults.jsonl", help="one line of JSON per run; goes on where it ends"
     )
     parser.add_argument("--faults", default=",".join(FAULTS), help="which, in turn")
-    parser.add_argument("--processes", default="1,2,4", help="how many a run may have")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
     parser.add_argument("--steps", type=int, default=12, help="of a run")
     parser.add_argument("--period", type=int, default=3, help="steps between checkpoints")

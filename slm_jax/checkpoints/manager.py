@@ -161,6 +161,11 @@ class RunCheckpoints:
                 cleanup_tmp_directories=not read_only,
                 create=False,
                 read_only=read_only,
+                # With their numbers, processes wait for each other at the coordinator and not in programs on
+                # the devices, which end after whatever these have to do.
+                multiprocessing_options=ocp.options.MultiprocessingOptions(
+                    active_processes=set(range(jax.process_count())) if jax.process_count() > 1 else None
+                ),
             )
             self._manager = storage.asked(
                 self._directory,
