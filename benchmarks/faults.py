@@ -145,7 +145,8 @@ class Nursery:
         )
         self._children: dict[int, Child] = {}
         self._lock = threading.Lock()
-        threading.Thread(target=self._listen, daemon=True).start()
+        self._listener = threading.Thread(target=self._listen, daemon=True)
+        self._listener.start()
 
     def start(self, log: Path, start: dict[str, Any]) -> "Child":
         """Begins a process that does what `fault_run.Start` says, with its output in a file."""
@@ -164,6 +165,9 @@ class Nursery:
         assert self._process.stdin is not None
         self._process.stdin.close()
         self._process.wait(120)
+        self._listener.join()
+        assert self._process.stdout is not None
+        self._process.stdout.close()
 
     def _listen(self) -> None:
         assert self._process.stdout is not None

@@ -4,6 +4,7 @@ import contextlib
 import enum
 import json
 import re
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -49,6 +50,7 @@ DAMAGED = "checkpoints_damaged"
 # How long a run of several processes that ends by an error waits for a save under way.
 _CLOSE_SECONDS = 30.0
 _POLL_SECONDS = 0.005
+_RELEASE_SECONDS = 0.2
 # A store that does not answer, or asks who we are, has damaged nothing.
 _NO_DAMAGE = re.compile("PERMISSION_DENIED|UNAUTHENTICATED|UNAVAILABLE|DEADLINE_EXCEEDED|RESOURCE_EXHAUSTED")
 
@@ -278,6 +280,8 @@ class RunCheckpoints:
         try:
             self.wait(_CLOSE_SECONDS if failed and not alone else float("inf"))
         finally:
+            if alone and self._failure:
+                _release_threads()
             if alone or not (self._failure or self._manager.is_saving_in_progress()):
                 self._manager.close()
 
@@ -503,6 +507,21 @@ class RunCheckpoints:
             f"cannot save a checkpoint to {self._directory}: {first_line(error)}; "
             "earlier checkpoints are intact"
         )
+
+
+def _release_threads() -> None:
+    """Ends threads of a save that failed: they wait for what one of them was to do, and the process waits."""
+    from orbax.checkpoint._src.futures import future
+
+    def release() -> None:
+        # Some begin to wait later than others.
+        while waiting := [t for t in threading.enumerate() if isinstance(t, future._SignalingThread)]:
+            for thread in waiting:
+                thread.cancel()
+                future.set_signals(thread._receive_signals, operation_id=thread._operation_id)
+            time.sleep(_RELEASE_SECONDS)
+
+    threading.Thread(target=release, name="slm_jax failed save", daemon=True).start()
 
 
 @dataclass(frozen=True)

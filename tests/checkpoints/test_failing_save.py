@@ -12,6 +12,33 @@ import pytest
 from slm_jax.errors import EXIT_MISTAKE
 
 
+def test_one_process_alone_ends_too(tmp_path):
+    # Orbax's other threads would wait for a folder that could not be made.
+    code = (
+        "import os, sys\n"
+        "import jax.numpy as jnp\n"
+        "from slm_jax.checkpoints.manager import RunCheckpoints\n"
+        "from slm_jax.checkpoints.provenance import make_provenance\n"
+        "from slm_jax.training.state import DataCursor\n"
+        "checkpoints, makedirs = RunCheckpoints(sys.argv[1]), os.makedirs\n"
+        "def full(path, *args, **options):\n"
+        "    if 'record.orbax' in str(path):\n"
+        "        raise OSError(28, 'No space left on device')\n"
+        "    makedirs(path, *args, **options)\n"
+        "os.makedirs = full\n"
+        "checkpoints.save(1, {'w': jnp.ones(8)}, DataCursor(0, 'p'), make_provenance('', {}))\n"
+        "try:\n"
+        "    checkpoints.wait()\n"
+        "finally:\n"
+        "    checkpoints.close(failed=True)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "run")], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 1
+    assert f"UserError: cannot save a checkpoint to {tmp_path / 'run'}: [Errno 28]" in done.stderr
+
+
 @pytest.mark.parametrize("when", ["steps", "wait"])
 def test_it_ends_all_at_once_with_its_sentence(tmp_path, when):
     with socket.socket() as found:
