@@ -130,24 +130,21 @@ class Company:
     def _watch_lives(self) -> None:
         everyone = range(self.processes.count)
         while not self._leaving.is_set():
-            try:
+            # Where the service is gone JAX ends this process, and its witness says of whom it was; any other
+            # error may pass.
+            with contextlib.suppress(Exception):
                 lost = sorted(set(everyone).difference(self._living()))
-            except Exception:
-                # The service is gone: JAX ends this process, and its witness says of whom it was.
-                return
-            if lost and not self._leaving.is_set():
-                # Who said why it ends is not lost.
-                self._hear(grace=0.0)
-                names = ", ".join(map(self.name, lost)) + (" is" if len(lost) == 1 else " are")
-                self._end(EXIT_LOST, f"{names} lost: no sign of life for {HEARTBEAT_SECONDS} s", lost)
+                if lost and not self._leaving.is_set():
+                    # Who said why it ends is not lost.
+                    self._hear(grace=0.0)
+                    names = ", ".join(map(self.name, lost)) + (" is" if len(lost) == 1 else " are")
+                    self._end(EXIT_LOST, f"{names} lost: no sign of life for {HEARTBEAT_SECONDS} s", lost)
             self._leaving.wait(_LOOK_SECONDS)
 
     def _watch_ends(self) -> None:
         while not self._leaving.wait(_LOOK_SECONDS):
-            try:
+            with contextlib.suppress(Exception):
                 self._hear(grace=_OWN_WORDS_SECONDS)
-            except Exception:
-                return
 
     def _hear(self, grace: float) -> None:
         """Ends this process if another one said that it ends."""

@@ -4,6 +4,7 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -127,6 +128,35 @@ def test_who_does_not_come_is_waited_for_in_vain(index):
     why = "; https_proxy may be why: name the coordinator's host in no_proxy" if index else ""
     silent = ", where nothing answers" if index else ""
     assert f"{told} within 2 s{silent}{why}; {address} leads every host to itself" in done.stderr
+
+
+def test_a_watch_goes_on_after_an_error_that_passes(monkeypatch, capfd):
+    class Client:
+        looks = 0
+
+        def get_live_nodes(self, everyone):
+            self.looks += 1
+            if self.looks == 1:
+                raise RuntimeError("UNAVAILABLE: try again")
+            return {0: 1}
+
+        def key_value_dir_get(self, folder):
+            return []
+
+        def key_value_set(self, key, value):
+            ended.set()
+
+    ended, status = threading.Event(), []
+    monkeypatch.setattr(joining, "_LOOK_SECONDS", 0.01)
+    monkeypatch.setattr(joining.os, "_exit", status.append)
+    company = joining.Company(Processes(2, 1, "localhost:9", found="flags"), ["a", "b"], Client())
+    assert ended.wait(20)
+    while not status:
+        time.sleep(0.01)
+    assert status == [EXIT_LOST]
+    assert company.name(1) == "process 1 of 2 (host b)"
+    told = "slm: process 1 of 2 (host b) is lost: no sign of life for 20 s; process 1 of 2 (host b) ends, too"
+    assert told in capfd.readouterr().err
 
 
 def test_one_process_needs_nobody():
