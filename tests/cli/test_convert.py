@@ -233,8 +233,8 @@ def spoil(folder: Path, name: str) -> None:
     ("words", "told"),
     [
         ([], "--from"),
-        (["--from", "hf"], "one of --to and --to_hf"),
-        (["--from", "hf", "--to", "a", "--to_hf", "b"], "one of --to and --to_hf"),
+        (["--from", "hf"], "one of --to, --to_hf, --to_t5x, --to_run"),
+        (["--from", "hf", "--to", "a", "--to_hf", "b"], "one of --to, --to_hf, --to_t5x, --to_run"),
         (["--from", "hf", "--to", "a", "--layout", "scann"], "did you mean 'scan'"),
         (["--from", "hf", "--to", "a", "--dtype", "bfloat"], "did you mean 'bfloat16'"),
         (["--from", "nowhere", "--to", "a"], "nowhere is no directory"),
