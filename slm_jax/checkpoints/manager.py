@@ -283,7 +283,16 @@ class RunCheckpoints:
             if alone and self._failure:
                 _release_threads()
             if alone or not (self._failure or self._manager.is_saving_in_progress()):
-                self._manager.close()
+                self._close_manager()
+
+    def _close_manager(self) -> None:
+        try:
+            self._manager.close()
+        except jax.errors.JaxRuntimeError:
+            raise
+        except Exception as error:
+            # A small file that a thread of Orbax writes beside a save.
+            raise self._failed(error) from error
 
     def _note_failures(self) -> None:
         """Keeps what a save in the background failed of.

@@ -1,5 +1,6 @@
 """The training loop: from the mesh to the last checkpoint, in the order in which things happen."""
 
+import contextlib
 import functools
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -265,7 +266,8 @@ def train(
         with watch(), stop_requests() as stop_after:
             result = run.go(batches, stop_after, start)
     except BaseException:
-        with watch():
+        # What broke off the run says why; that a save under way fails as well adds nothing.
+        with watch(), contextlib.suppress(UserError):
             run.close(failed=True)
         raise
     with watch():
