@@ -14,6 +14,7 @@ import logging
 import os
 import random
 import shutil
+import tempfile
 import threading
 import time
 from collections import Counter
@@ -225,7 +226,10 @@ def write(path: str | os.PathLike[str], data: str | bytes) -> None:
     if (bucket := _object_store(name)) is not None:
         return retrying(f"write {name}", lambda: bucket.write(name, data))
     if is_remote(name):
-        raise NotImplementedError(f"{name}: only local files and those of buckets can be written so")
+        with tempfile.NamedTemporaryFile() as file:
+            file.write(data)
+            file.flush()
+            return put(Path(file.name), name)
     partial = Path(name).with_suffix(".partial")
     try:
         with partial.open("wb") as file:

@@ -220,21 +220,9 @@ class RunCheckpoints:
             "checksums": checksums(state),
             "metrics": dict(metrics or {}),
         }
-        try:
-            return self._manager.save(
-                step,
-                args=ocp.args.Composite(
-                    state=ocp.args.PyTreeSave(state), record=ocp.args.JsonSave(signed(record))
-                ),
-                metrics=dict(metrics or {}),
-                force=True,
-            )
-        except jax.errors.JaxRuntimeError:
-            # Not the storage: another process is lost, or a device.
-            raise
-        except Exception as error:
-            self._failure = error
-            raise self._failed(error) from error
+        args = ocp.args.Composite(state=ocp.args.PyTreeSave(state), record=ocp.args.JsonSave(signed(record)))
+        with self._saving():
+            return self._manager.save(step, args=args, metrics=dict(metrics or {}), force=True)
 
     def check(self) -> None:
         """Finds whether a save in the background failed, without waiting.
@@ -258,13 +246,8 @@ class RunCheckpoints:
             if time.monotonic() > deadline:
                 return
             time.sleep(_POLL_SECONDS)
-        try:
+        with self._saving():
             self._manager.wait_until_finished()
-        except jax.errors.JaxRuntimeError:
-            # Not the storage: another process is lost, or a device.
-            raise
-        except Exception as error:
-            raise self._failed(error) from error
 
     def close(self, failed: bool = False) -> None:
         """Waits and frees the threads.
@@ -283,15 +266,20 @@ class RunCheckpoints:
             if alone and self._failure:
                 _release_threads()
             if alone or not (self._failure or self._manager.is_saving_in_progress()):
-                self._close_manager()
+                # A thread of Orbax may still write a small file beside a save.
+                with self._saving():
+                    self._manager.close()
 
-    def _close_manager(self) -> None:
+    @contextlib.contextmanager
+    def _saving(self) -> Iterator[None]:
+        """Inside, what a save fails of is kept and told in a sentence."""
         try:
-            self._manager.close()
+            yield
         except jax.errors.JaxRuntimeError:
+            # Not the storage: another process is lost, or a device.
             raise
         except Exception as error:
-            # A small file that a thread of Orbax writes beside a save.
+            self._failure = error
             raise self._failed(error) from error
 
     def _note_failures(self) -> None:

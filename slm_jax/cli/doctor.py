@@ -6,7 +6,6 @@ import math
 import os
 import shutil
 import sys
-import tempfile
 from pathlib import Path
 
 import jax
@@ -153,17 +152,8 @@ class _Files:
     """Local and remote files, as `multihost.shared_storage` wants them."""
 
     def write(self, path: str, data: bytes) -> None:
-        if storage.is_remote(path):
-            with tempfile.NamedTemporaryFile() as file:
-                file.write(data)
-                file.flush()
-                storage.put(Path(file.name), path)
-            return
-        with Path(path).open("wb") as file:
-            file.write(data)
-            file.flush()
-            # Or memory would be measured.
-            os.fsync(file.fileno())
+        # It brings a local file to the disk, or memory would be measured.
+        storage.write(path, data)
 
     def read(self, path: str) -> bytes:
         return storage.read(path)

@@ -84,7 +84,7 @@ def find_processes(
         _both("--num_processes", count, "--process_id", index)
         return Processes(int(count or 0), int(index or 0), address, found="flags")
     if COUNT in environ or INDEX in environ:
-        count, index = (_number(environ, name) for name in (COUNT, INDEX))
+        count, index = (number_in(environ, name) for name in (COUNT, INDEX))
         _both(COUNT, count, INDEX, index)
         return Processes(count or 0, index or 0, address, found="environment variables")
     for find in (_slurm, _open_mpi, _mpich, _tpu):
@@ -112,7 +112,8 @@ def _both(name: str, value: int | None, other_name: str, other: int | None) -> N
             raise UserError(f"{given} is given without {missing}, expected both")
 
 
-def _number(environ: Mapping[str, str], name: str) -> int | None:
+def number_in(environ: Mapping[str, str], name: str) -> int | None:
+    """Returns a variable's whole number, None where it is not set; raises UserError where it is none."""
     if (text := environ.get(name)) is None:
         return None
     if not text.strip().isdigit():
@@ -122,17 +123,16 @@ def _number(environ: Mapping[str, str], name: str) -> int | None:
 
 def _slurm(environ: Mapping[str, str], address: str | None) -> Processes | None:
     # Variables of the step: those of the job stand in a batch script, too, where nothing runs side by side.
-    count, index = (_number(environ, name) for name in ("SLURM_STEP_NUM_TASKS", "SLURM_PROCID"))
+    count, index = (number_in(environ, name) for name in ("SLURM_STEP_NUM_TASKS", "SLURM_PROCID"))
     if count is None or index is None or "SLURM_STEP_NODELIST" not in environ:
         return None
     if address is None and count > 1:
         # Every job of a node its own port, the same on all of its nodes.
-        port = (
-            _number(environ, "JAX_COORDINATOR_PORT") or 61440 + (_number(environ, "SLURM_JOB_ID") or 0) % 4096
-        )
+        job = number_in(environ, "SLURM_JOB_ID") or 0
+        port = number_in(environ, "JAX_COORDINATOR_PORT") or 61440 + job % 4096
         address = f"{_first_node(environ['SLURM_STEP_NODELIST'])}:{port}"
     # With --gpus-per-task, a task sees its own GPUs alone.
-    tasks = 1 if environ.get("SLURM_GPUS_PER_TASK") else _tasks_of_node(environ)
+    tasks = 1 if environ.get("SLURM_GPUS_PER_TASK") else tasks_of_node(environ)
     return Processes(count, index, address, _own_devices(environ, "SLURM_LOCALID", tasks), "Slurm")
 
 
@@ -154,9 +154,9 @@ def _first_node(nodes: str) -> str:
     return name
 
 
-def _tasks_of_node(environ: Mapping[str, str]) -> int:
-    """Tasks of this node, from a list such as `2(x3),1`."""
-    node = _number(environ, "SLURM_NODEID") or 0
+def tasks_of_node(environ: Mapping[str, str]) -> int:
+    """Returns the tasks of this node of Slurm's step, from a list such as `2(x3),1`."""
+    node = number_in(environ, "SLURM_NODEID") or 0
     for entry in environ.get("SLURM_STEP_TASKS_PER_NODE", "1").split(","):
         tasks, _, times = entry.partition("(x")
         node -= int(times.rstrip(")") or 1) if times else 1
@@ -166,26 +166,26 @@ def _tasks_of_node(environ: Mapping[str, str]) -> int:
 
 
 def _open_mpi(environ: Mapping[str, str], address: str | None) -> Processes | None:
-    count, index = (_number(environ, f"OMPI_COMM_WORLD_{name}") for name in ("SIZE", "RANK"))
+    count, index = (number_in(environ, f"OMPI_COMM_WORLD_{name}") for name in ("SIZE", "RANK"))
     if count is None or index is None:
         return None
-    tasks = _number(environ, "OMPI_COMM_WORLD_LOCAL_SIZE") or 1
+    tasks = number_in(environ, "OMPI_COMM_WORLD_LOCAL_SIZE") or 1
     devices = _own_devices(environ, "OMPI_COMM_WORLD_LOCAL_RANK", tasks)
     return Processes(count, index, address, devices, "Open MPI")
 
 
 def _mpich(environ: Mapping[str, str], address: str | None) -> Processes | None:
-    count, index = (_number(environ, name) for name in ("PMI_SIZE", "PMI_RANK"))
+    count, index = (number_in(environ, name) for name in ("PMI_SIZE", "PMI_RANK"))
     if count is None or index is None:
         return None
-    tasks = _number(environ, "MPI_LOCALNRANKS") or 1
+    tasks = number_in(environ, "MPI_LOCALNRANKS") or 1
     return Processes(count, index, address, _own_devices(environ, "MPI_LOCALRANKID", tasks), "MPI")
 
 
 def _own_devices(environ: Mapping[str, str], rank_name: str, tasks: int) -> tuple[int, ...] | None:
     """The share of one of a node's tasks in the GPUs that all of them see; None where it has all it sees."""
     visible = [name for name in environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
-    rank = _number(environ, rank_name)
+    rank = number_in(environ, rank_name)
     if tasks <= 1 or rank is None or len(visible) < tasks:
         return None
     if len(visible) % tasks:

@@ -1,6 +1,5 @@
 """What of a process's environment will not do: GPUs that it does not see or that it shares, proxies."""
 
-import re
 import socket
 import subprocess
 from collections import Counter
@@ -8,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from slm_jax.multihost.environment import Processes, proxies_in_the_way
+from slm_jax.multihost.environment import Processes, number_in, proxies_in_the_way, tasks_of_node
 from slm_jax.multihost.examination import Examination, Verdict, by_value
 
 # What names no GPU in CUDA_VISIBLE_DEVICES.
@@ -109,9 +108,9 @@ def _slurm(environ: Mapping[str, str], processes: Processes) -> list[str]:
         ]
     if processes.found != "Slurm":
         return []
-    here = _number(environ, "SLURM_GPUS_ON_NODE")
-    local = _tasks_here(environ)
-    if not here or not local:
+    here = number_in(environ, "SLURM_GPUS_ON_NODE")
+    local = tasks_of_node(environ)
+    if not here:
         return []
     if local > here:
         return [
@@ -128,18 +127,6 @@ def _slurm(environ: Mapping[str, str], processes: Processes) -> list[str]:
             f"--gpus-per-task={here // local}, or --gpus-per-node without --gpus-per-task"
         ]
     return []
-
-
-def _tasks_here(environ: Mapping[str, str]) -> int:
-    found = re.findall(r"(\d+)(?:\(x(\d+)\))?", environ.get("SLURM_STEP_TASKS_PER_NODE", ""))
-    each = [int(tasks) for tasks, times in found for _ in range(int(times or 1))]
-    node = _number(environ, "SLURM_NODEID") or 0
-    return each[node] if node < len(each) else 0
-
-
-def _number(environ: Mapping[str, str], name: str) -> int | None:
-    text = environ.get(name, "")
-    return int(text) if text.isdigit() else None
 
 
 def _count(number: int, what: str) -> str:

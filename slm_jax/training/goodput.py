@@ -35,17 +35,21 @@ class Attempt:
     """One start of a run, as far as it told.
 
     Attributes:
-      began, until: seconds since 1970 of its first process's beginning and of what it told last.
+      began: seconds since 1970 when its first process began.
       first_step: step that it went on from.
       step: steps that are behind it.
-      seconds: phase -> seconds, which add up to `until - began`.
+      seconds: phase -> seconds until it told last; none is left out.
     """
 
     began: float
-    until: float
     first_step: int
     step: int
     seconds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def until(self) -> float:
+        """Seconds since 1970 when it told last."""
+        return self.began + sum(self.seconds.values())
 
 
 class GoodputLog:
@@ -65,9 +69,7 @@ class GoodputLog:
 
     def write(self, step: int) -> None:
         """Tells what was done until now; raises UserError where it cannot be written."""
-        seconds = self._phases.seconds()
-        now = self._began + sum(seconds.values())
-        attempt = Attempt(self._began, now, self._first_step, step, seconds)
+        attempt = Attempt(self._began, self._first_step, step, self._phases.seconds())
         try:
             storage.make_folder(self._path.parent)
             storage.write(self._path, json.dumps(asdict(attempt)) + "\n")

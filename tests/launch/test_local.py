@@ -10,34 +10,20 @@ import time
 from pathlib import Path
 
 import pytest
+from launched import ended
 
 LAUNCHER = Path(__file__).parent.parent.parent / "launch" / "local.py"
 
 
 @pytest.fixture
-def launch(tmp_path: Path):
+def launch(started):
     """Starts the launcher with a shell's script as the command of each process."""
-
-    started = []
 
     def start(script: str, *flags: str, **variables: str) -> subprocess.Popen:
         launcher = [sys.executable, str(LAUNCHER), "--processes", "2", "--log_dir", "logs", *flags]
-        process = subprocess.Popen(
-            [*launcher, "--", "sh", "-c", script], cwd=tmp_path, env={**os.environ, **variables}, text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        )  # fmt: skip
-        started.append(process)
-        return process
+        return started.start([*launcher, "--", "sh", "-c", script], {**os.environ, **variables})
 
-    yield start
-    for process in started:
-        process.kill()
-        process.communicate()
-
-
-def ended(process: subprocess.Popen) -> tuple[int, str]:
-    output = process.communicate(timeout=60)[0]
-    return process.returncode, output
+    return start
 
 
 def wait_for(path: Path, text: str = "") -> None:

@@ -10,10 +10,11 @@ import stat
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from launched import ended
 
 SCRIPT = Path(__file__).parent.parent.parent / "launch" / "slurm.sbatch"
 STAND_IN = Path(__file__).with_name("stand_in_slurm.py")
@@ -21,7 +22,7 @@ Submit = Callable[..., subprocess.Popen]
 
 
 @pytest.fixture
-def submit(tmp_path: Path) -> Iterator[Submit]:
+def submit(started, tmp_path: Path) -> Submit:
     """Starts the batch script as slurmd does on the first node, with a shell's script as the command."""
     slurm = tmp_path / "slurm"
     slurm.mkdir()
@@ -39,25 +40,10 @@ def submit(tmp_path: Path) -> Iterator[Submit]:
         "LOG_DIR": "logs",
     }
 
-    started = []
-
     def start(*command: str, **variables: str) -> subprocess.Popen:
-        process = subprocess.Popen(
-            ["bash", str(SCRIPT), *command], cwd=tmp_path, env=environment | variables, text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        )  # fmt: skip
-        started.append(process)
-        return process
+        return started.start(["bash", str(SCRIPT), *command], environment | variables)
 
-    yield start
-    for process in started:
-        process.kill()
-        process.communicate()
-
-
-def ended(process: subprocess.Popen) -> tuple[int, str]:
-    output = process.communicate(timeout=60)[0]
-    return process.returncode, output
+    return start
 
 
 def begun(tmp_path: Path, attempt: int = 0) -> None:

@@ -7,10 +7,11 @@ import stat
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from launched import ended
 
 SCRIPT = Path(__file__).parent.parent.parent / "launch" / "tpu_vm.sh"
 STAND_IN = Path(__file__).with_name("stand_in_gcloud.py")
@@ -18,7 +19,7 @@ Start = Callable[..., subprocess.Popen]
 
 
 @pytest.fixture
-def tpu(tmp_path: Path) -> Iterator[Start]:
+def tpu(started, tmp_path: Path) -> Start:
     """Starts the launcher with `gcloud` standing in."""
     for folder in ("bin", "cloud"):
         (tmp_path / folder).mkdir()
@@ -32,25 +33,10 @@ def tpu(tmp_path: Path) -> Iterator[Start]:
         "LOG_DIR": "logs",
     }  # fmt: skip
 
-    started = []
-
     def start(*words: str, **variables: str) -> subprocess.Popen:
-        process = subprocess.Popen(
-            ["bash", str(SCRIPT), *words], cwd=tmp_path, env=environment | variables, text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        )  # fmt: skip
-        started.append(process)
-        return process
+        return started.start(["bash", str(SCRIPT), *words], environment | variables)
 
-    yield start
-    for process in started:
-        process.kill()
-        process.communicate()
-
-
-def ended(process: subprocess.Popen) -> tuple[int, str]:
-    output = process.communicate(timeout=60)[0]
-    return process.returncode, output
+    return start
 
 
 def wait_for(path: Path) -> None:
