@@ -29,6 +29,8 @@ JOIN_SECONDS = 300
 _LOOK_SECONDS = 2.0
 # A process that hears of the end of another one has so long to end by the same cause in its own words.
 _OWN_WORDS_SECONDS = 5.0
+# From the last of the others' words to its end.
+_LAST_WORDS_SECONDS = 1.0
 # For all processes to be done.
 _LEAVE_SECONDS = 600
 
@@ -172,6 +174,9 @@ class Company:
             self._client.key_value_set(f"{_ENDED}/{self.processes.index}", text)
             awaited = self.processes.count - len(lost)
             self._let_others_go(lambda: len(self._client.key_value_dir_get(f"{_ENDED}/")) >= awaited)
+            if self.processes.index == 0:
+                # Whoever told a moment ago is not gone yet.
+                time.sleep(_LAST_WORDS_SECONDS)
         # What waits for a lost process cannot be waited for.
         os._exit(status)
 

@@ -9,7 +9,7 @@ import functools
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from slm_jax import storage
@@ -44,7 +44,7 @@ class Attempt:
     began: float
     first_step: int
     step: int
-    seconds: dict[str, float] = field(default_factory=dict)
+    seconds: dict[str, float]
 
     @property
     def until(self) -> float:
@@ -95,8 +95,10 @@ def read_attempts(model_dir: Path) -> list[Attempt]:
         return []
     for path in (folder / name for name in names):
         try:
-            attempts.append(Attempt(**json.loads(storage.asked(path, functools.partial(storage.read, path)))))
-        except (ValueError, TypeError) as error:
+            told = json.loads(storage.asked(path, functools.partial(storage.read, path)))
+            # Another release may tell more.
+            attempts.append(Attempt(**{field.name: told[field.name] for field in fields(Attempt)}))
+        except (ValueError, TypeError, KeyError) as error:
             raise UserError(f"{path} is damaged, expected what a start of the run took; remove it") from error
     return sorted(attempts, key=lambda attempt: attempt.began)
 

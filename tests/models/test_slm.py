@@ -252,7 +252,10 @@ def test_no_backward_pass_is_built_through_a_frozen_encoder(rng):
 
 
 def test_gradients_are_of_the_adapter_only_and_reach_all_of_it(rng):
-    batch = collate([[draw_example(rng, kinds) for kinds in ("sts", "ts", "t")]])
+    examples = [draw_example(rng, kinds) for kinds in ("sts", "ts", "t")]
+    # Queries and keys learn from attention over at least two positions.
+    examples[0].pieces[0] = rng.integers(-9000, 9000, 3 * STEP).astype(np.int16)
+    batch = collate([examples])
     variables = random_variables(SMALL, batch, rng)
     _, gradients = _loss_and_gradient(SMALL)(variables["params"], variables["frozen"], batch)
     assert set(gradients) == {"adapter"}

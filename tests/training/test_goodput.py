@@ -54,6 +54,13 @@ def test_a_rollback_takes_back_steps_of_several_starts():
     assert found.lost_steps == 15
 
 
+def test_what_another_release_tells_besides(tmp_path):
+    (tmp_path / FOLDER).mkdir()
+    told = {"began": 1.0, "first_step": 0, "step": 2, "seconds": {"training": 1.0}, "until": 2.0}
+    (tmp_path / FOLDER / "1000.json").write_text(json.dumps(told))
+    assert read_attempts(tmp_path) == [attempt(1.0, 0, 2, training=1.0)]
+
+
 def test_a_start_that_took_no_step():
     found = goodput([attempt(0.0, 3, 3, load=5.0, training=1.0), attempt(9.0, 3, 4, training=1.0)])
     assert found.seconds == pytest.approx({"start": 6.0, "down": 3.0, "steps": 1.0})

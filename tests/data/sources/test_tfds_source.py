@@ -260,7 +260,8 @@ def test_a_shard_that_breaks_off(tmp_path: Path, rng):
 def test_kinds_of_values(tmp_path: Path, rng):
     wave = rng.integers(-8_388_608, 8_388_607, 500)
     (tmp_path / "a.wav").write_bytes(audio_file(wave, AudioFeature("a", 16_000, bits=24), "x"))
-    np.testing.assert_allclose(decode(tmp_path / "a.wav").samples, wave / 256, atol=0.51)
+    # The highest values have no 16-bit value next to them but the highest.
+    np.testing.assert_allclose(decode(tmp_path / "a.wav").samples, np.minimum(wave / 256, 32767), atol=0.51)
     assert audio_file(b"any file", AudioFeature("a", 16_000), "x") == b"any file"
     with pytest.raises(BadExample, match="more than 16 bits"):
         audio_file(wave, AudioFeature("a", 16_000), "x")
