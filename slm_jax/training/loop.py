@@ -424,13 +424,18 @@ class _Run:
 
     def close(self, failed: bool = False) -> None:
         """Ends the threads and files of the run; a save under way is completed, if the others are there."""
-        self.profiler.close()
-        self.reporter.close()
-        self.steps.close()
+        with contextlib.ExitStack() as ends:
+            # Last comes first, and what one of them meets keeps no other from its end.
+            if self.writer:
+                ends.callback(self.writer.flush)
+            ends.callback(self._close_checkpoints, failed)
+            ends.callback(self.steps.close)
+            ends.callback(self.reporter.close)
+            ends.callback(self.profiler.close)
+
+    def _close_checkpoints(self, failed: bool) -> None:
         with self.phases.phase("checkpoint"):
             self.checkpoints.close(failed)
-        if self.writer:
-            self.writer.flush()
 
     def _save(
         self, step: int, state: TrainState, rows_consumed: int, scores: dict[str, float] | None

@@ -29,6 +29,7 @@ from slm_jax.training.loop import LoopConfig, train
 from slm_jax.training.optimizers import AdafactorConfig, AdamWConfig, MuonConfig, ScheduleConfig
 from slm_jax.training.phases import Phases
 from slm_jax.training.preemption import stop_requests
+from slm_jax.training.step_log import StepLog
 
 
 def steps_of(model_dir: Path) -> list[dict]:
@@ -470,3 +471,22 @@ def test_processes_that_plan_other_rows_are_refused(monkeypatch, others):
     told = pytest.raises(UserError, match="process 2 plans other rows than process 0")
     with told if others else contextlib.nullcontext():
         check_same_plan("a plan")
+
+
+def test_a_log_that_cannot_be_closed_keeps_no_save_from_its_end(tmp_path, monkeypatch):
+    written, closed = StepLog.write, StepLog.close
+
+    def write(self, step, *rest):
+        if step == 5:
+            raise UserError("cannot write steps.jsonl: the disk is full")
+        written(self, step, *rest)
+
+    def close(self):
+        closed(self)
+        raise UserError("cannot write steps.jsonl: it is full still")
+
+    monkeypatch.setattr(StepLog, "write", write)
+    monkeypatch.setattr(StepLog, "close", close)
+    with pytest.raises(UserError, match="the disk is full"):
+        toy_train(tmp_path, 9, log_period=1, checkpoint_period=4)
+    assert [path.name for path in (tmp_path / "checkpoints").glob("4*")] == ["4"]
