@@ -1,7 +1,9 @@
 """Whether all processes write to a directory, and read there what the others wrote."""
 
+import contextlib
 import os
 import time
+from collections.abc import Iterator
 from typing import Any, Protocol
 
 import numpy as np
@@ -52,24 +54,24 @@ def examine_storage(examination: Examination, files: Files, directory: str, shar
 def _look(examination: Examination, files: Files, directory: str, shared: bool) -> dict[str, Any]:
     index, count = examination.processes.index, examination.processes.count
     token = examination.gathered(os.urandom(8).hex())[0]
-    examination.at(f"looks for {directory}")
-    directory = files.nearest(directory)
-    mine = f"{directory.rstrip('/')}/.slm_doctor_{token}_"
     found: dict[str, Any] = {"directory": directory, "error": None, "unseen": [], "free": None}
+    examination.at(f"looks for {directory}")
+    with _kept(found, f"cannot look for {directory}"):
+        directory = found["directory"] = files.nearest(directory)
+    mine = f"{directory.rstrip('/')}/.slm_doctor_{token}_"
     bulk = np.random.default_rng(index).bytes(_BULK_BYTES)
-    own = [f"{mine}{index}", f"{mine}{index}_bulk"]
+    own = [f"{mine}{index}", f"{mine}{index}_bulk"] if not found["error"] else []
     examination.at(f"writes to {directory}")
-    try:
-        files.write(own[0], _mark(index))
-        began = time.monotonic()
-        files.write(own[1], bulk)
-        found["write"] = _BULK_BYTES / (time.monotonic() - began)
-        found["free"] = files.free(directory)
-    except OSError as error:
-        found["error"] = f"cannot write to {directory}: {error.strerror or error}"
+    with _kept(found, f"cannot write to {directory}"):
+        if own:
+            files.write(own[0], _mark(index))
+            began = time.monotonic()
+            files.write(own[1], bulk)
+            found["write"] = _BULK_BYTES / (time.monotonic() - began)
+            found["free"] = files.free(directory)
     failed = examination.gathered(found["error"] is not None)
     distances = range(1, min(count, _MOST_READ + 1)) if shared else ()
-    written = [index, *((index + distance) % count for distance in distances)]
+    written = [index, *((index + distance) % count for distance in distances)] if own else []
     written = [other for other in written if not failed[other]]
     examination.at(f"reads from {directory}")
     deadline = time.monotonic() + _SEEN_SECONDS
@@ -77,21 +79,26 @@ def _look(examination: Examination, files: Files, directory: str, shared: bool) 
     seen = [other for other in written[::-1] if other not in found["unseen"]]
     if seen and not found["error"]:
         # Somebody else's, where there is one: what a host wrote itself it has in memory.
-        began = time.monotonic()
-        try:
+        with _kept(found, f"cannot read in {directory}"):
+            began = time.monotonic()
             same = files.read(f"{mine}{seen[0]}_bulk") == np.random.default_rng(seen[0]).bytes(_BULK_BYTES)
             found["read"] = _BULK_BYTES / (time.monotonic() - began)
             found["error"] = None if same else f"read other bytes in {directory} than were written there"
-        except OSError as error:
-            found["error"] = f"cannot read in {directory}: {error.strerror or error}"
     examination.gathered(None)
     examination.at(f"removes what it wrote in {directory}")
     for path in own:
-        try:
+        with _kept(found, f"cannot remove {path}"):
             files.remove(path)
-        except OSError as error:
-            found["error"] = found["error"] or f"cannot remove {path}: {error.strerror or error}"
     return found
+
+
+@contextlib.contextmanager
+def _kept(found: dict[str, Any], what: str) -> Iterator[None]:
+    """Keeps the first error of all; the others wait for this process, whatever it meets."""
+    try:
+        yield
+    except OSError as error:
+        found["error"] = found["error"] or f"{what}: {error.strerror or error}"
 
 
 def _mark(index: int) -> bytes:

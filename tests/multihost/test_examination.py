@@ -177,3 +177,24 @@ def test_a_directory_that_shows_nothing(tmp_path, monkeypatch):
         f"storage: process 0 of 1 does not see what process 0 of 1 wrote in {tmp_path}; expected a directory "
         "that all hosts share"
     ]
+
+
+def test_a_directory_that_cannot_be_looked_for(tmp_path, capfd):
+    class Stale(LocalFiles):
+        def nearest(self, directory):
+            raise OSError(116, "Stale file handle")
+
+    class Company(Several):
+        """Two processes, of which the other one finds all well."""
+
+        def gathered(self, value):
+            waited.append(value)
+            return [value, {"found": other} if isinstance(value, dict) else False]
+
+    waited = []
+    other = {"directory": str(tmp_path), "error": None, "unseen": [], "free": 1}
+    examination = Company(2)
+    shared_storage.examine_storage(examination, Stale(), str(tmp_path))
+    assert examination.problems == [f"storage: process 0 of 2: cannot look for {tmp_path}: Stale file handle"]
+    # It comes to all four places where the others wait.
+    assert len(waited) == 4 and "Traceback" not in capfd.readouterr().err
