@@ -5,6 +5,7 @@ name for who is lost, and an end in time for the others: by default 100 s, and t
 """
 
 import contextlib
+import errno
 import faulthandler
 import os
 import re
@@ -37,8 +38,11 @@ _LEAVE_SECONDS = 600
 # How JAX's runtime and its collectives begin to say what went wrong.
 _STATUS = re.compile("[A-Z_]+: ")
 
+# Where JAX's service listens, if not where it is found.
+_BIND_ADDRESS = "JAX_COORDINATOR_BIND_ADDRESS"
 _HOSTS = "slm_jax/hosts"
 _ENDED = "slm_jax/ended"
+_DONE = "done"
 
 
 class Company:
@@ -111,14 +115,29 @@ class Company:
         self.fail(1, f"{type(error).__name__}: {error}".split("\n")[0])
 
     def leave(self) -> None:
-        """Waits for the others' ends and parts from them."""
-        self._client.wait_at_barrier("slm_jax/leave", _LEAVE_SECONDS * 1000)
+        """Waits for the others' ends and parts from them; whoever does not come to its own ends all."""
+        try:
+            self.tell(_DONE, "")
+            self._client.wait_at_barrier("slm_jax/leave", _LEAVE_SECONDS * 1000)
+        except Exception as error:
+            self._miss(error)
         self._leaving.set()
         self._let_others_go(lambda: len(self._living()) == 1)
         jax.distributed.shutdown()
         self._witness.dismiss()
         global _company
         _company = None
+
+    def _miss(self, error: Exception) -> None:
+        """Ends this process, which has waited in vain for others to be done."""
+        with contextlib.suppress(Exception):
+            done = self.told(_DONE)
+            if late := [self.name(index) for index in range(self.processes.count) if index not in done]:
+                verb = "is" if len(late) == 1 else "are"
+                sentence = f"{', '.join(late)} {verb} not done {_LEAVE_SECONDS} s after others"
+                print(f"slm: {sentence}; all end", file=sys.stderr, flush=True)
+                self.fail(EXIT_LOST, sentence)
+        self.blame(error)
 
     def _living(self) -> Sequence[int]:
         return self._client.get_live_nodes(list(range(self.processes.count)))
@@ -207,6 +226,8 @@ def join(processes: Processes, seconds: float = JOIN_SECONDS) -> Company | None:
     """
     if processes.count == 1:
         return None
+    if processes.index == 0:
+        _check_port(processes)
     # Who is lost is told here, with its name, and not by an abort.
     jax.config.update("jax_enable_recoverability", True)
     # JAX aborts a process whose others do not come, so it gets longer than they have.
@@ -233,6 +254,29 @@ def join(processes: Processes, seconds: float = JOIN_SECONDS) -> Company | None:
     global _company
     _company = Company(processes, names, client)
     return _company
+
+
+def _check_port(processes: Processes) -> None:
+    """Ends process 0 where it cannot listen at its port: JAX's service would crash without a word."""
+    address = os.environ.get(_BIND_ADDRESS) or processes.coordinator or ""
+    try:
+        with socket.socket() as found:
+            # As that service, to which connections of a former one that linger are no hindrance.
+            found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            found.bind(("", int(address.rpartition(":")[2])))
+    except ValueError:
+        return
+    except OSError as error:
+        if error.errno not in (errno.EADDRINUSE, errno.EACCES):
+            return
+        print(
+            f"slm: process 0 of {processes.count} (by {processes.found}, on host {socket.gethostname()}) "
+            f"cannot listen at the port of {address}: {error.strerror}; expected a free one, which ss -ltnp "
+            "tells",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(EXIT_LOST)
 
 
 def _client() -> Any:

@@ -29,10 +29,14 @@ def main(what: str, who: int, rounds: int) -> None:
                     raise LookupError("no such thing")
                 if what == "kill":
                     os.kill(os.getpid(), 9)
+        if what == "late" and processes.index == who:
+            time.sleep(60)
     print(f"left with {jax.process_count()}", flush=True)
 
 
 if __name__ == "__main__":
     if len(sys.argv) > 4:
         joining.HEARTBEAT_SECONDS = int(sys.argv[4])
+    if sys.argv[1] == "late":
+        joining._LEAVE_SECONDS = 2
     main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))

@@ -130,6 +130,28 @@ def test_who_does_not_come_is_waited_for_in_vain(index):
     assert f"{told} within 2 s{silent}{why}; {address} leads every host to itself" in done.stderr
 
 
+def test_a_port_that_is_taken_is_told():
+    with socket.socket() as taken:
+        taken.bind(("localhost", 0))
+        taken.listen()
+        address = f"localhost:{taken.getsockname()[1]}"
+        code = (
+            "from slm_jax.multihost.joining import join\n"
+            "from slm_jax.multihost.environment import Processes\n"
+            f"join(Processes(2, 0, {address!r}, found='flags'))"
+        )
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == EXIT_LOST, done
+    assert f"on host {HERE}) cannot listen at the port of {address}: Address already in use" in done.stderr
+
+
+def test_who_does_not_come_to_its_end_is_told_by_its_name():
+    for index, (status, _, err, _) in enumerate(company("late", 1, rounds=10)):
+        assert status == EXIT_LOST, err
+        assert f"process 1 of 3 (host {HERE}) is not done 2 s after others" in err
+        assert "Traceback" not in err and "without a word" not in err, index
+
+
 def test_a_watch_goes_on_after_an_error_that_passes(monkeypatch, capfd):
     class Client:
         looks = 0
