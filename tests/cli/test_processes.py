@@ -18,7 +18,12 @@ from slm_jax.errors import EXIT_STOPPED
 STEPS = 4
 
 
-def start(words: Sequence[str], processes: int, devices: int, folder: Path) -> list[subprocess.Popen]:
+SLM = "import sys; from slm_jax.cli.main import main; sys.exit(main())"
+
+
+def start(
+    words: Sequence[str], processes: int, devices: int, folder: Path, code: str = SLM
+) -> list[subprocess.Popen]:
     """Starts `slm` as that many processes with that many devices each; `JAX_*` variables tell them apart."""
     with socket.socket() as found:
         found.bind(("localhost", 0))
@@ -37,7 +42,6 @@ def start(words: Sequence[str], processes: int, devices: int, folder: Path) -> l
                 "JAX_PROCESS_ID": str(index),
             }
         with (folder / f"out.{index}").open("w") as out, (folder / f"err.{index}").open("w") as err:
-            code = "import sys; from slm_jax.cli.main import main; sys.exit(main())"
             command = [sys.executable, "-c", code, *words]
             running.append(subprocess.Popen(command, env=environment, cwd=folder, stdout=out, stderr=err))
     return running
@@ -162,6 +166,33 @@ def test_a_mistake_of_one_process_ends_both_with_2(workshop, tmp_path):
     for text in said:
         assert "process 1 of 2 found a configuration of SHA-256" in text
     assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_what_does_not_train_ends_at_a_sigterm(tmp_path):
+    code = (
+        "import sys, time, types\n"
+        "from slm_jax.cli import main\n"
+        "def work(args):\n"
+        "    print('at work', flush=True)\n"
+        "    time.sleep(60)\n"
+        "command = types.SimpleNamespace(add_arguments=main.add_process_arguments, main=work)\n"
+        "main._module = lambda name: command\n"
+        "main.main(['infer'])\n"
+    )
+    running = start((), 2, 1, tmp_path, code)
+    told = [tmp_path / f"out.{index}" for index in range(2)]
+    deadline = time.monotonic() + 60
+    while not all("at work" in file.read_text() for file in told):
+        assert time.monotonic() < deadline, (tmp_path / "err.0").read_text()
+        time.sleep(0.05)
+    for process in running:
+        process.send_signal(signal.SIGTERM)
+    try:
+        assert [process.wait(20) for process in running] == [-signal.SIGTERM] * 2
+    finally:
+        for process in running:
+            process.kill()
+            process.wait()
 
 
 def losses_so_far(run: Path) -> list[bytes]:
