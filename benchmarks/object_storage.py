@@ -1,6 +1,6 @@
 """`slm train` in buckets of local servers that fail: run directory, frozen weights and frames all lie there.
 
-    python benchmarks/object_storage.py --schemes s3 gs --steps 60 --share 0.05
+    python benchmarks/object_storage.py --schemes s3 gs --steps 60 --share 0.05 --processes 1
 
 Trains the quickstart's adapter in a local folder, then in a bucket whose server fails `--share` of the
 requests (503, 500, reset, carried out and not answered, answer cut off) and is slow: stopped by SIGTERM half
@@ -13,6 +13,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -36,16 +37,17 @@ def main() -> int:
     parser.add_argument("--schemes", nargs="+", default=["s3", "gs"], choices=["s3", "gs"])
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--share", type=float, default=0.05)
+    parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--delay", type=float, default=0.01, help="seconds, at most, before each answer")
     args = parser.parse_args()
     same = True
     with tempfile.TemporaryDirectory() as name:
-        work = Work(Path(name), args.steps)
-        work.slm(["demo", "--to", str(work.folder / "corpus"), "--preset", "tiny"], {})
+        Work(Path(name), 0, 1).slm(["demo", "--to", f"{name}/corpus", "--preset", "tiny"], {})
+        work = Work(Path(name), args.steps, args.processes)
         work.slm(work.train(f"{name}/local", f"{name}/local_models"), {})
         expected = appended.read_appended(f"{name}/local/steps.jsonl")
         print(
-            "| run | requests | failed | tried again | checkpoints | exit statuses | same curve | seconds |"
+            "| run | requests | failed | tried again | checkpoints | first statuses | same curve | seconds |"
         )
         print("|---|---|---|---|---|---|---|---|")
         for scheme in args.schemes:
@@ -57,10 +59,10 @@ def main() -> int:
 
 
 class Work:
-    """Commands in a folder of their own."""
+    """Commands in a folder of their own, each run by so many processes."""
 
-    def __init__(self, folder: Path, steps: int):
-        self.folder, self.steps = folder, steps
+    def __init__(self, folder: Path, steps: int, processes: int):
+        self.folder, self.steps, self.processes = folder, steps, processes
 
     def train(self, model_dir: str, models: str) -> list[str]:
         """The words of `slm train`; its foundation models are copied to `models` first."""
@@ -84,22 +86,38 @@ class Work:
         flags = [f"--gin.{name}={value!r}" for name, value in bindings.items()]
         return ["train", "--gin_file", "recipes/quickstart.gin", *flags]
 
-    def start(self, words: list[str], environment: dict[str, str]) -> subprocess.Popen[str]:
-        """Starts `slm`."""
-        given = {
-            **without_other_storage(),
-            "PYTHONPATH": str(ROOT),
-            "SLM_CACHE_DIR": str(self.folder / "cache"),
-            **environment,
-        }
-        command = [sys.executable, "-c", _SLM, *words]
-        return subprocess.Popen(command, env=given, cwd=self.folder, stderr=subprocess.PIPE, text=True)
+    def start(self, words: list[str], environment: dict[str, str]) -> list[subprocess.Popen[str]]:
+        """Starts `slm`; what the first process says can be read, what others say is in `err.I`."""
+        with socket.socket() as found:
+            found.bind(("localhost", 0))
+            address = f"localhost:{found.getsockname()[1]}"
+        running = []
+        for index in range(self.processes):
+            given = {
+                **without_other_storage(),
+                "PYTHONPATH": str(ROOT),
+                "SLM_CACHE_DIR": str(self.folder / "cache"),
+                **environment,
+            }
+            if self.processes > 1:
+                given |= {
+                    "JAX_COORDINATOR_ADDRESS": address,
+                    "JAX_NUM_PROCESSES": str(self.processes),
+                    "JAX_PROCESS_ID": str(index),
+                }
+            command = [sys.executable, "-c", _SLM, *words]
+            with (self.folder / f"err.{index}").open("w") as err:
+                errors = err if index else subprocess.PIPE
+                running.append(
+                    subprocess.Popen(command, env=given, cwd=self.folder, stderr=errors, text=True)
+                )
+        return running
 
     def slm(self, words: list[str], environment: dict[str, str]) -> str:
-        """Runs `slm` to its end, which must be a good one; returns what it said."""
-        process = self.start(words, environment)
-        said = process.communicate()[1]
-        assert process.returncode == 0, said
+        """Runs `slm` to its end, which must be a good one; returns what its first process said."""
+        running = self.start(words, environment)
+        said = running[0].communicate()[1]
+        assert [process.wait() for process in running] == [0] * len(running), said
         return said
 
     def in_bucket(self, server: ObjectServer, ending: str, expected: bytes) -> bool:
@@ -109,17 +127,17 @@ class Work:
         run = f"{server.scheme}://bucket/run"
         words, began = self.train(run, f"{server.scheme}://bucket/models"), time.monotonic()
         patience = {storage.PATIENCE_VARIABLE: "5"} if ending == "storage gone" else {}
-        process = self.start(words, {**server.environment, **patience})
+        running = self.start(words, {**server.environment, **patience})
         said: list[str] = []
-        assert process.stderr is not None
-        for line in process.stderr:
+        assert running[0].stderr is not None
+        for line in running[0].stderr:
             said.append(line)
             if re.match(rf"step {self.steps // 2 // 2 * 2}/", line):
                 if ending == "stopped":
-                    process.send_signal(signal.SIGTERM)
+                    running[-1].send_signal(signal.SIGTERM)
                 else:
                     server.away = True
-        first = process.wait()
+        first = ", ".join(str(process.wait()) for process in running)
         server.away = False
         said += self.slm(words, server.environment).splitlines(keepends=True)
         same = appended.read_appended(f"{run}/steps.jsonl") == expected
@@ -128,7 +146,7 @@ class Work:
         seconds = time.monotonic() - began
         print(
             f"| {server.scheme}, {ending} | {server.requests} | {server.failed.total()} | {again} "
-            f"| {', '.join(names)} | {first}, 0 | {'yes' if same else 'NO'} | {seconds:.0f} |",
+            f"| {', '.join(names)} | {first} | {'yes' if same else 'NO'} | {seconds:.0f} |",
             flush=True,
         )
         if ending == "storage gone":
