@@ -51,12 +51,13 @@ def stop_requests() -> Iterator[StopRequests]:
     """Watches for SIGTERM, SIGINT and notices of preemption; gives what says after a step whether to stop.
 
     A second SIGINT is Python's KeyboardInterrupt. Several processes stop after the same step, all of them,
-    as JAX's preemption service agrees on it at a SIGTERM.
+    as JAX's preemption service agrees on it.
     """
     if jax.process_count() > 1:
         from jax.experimental import multihost_utils
 
-        with preemption_notices():
+        # JAX knows of the one signal alone.
+        with _keyboard(lambda: os.kill(os.getpid(), signal.SIGTERM)), preemption_notices():
             yield StopRequests(multihost_utils.reached_preemption_sync_point)
         return
     if threading.current_thread() is not threading.main_thread():
@@ -66,25 +67,37 @@ def stop_requests() -> Iterator[StopRequests]:
     asked = threading.Event()
     requests = StopRequests(lambda step: asked.is_set())
 
-    def handle(number: int, _: object) -> None:
+    def stop() -> None:
         asked.set()
-        if number == signal.SIGINT:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-            # Not by print: the signal may have come in the middle of one.
-            os.write(
-                2, b"\nstopping after this step; interrupt once more to end at once, with nothing saved\n"
-            )
         requests.interrupt()
 
-    # Where SIGINT is ignored or somebody else's, as of a job in the background, it stays so.
-    with_keyboard = signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    previous = signal.signal(signal.SIGTERM, handle)
-    if with_keyboard:
-        signal.signal(signal.SIGINT, handle)
+    previous = signal.signal(signal.SIGTERM, lambda number, _: stop())
     try:
-        with preemption_notices():
+        with _keyboard(stop), preemption_notices():
             yield requests
     finally:
         signal.signal(signal.SIGTERM, previous)
-        if with_keyboard:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@contextlib.contextmanager
+def _keyboard(stop: Callable[[], None]) -> Iterator[None]:
+    """Inside, the first SIGINT calls `stop`.
+
+    Where SIGINT is ignored or somebody else's, as of a job in the background, it stays so.
+    """
+    is_ours = threading.current_thread() is threading.main_thread()
+    if not is_ours or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield
+        return
+
+    def handle(number: int, _: object) -> None:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        # Not by print: the signal may have come in the middle of one.
+        os.write(2, b"\nstopping after this step; interrupt once more to end at once, with nothing saved\n")
+        stop()
+
+    signal.signal(signal.SIGINT, handle)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -132,14 +132,15 @@ def test_sigterm_saves_while_a_batch_does_not_come(tmp_path, rng):
     assert [step["step"] for step in steps_of(tmp_path)] == list(range(1, 10))
 
 
-def test_a_hang_is_told_by_every_process_and_ends_them(tmp_path):
+def start_two(*words: str) -> list[subprocess.Popen]:
+    """Starts two processes of `toy.py` that train together."""
     with socket.socket() as found:
         found.bind(("localhost", 0))
         address = f"localhost:{found.getsockname()[1]}"
-    program, words = str(Path(__file__).with_name("toy.py")), [str(tmp_path), "9", "1", "0.01", "3"]
-    running = [
+    program = str(Path(__file__).with_name("toy.py"))
+    return [
         subprocess.Popen(
-            [sys.executable, program, *words, "--hangs_in", "1", "--hang_seconds", "10"],
+            [sys.executable, program, *words],
             env={
                 **os.environ,
                 "JAX_NUM_CPU_DEVICES": "1",
@@ -152,6 +153,22 @@ def test_a_hang_is_told_by_every_process_and_ends_them(tmp_path):
         )
         for index in range(2)
     ]
+
+
+def test_an_interrupt_of_one_process_has_both_save(tmp_path, rng):
+    running = start_two(str(tmp_path), "100000", str(rng.integers(2**31)), "0.02", "-1")
+    wait_for_step(running[0], tmp_path, 7)
+    running[1].send_signal(signal.SIGINT)
+    said = [process.communicate(timeout=60)[1] for process in running]
+    assert [process.returncode for process in running] == [0, 0], said
+    last = steps_of(tmp_path)[-1]["step"]
+    assert f"asked to stop: saved step {last}" in said[0] and "interrupt once more" in said[1]
+    assert (tmp_path / "checkpoints" / str(last)).is_dir()
+
+
+def test_a_hang_is_told_by_every_process_and_ends_them(tmp_path):
+    words = [str(tmp_path), "9", "1", "0.01", "3"]
+    running = start_two(*words, "--hangs_in", "1", "--hang_seconds", "10")
     said = [process.communicate(timeout=120)[1] for process in running]
     here = f"of 2 (host {socket.gethostname()})"
     assert [process.returncode for process in running] == [EXIT_LOST, EXIT_LOST], said
