@@ -35,8 +35,8 @@ _LAST_WORDS_SECONDS = 1.0
 # For all processes to be done.
 _LEAVE_SECONDS = 600
 
-# How JAX's runtime and its collectives begin to say what went wrong.
-_STATUS = re.compile("[A-Z_]+: ")
+# How JAX's runtime and its collectives begin to say what went wrong; memory is this process's own.
+_STATUS = re.compile("(?!RESOURCE_EXHAUSTED)[A-Z_]+: ")
 
 # Where JAX's service listens, if not where it is found.
 _BIND_ADDRESS = "JAX_COORDINATOR_BIND_ADDRESS"

@@ -27,6 +27,8 @@ def main(what: str, who: int, rounds: int) -> None:
                     raise UserError("--flag is 'x', expected 'y'")
                 if what == "bug":
                     raise LookupError("no such thing")
+                if what == "memory":
+                    raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
                 if what == "kill":
                     os.kill(os.getpid(), 9)
         if what == "late" and processes.index == who:

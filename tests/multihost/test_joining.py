@@ -64,10 +64,17 @@ def test_all_leave_together():
         ("mistake", 1, EXIT_MISTAKE, "error: process 1 of 3 (host {}) ended: --flag is 'x', expected 'y'"),
         ("mistake", 0, EXIT_MISTAKE, "error: process 0 of 3 (host {}) ended: --flag is 'x', expected 'y'"),
         ("bug", 2, 1, "process 2 of 3 (host {}) ended: LookupError: no such thing"),
+        (
+            "memory",
+            2,
+            1,
+            "process 2 of 3 (host {}) ended: JaxRuntimeError: RESOURCE_EXHAUSTED: Out of memory",
+        ),
     ],
 )
 def test_one_that_fails_ends_the_others_by_its_name(what, who, status, sentence):
-    found = company(what, who)
+    # Nobody waits for a sign of life that is no more.
+    found = company(what, who, heartbeat=20)
     began = float(found[who][1].split("at ")[1].split()[0])
     for index, (ended, _, err, at) in enumerate(found):
         assert ended == status, err
@@ -76,7 +83,7 @@ def test_one_that_fails_ends_the_others_by_its_name(what, who, status, sentence)
         if index != who:
             assert f"slm: {told}; process {index} of 3 (host {HERE}) ends, too" in err
         else:
-            assert "--flag is 'x', expected 'y'" in err or "LookupError" in err
+            assert "--flag is 'x', expected 'y'" in err or "Traceback" in err
         assert "without a word" not in err
 
 
