@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -102,9 +103,10 @@ def test_what_is_not_the_same_is_named_with_its_process(tmp_path):
     assert [status for status, _, _ in found] == [EXIT_MISTAKE, EXIT_MISTAKE], found
     one, two = (f"process {index} of 2 (host {HERE})" for index in range(2))
     _, out, _ = found[0]
+    optax = version("optax")
     for line in (
         "environment   ok: 2 processes, by flags",
-        f"versions      failed: optax is 0.2.8 on {one}, 99.9 on {two}",
+        f"versions      failed: optax is {optax} on {one}, 99.9 on {two}",
         f"configuration failed: the configuration of {two} has 'LOG_PERIOD = 77' where that of {one} has",
         f"clocks        failed: the clock of {two} is ",
         f"devices       failed: the devices of a process is 2 x cpu on {one}, 1 x cpu on {two}",
@@ -114,7 +116,8 @@ def test_what_is_not_the_same_is_named_with_its_process(tmp_path):
     assert re.search(r"is (60|59)\.\d s ahead of that of process 0", out)
     for _, _, err in found:
         assert (
-            f"slm: error: doctor: versions: optax is 0.2.8 on {one}, 99.9 on {two}; and 4 more, named" in err
+            f"slm: error: doctor: versions: optax is {optax} on {one}, 99.9 on {two}; and 4 more, named"
+            in err
         )
     assert not [*folders[0].iterdir(), *folders[1].iterdir()]
 
