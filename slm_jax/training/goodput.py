@@ -77,8 +77,11 @@ class GoodputLog:
             raise storage.failed(f"cannot write {self._path}", error, self._path) from error
 
     def line(self) -> str:
-        """One line about all starts of the run until now."""
-        return goodput(read_attempts(self._model_dir)).line()
+        """One line about all starts of the run until now, or why it cannot be told: the run is none the worse."""
+        try:
+            return goodput(read_attempts(self._model_dir)).line()
+        except UserError as error:
+            return f"goodput is unknown: {error}"
 
 
 def read_attempts(model_dir: Path) -> list[Attempt]:

@@ -61,6 +61,13 @@ def test_what_another_release_tells_besides(tmp_path):
     assert read_attempts(tmp_path) == [attempt(1.0, 0, 2, training=1.0)]
 
 
+def test_a_run_is_none_the_worse_for_a_damaged_account(tmp_path, capfd):
+    toy_train(tmp_path, 1)
+    (tmp_path / FOLDER / "1000.json").write_text("{")
+    assert toy_train(tmp_path, 2).step == 2
+    assert "goodput is unknown: " in capfd.readouterr().err
+
+
 def test_a_start_that_took_no_step():
     found = goodput([attempt(0.0, 3, 3, load=5.0, training=1.0), attempt(9.0, 3, 4, training=1.0)])
     assert found.seconds == pytest.approx({"start": 6.0, "down": 3.0, "steps": 1.0})
