@@ -77,7 +77,7 @@ class GoodputLog:
             raise storage.failed(f"cannot write {self._path}", error, self._path) from error
 
     def line(self) -> str:
-        """One line about all starts of the run until now, or why it cannot be told: the run is none the worse."""
+        """One line about all starts of the run until now, or why it cannot be told: no run ends by that."""
         try:
             return goodput(read_attempts(self._model_dir)).line()
         except UserError as error:
