@@ -50,7 +50,7 @@ class ObjectInfo(NamedTuple):
 
 
 class ObjectStore:
-    """What can be done in the buckets of one scheme; every operation is one attempt.
+    """What can be done in the buckets of one scheme; every operation is one attempt, but for `remove_below`.
 
     Args:
       scheme: such as `s3`.
@@ -121,25 +121,34 @@ class ObjectStore:
         self._files.cp_file(source, path)
 
     def remove(self, path: str) -> None:
-        """Removes an object; FileNotFoundError where there is none."""
-        if self._files.info(path)["type"] == "directory":
-            raise IsADirectoryError(f"{path} is a folder")
-        self._files.rm_file(path)
+        """Removes an object, where it is there: an attempt that seemed to fail may have done it."""
+        with contextlib.suppress(FileNotFoundError):
+            if self._files.info(path)["type"] == "directory":
+                raise IsADirectoryError(f"{path} is a folder")
+            self._files.rm_file(path)
 
-    def remove_below(self, path: str) -> None:
-        """Removes all that is below a folder, signs of completeness first; nothing where there is none."""
+    def remove_below(self, path: str, retrying: Retrying) -> None:
+        """Removes all that is below a folder, signs of completeness first; nothing where there is none.
+
+        It takes many requests, which would hardly ever succeed in one go: each is tried again by itself.
+        """
+        names = retrying(f"list {path}", lambda: self.below(path))
         # Half removed it must not look complete.
-        signs = [name for name in self.below(path) if posixpath.basename(name) == COMMIT_FILE]
+        signs = [name for name in names if posixpath.basename(name) == COMMIT_FILE]
         for name in sorted(signs, key=lambda name: name.count("/")):
-            # Clients try again by themselves what a connection has lost, and then nothing is there.
-            with contextlib.suppress(FileNotFoundError):
-                self._files.rm_file(f"{path}/{name}")
-        for _ in range(3):
-            if not (names := self.below(path)):
-                return
+            retrying(f"remove {path}/{name}", lambda name=name: self.remove(f"{path}/{name}"))
+
+        def attempt() -> None:
+            nonlocal names
             with contextlib.suppress(FileNotFoundError):
                 self._files.rm([f"{path}/{name}" for name in names])
-        raise OSError(f"{path} was removed and is there")
+            # S3's client does not tell of an object that it could not remove.
+            names = retrying(f"list {path}", lambda: self.below(path))
+            if names:
+                raise OSError(f"{path} was removed and is there")
+
+        if names:
+            retrying(f"remove {path}", attempt)
 
 
 @functools.cache
@@ -237,12 +246,13 @@ class _Backend(backend.Backend):
     def rmtree(self, path: Any) -> None:
         if not self.exists(path):
             raise FileNotFoundError(f"there is no {path}")
-        self._do("remove", path, lambda found, name: found.remove_below(name))
+        name = os.fspath(path).rstrip("/")
+        store(name.partition("://")[0]).remove_below(name, self._retrying)
 
     def remove(self, path: Any) -> None:
         if self._info(path) is None:
             raise FileNotFoundError(f"there is no {path}")
-        self._do("remove", path, _remove_if_there)
+        self._do("remove", path, lambda found, name: found.remove(name))
 
     def rename(self, path: Any, dst: Any) -> None:
         if self.exists(dst):
@@ -303,9 +313,3 @@ class _TextUpload(_Upload):
 
     def write(self, text: Any, /) -> int:
         return super().write(text.encode())
-
-
-def _remove_if_there(found: ObjectStore, name: str) -> None:
-    # An attempt that seemed to fail may have removed it.
-    with contextlib.suppress(FileNotFoundError):
-        found.remove(name)

@@ -265,11 +265,11 @@ def remove(path: str | os.PathLike[str]) -> None:
     name = os.fspath(path)
     if not is_remote(name):
         Path(name).unlink()
-    elif _object_store(name) is not None:
+    elif (bucket := _object_store(name)) is not None:
         # It would be no error of a bucket that nothing is there.
         if not is_file(name):
             raise FileNotFoundError(f"there is no {name}")
-        _remove_objects(name, lambda bucket: bucket.remove(name))
+        retrying(f"remove {name}", lambda: bucket.remove(name))
     else:
         retrying(f"remove {name}", lambda: _gfile(name).remove(name))
 
@@ -279,8 +279,8 @@ def remove_folder(path: str | os.PathLike[str]) -> None:
     name = os.fspath(path)
     if not is_remote(name):
         shutil.rmtree(name, ignore_errors=True)
-    elif _object_store(name) is not None:
-        _remove_objects(name, lambda bucket: bucket.remove_below(name))
+    elif (bucket := _object_store(name)) is not None:
+        bucket.remove_below(name, retrying)
     elif is_folder(name):
         retrying(f"remove {name}", lambda: _gfile(name).rmtree(name))
 
@@ -346,7 +346,8 @@ class SharedFile:
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
     def _read_remote(self, offset: int, length: int) -> bytes:
-        if offset >= self.size:
+        # S3 takes a range of no bytes for none, and sends all of the object.
+        if length <= 0 or offset >= self.size:
             return b""
         if (bucket := _object_store(self.path)) is not None:
             return bucket.read(self.path, offset, min(offset + length, self.size))
@@ -447,7 +448,8 @@ def retrying(what: str, operation: Callable[[], T]) -> T:
     for attempt in range(1, ATTEMPTS + 1):
         try:
             return operation()
-        except _BUGS:
+        except (*_BUGS, RemoteError):
+            # The latter was tried in vain already.
             raise
         except Exception as error:
             if (lasting := _lasting(error)) is not None:
@@ -568,15 +570,6 @@ def _object_info(name: str) -> Any:
         return retrying(f"look at {name}", lambda: _object_store(name).info(name.rstrip("/")))
     except FileNotFoundError:
         return None
-
-
-def _remove_objects(name: str, remove: Callable[[Any], None]) -> None:
-    def attempt() -> None:
-        # One that seemed to fail may have removed it.
-        with contextlib.suppress(FileNotFoundError):
-            remove(_object_store(name))
-
-    retrying(f"remove {name}", attempt)
 
 
 def _remote_stat(name: str) -> FileStat:

@@ -36,12 +36,14 @@ class ObjectServer:
       share: of the requests that fail, from 0 to 1.
       delay: seconds before each answer, at most; half of it on average.
       away: whether no request is answered any more.
+      fail_next: how the next requests fail, in place of what is drawn; None for one that does not.
       requests: how many there were, `failed` how many of them failed by kind.
       environment: variables that lead clients here.
     """
 
     def __init__(self, scheme: str, seed: int = 0):
         self.scheme, self.share, self.delay, self.away = scheme, 0.0, 0.0, False
+        self.fail_next: list[str | None] = []
         self.requests, self.failed = 0, Counter[str]()
         self._random, self._lock = random.Random(seed), threading.Lock()
         self._port, self._front = _free_port(), _Front(("127.0.0.1", 0), _Handler)
@@ -89,7 +91,9 @@ class ObjectServer:
         with self._lock:
             self.requests += 1
             kind = "away" if self.away else None
-            if kind is None and self._random.random() < self.share:
+            if kind is None and self.fail_next:
+                kind = self.fail_next.pop(0)
+            elif kind is None and self._random.random() < self.share:
                 kind = self._random.choice(FAULTS)
             if kind is not None:
                 self.failed[kind] += 1

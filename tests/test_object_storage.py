@@ -56,7 +56,9 @@ def steps(run: str | Path) -> list[tuple[int, float]]:
 
 
 def test_files_of_a_bucket_are_as_local_ones(bucket: str, server: ObjectServer, tmp_path: Path, rng):
+    # The first that fails does so for certain; clients try again by themselves what a connection has lost.
     server.share = 0.15
+    server.fail_next = ["503"]
     data = rng.integers(0, 256, 200_000, np.uint8).tobytes()
     (tmp_path / "given").write_bytes(data)
     retries = storage.REMOTE_COUNTS.retries
@@ -75,6 +77,9 @@ def test_files_of_a_bucket_are_as_local_ones(bucket: str, server: ObjectServer, 
         start, length = (int(number) for number in rng.integers(0, 199_999, 2))
         shared = storage.SharedFile(f"{folder}/1/data")
         assert shared.read_at(start, length) == data[start : start + length]
+        # To its end, where nothing is left to read, and not to the end of the file.
+        assert storage.Window(shared, start, 7).read() == data[start : start + 7]
+        assert shared.read_at(start, 0) == b""
         storage.write(f"{folder}/1/data", "second")
         assert storage.read(f"{folder}/1/data") == b"second"
         storage.make_folder(f"{folder}/aside")
@@ -93,6 +98,19 @@ def test_files_of_a_bucket_are_as_local_ones(bucket: str, server: ObjectServer, 
     storage.put(tmp_path / "given", f"{bucket}/put")
     assert storage.read(f"{bucket}/put") == data
     assert server.failed.total() > 0 and storage.REMOTE_COUNTS.retries > retries
+
+
+def test_a_folder_goes_though_no_attempt_at_all_of_its_requests_would_succeed(
+    bucket: str, server: ObjectServer, monkeypatch
+):
+    server.share = 0.0
+    for name in ("data", "commit_success.txt", "state/data", "state/commit_success.txt"):
+        storage.write(f"{bucket}/{name}", name)
+    monkeypatch.setattr(storage, "ATTEMPTS", 2)
+    server.fail_next = [None, *6 * ["503", None, None, None, None, None]]
+    storage.remove_folder(bucket)
+    server.fail_next = []
+    assert storage.is_empty(bucket) and server.failed["503"] > 1
 
 
 def test_what_is_half_moved_or_half_removed_is_no_checkpoint(bucket: str, monkeypatch):
