@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from slm_jax import storage
 from slm_jax.checkpoints.directories import new_directory, put_in_place
 from slm_jax.checkpoints.manager import RunCheckpoints, claim_run_directory
 from slm_jax.checkpoints.parameters import check_parameters, parameter_table, table_from_json
@@ -28,6 +29,10 @@ _PARAMS = "params/"
 
 def to_t5x(args: argparse.Namespace) -> int:
     """Writes what a run has trained as `checkpoint_<step>` of T5X, and prints its path."""
+    if storage.is_remote(args.to_t5x):
+        raise UserError(
+            f"slm convert: --to_t5x is {args.to_t5x}, expected a local folder, to be copied there"
+        )
     with contextlib.closing(_checkpoints_of(args.source)) as checkpoints:
         steps = checkpoints.all_steps()
         step = args.step if args.step is not None else checkpoints.latest_step()
@@ -82,8 +87,8 @@ def to_run(args: argparse.Namespace) -> int:
 
 
 def _checkpoints_of(directory: str) -> RunCheckpoints:
-    folder = Path(directory) / "checkpoints"
-    if not folder.is_dir():
+    folder = storage.absolute_path(directory) / "checkpoints"
+    if not storage.asked(folder, lambda: storage.is_folder(folder)):
         raise UserError(f"slm convert: --from {directory} is no run, expected a directory of slm train")
     return RunCheckpoints(folder, read_only=True)
 

@@ -118,6 +118,7 @@ def test_to_t5x_takes_the_step_that_is_asked_for(workshop, trained, slm_here, tm
         ("--to_t5x b --gin_file runs/train.gin", "--gin_file has no meaning with --to_t5x"),
         ("--to b --gin.SEED=1", "reads no gin, so --gin.SEED=1 has no meaning here"),
         ("--to b --step 3", "--step has no meaning with --to"),
+        ("--to_t5x gs://bucket/b", "--to_t5x is gs://bucket/b, expected a local folder, to be copied there"),
         ("--to_t5x b --dtype int8", "--dtype has no meaning with --to_t5x, which keeps every bit"),
     ],
 )
