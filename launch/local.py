@@ -82,6 +82,17 @@ class StopRequest:
             time.sleep(min(left, POLL_SECONDS))
 
 
+def say(text: str | bytes) -> None:
+    """Shows lines; a terminal that was closed must not end the processes, which are about to save."""
+    try:
+        sys.stdout.buffer.write(text if isinstance(text, bytes) else f"launch: {text}\n".encode())
+        sys.stdout.buffer.flush()
+    except OSError:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, 1)
+        os.close(nowhere)
+
+
 def main(argv: list[str] | None = None) -> int:
     args = parse_arguments(sys.argv[1:] if argv is None else argv)
     stop = StopRequest()
@@ -94,25 +105,24 @@ def main(argv: list[str] | None = None) -> int:
         if attempt == began:
             write_environment(folder / "environment.json", args.command)
         ending = run_attempt(args, folder, stop)
-        print(f"launch: attempt {attempt}: {told(ending)}; logs in {folder}", flush=True)
+        say(f"attempt {attempt}: {told(ending)}; logs in {folder}")
         if (status := last_status(ending)) is not None:
             return status
         newest = newest_step(args.progress_dir)
         if newest > best:
             best, without_progress = newest, 0
         if without_progress >= args.max_restarts:
-            print(f"launch: gave up: {without_progress} restarts brought no newer checkpoint", flush=True)
+            say(f"gave up: {without_progress} restarts brought no newer checkpoint")
             return shell_status(ending.statuses[ending.first or 0])
         without_progress += 1
         wait = backoff(without_progress)
-        print(
-            f"launch: restart {without_progress} of {args.max_restarts} without progress, in {wait:.1f} s"
-            + (f"; newest checkpoint is of step {best}" if best >= 0 else ""),
-            flush=True,
+        say(
+            f"restart {without_progress} of {args.max_restarts} without progress, in {wait:.1f} s"
+            + (f"; newest checkpoint is of step {best}" if best >= 0 else "")
         )
         stop.sleep(wait)
         if stop.asked:
-            print("launch: asked to stop between two attempts", flush=True)
+            say("asked to stop between two attempts")
             return ASKED_TO_STOP
         attempt += 1
 
@@ -123,7 +133,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     add("--processes", type=whole, required=True, help="how many processes; each stands for a host")
     add("--devices_per_process", type=whole, help="virtual CPU devices of each (JAX_NUM_CPU_DEVICES)")
     add("--max_restarts", type=int, default=5, help="in a row, without a newer checkpoint (%(default)s)")
-    add("--progress_dir", type=Path, metavar="MODEL_DIR/checkpoints", help="where newer checkpoints appear")
+    add("--progress_dir", type=local, metavar="MODEL_DIR/checkpoints", help="where newer checkpoints appear")
     add("--grace", type=float, default=60, help="seconds that the others have after one failed (%(default)s)")
     add("--save_limit", type=float, default=600, help="seconds to save when asked to stop (%(default)s)")
     add(
@@ -144,6 +154,14 @@ def whole(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least 1")
     return int(text)
+
+
+def local(text: str) -> Path:
+    if "://" in text:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no local folder, and this file cannot look into buckets"
+        )
+    return Path(text)
 
 
 def next_attempt(logs: Path) -> int:
@@ -227,8 +245,7 @@ def free_port() -> int:
 def show(log: BinaryIO) -> None:
     """Copies what is new in process 0's log."""
     if new := log.read():
-        sys.stdout.buffer.write(new)
-        sys.stdout.buffer.flush()
+        say(new)
 
 
 def kill(processes: list[subprocess.Popen]) -> None:

@@ -13,5 +13,5 @@ def started(tmp_path: Path) -> Iterator[Started]:
     found = Started(tmp_path)
     yield found
     for process in found:
-        process.kill()
-        process.communicate()
+        with process:
+            process.kill()

@@ -104,6 +104,18 @@ def test_a_launcher_that_is_asked_to_stop_lets_all_save(launch, tmp_path: Path, 
         assert (tmp_path / f"logs/attempt-0/host-{index}.log").read_text() == "began\nsaved\n"
 
 
+def test_a_terminal_that_was_closed_ends_nothing_before_all_have_saved(launch, tmp_path: Path):
+    script = "trap 'echo saving; sleep 0.5; touch saved-$JAX_PROCESS_ID; exit 75' TERM; echo began; "
+    process = launch(script + "while :; do sleep 0.05; done")
+    for index in range(2):
+        wait_for(tmp_path / f"logs/attempt-0/host-{index}.log", "began")
+    # Whatever is shown from here on fails.
+    process.stdout.close()
+    process.send_signal(signal.SIGHUP)
+    assert process.wait(60) == 75
+    assert (tmp_path / "saved-0").exists() and (tmp_path / "saved-1").exists()
+
+
 def test_one_that_does_not_save_in_time_is_killed_with_what_it_started(launch, tmp_path: Path):
     # The trap alone is not enough: the shell's child would go on.
     process = launch(
@@ -156,6 +168,10 @@ def test_the_environment_is_written_without_secrets(launch, tmp_path: Path):
         (["--processes", "2", "--"], "a command is missing after --"),
         (["--processes", "2", "--", "slm-of-nobody"], "the command 'slm-of-nobody' was not found"),
         (["--processes", "none", "--", "sh"], "'none' is no whole number of at least 1"),
+        (
+            ["--processes", "2", "--progress_dir", "gs://bucket/run/checkpoints", "--", "sh"],
+            "'gs://bucket/run/checkpoints' is no local folder",
+        ),
     ],
 )
 def test_mistakes_are_one_sentence(arguments: list[str], sentence: str):
