@@ -153,6 +153,7 @@ def pod(args: argparse.Namespace) -> dict[str, Any]:
         "cloud.google.com/gke-tpu-accelerator": args.accelerator,
         "cloud.google.com/gke-tpu-topology": "x".join(str(edge) for edge in args.topology),
     }
+    taints = ["google.com/tpu", *(["cloud.google.com/gke-spot"] if args.spot else [])]
     # JobSet says in an annotation which restart this is.
     restart = {
         "name": "RESTART_ATTEMPT",
@@ -163,7 +164,7 @@ def pod(args: argparse.Namespace) -> dict[str, Any]:
     spec = {
         "restartPolicy": "Never",
         "nodeSelector": selector | ({"cloud.google.com/gke-spot": "true"} if args.spot else {}),
-        "tolerations": [{"key": "google.com/tpu", "operator": "Exists"}],
+        "tolerations": [{"key": key, "operator": "Exists"} for key in taints],
         "hostNetwork": True,
         "dnsPolicy": "ClusterFirstWithHostNet",
         "terminationGracePeriodSeconds": args.save_limit,
@@ -171,7 +172,10 @@ def pod(args: argparse.Namespace) -> dict[str, Any]:
             {
                 "name": CONTAINER,
                 "image": args.image,
-                "command": ["bash", "-c", ENTRY, "slm-host", *args.command],
+                # Kubernetes would take a $(NAME) for a variable of the container.
+                "command": [
+                    word.replace("$", "$$") for word in ("bash", "-c", ENTRY, "slm-host", *args.command)
+                ],
                 "env": [{"name": "PYTHONUNBUFFERED", "value": "1"}, restart, *args.env],
                 "resources": {"limits": {"google.com/tpu": args.chips_per_host}},
                 "volumeMounts": [{"name": "shared-memory", "mountPath": "/dev/shm"}],

@@ -113,6 +113,9 @@ def test_xpk_and_the_scheduler_find_what_they_look_for():
         "cloud.google.com/gke-tpu-topology": "4x4",
         "cloud.google.com/gke-spot": "true",
     }
+    assert [taint["key"] for taint in template["spec"]["tolerations"]] == [
+        "google.com/tpu", "cloud.google.com/gke-spot"
+    ]  # fmt: skip
     assert (template["spec"]["priorityClassName"], template["spec"]["serviceAccountName"]) == (
         "high",
         "trainer",
@@ -124,7 +127,9 @@ def test_a_host_logs_its_environment_without_secrets_and_becomes_the_command(tmp
     written = rendered(*SLICE, *command)
     (container,) = written["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]["containers"]
     process = subprocess.Popen(
-        container["command"], stdout=subprocess.PIPE, text=True,
+        # As Kubernetes hands it on where no variable is meant.
+        [word.replace("$$", "$") for word in container["command"]],
+        stdout=subprocess.PIPE, text=True,
         env={**os.environ, "TPU_WORKER_ID": "3", "SLM_TOKEN": "hush"},
     )  # fmt: skip
     output = process.communicate(timeout=60)[0]
