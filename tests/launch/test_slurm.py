@@ -207,6 +207,8 @@ def test_a_preflight_that_another_process_ended_is_tried_again(submit: Submit, t
         ([], {}, "a command is missing"),
         (["sh"], {"SLURM_JOB_ID": ""}, "SLURM_JOB_ID is not set: start this file with sbatch"),
         (["slm-of-nobody"], {}, "the command 'slm-of-nobody' was not found on"),
+        (["sh"], {"PROGRESS_DIR": "gs://bucket/run/checkpoints"}, "is a bucket, which this file cannot look"),
+        (["sh", "evaluate"], {"PREFLIGHT": "1"}, "PREFLIGHT=1 is for slm train"),
     ],
 )
 def test_mistakes_are_one_sentence(
