@@ -51,6 +51,10 @@ case $action in
 start)
     mkdir -p "$HOME/slm-launch"
     mkdir "$folder" 2>/dev/null || exit 0
+    # What an earlier attempt left behind, or a launcher that could not reach this host, holds the TPU.
+    for old in "$HOME"/slm-launch/*/session; do
+        kill -KILL -- "-$(cat "$old")" 2>/dev/null
+    done
     {
         date -Is
         uname -a
@@ -128,8 +132,14 @@ delete() {
 setup() {
     # shellcheck disable=SC2016  # expanded on the host
     local command='set -e
-        python=$(command -v python3.12 || command -v python3.11)
-        [ -x slm-venv/bin/pip ] || "$python" -m venv slm-venv
+        if [ ! -x slm-venv/bin/pip ]; then
+            if python=$(command -v python3.12 || command -v python3.11); then
+                "$python" -m venv slm-venv
+            else
+                python3 -m pip install --quiet --user uv
+                python3 -m uv venv --quiet --seed --python 3.12 slm-venv
+            fi
+        fi
         mkdir -p slm-source && tar -xzf slm-source.tar.gz -C slm-source
         slm-venv/bin/pip install --quiet --constraint slm-source/requirements.lock "./slm-source[tpu]"'
     if [[ -z ${SETUP:-} ]]; then
@@ -186,12 +196,12 @@ statuses() {
 fetch_logs() {
     local file
     mkdir -p "$log_dir/$1"
-    if on_all log "$1"; then mv -f "$output"/*.log "$log_dir/$1/"; fi
-    if on_all environment "$1"; then
-        for file in "$output"/*.log; do
-            mv -f "$file" "$log_dir/$1/environment-$(basename "$file" .log).txt"
-        done
-    fi
+    on_all log "$1" || return
+    mv -f "$output"/*.log "$log_dir/$1/"
+    on_all environment "$1" || return
+    for file in "$output"/*.log; do
+        mv -f "$file" "$log_dir/$1/environment-$(basename "$file" .log).txt"
+    done
 }
 
 # Whether this launcher, or `stop` beside it, was asked to stop.
@@ -304,7 +314,12 @@ run() {
 action=${1:-}
 shift
 case $action in
-create | setup | delete) "$action" ;;
+create)
+    # What an earlier run was told does not end the waiting.
+    rm -f "$log_dir/stop"
+    create
+    ;;
+setup | delete) "$action" ;;
 run)
     (($# > 0)) || refuse "a command is missing, such as: launch/tpu_vm.sh run slm train --gin_file mine.gin"
     run "$@"
@@ -315,6 +330,9 @@ stop | stacks | logs)
     # So that `run` does not start it again.
     if [[ $action == stop ]]; then touch "$log_dir/stop"; fi
     if [[ $action == logs ]]; then fetch_logs "attempt-$newest"; else on_all "$action" "attempt-$newest"; fi
+    status=$?
+    if ((status)); then say "error: a host could not be reached: $(tail -n 1 "$scratch/gcloud")" >&2; fi
+    exit "$status"
     ;;
 *) refuse "'$action' is none of create, setup, run, stacks, stop, logs, delete" ;;
 esac

@@ -129,6 +129,25 @@ def test_a_crash_is_started_again_and_a_newer_checkpoint_counts_anew(tpu: Start,
     assert output.endswith("gave up: 1 restarts brought no newer checkpoint\n")
 
 
+def test_what_an_attempt_left_behind_is_ended_before_the_next(tpu: Start, tmp_path: Path):
+    assert ended(tpu("create"))[0] == 0
+    script = "[ -e child ] && exit 0; sleep 600 & echo $! > child; exit 9"
+    status, output = ended(tpu("run", "sh", "-c", script))
+    assert status == 0, output
+    for index in range(2):
+        child = Path("/proc") / (host(tmp_path, index) / "child").read_text().strip() / "stat"
+        assert not child.exists() or child.read_text().rpartition(")")[2].split()[0] == "Z"
+
+
+def test_after_a_stop_a_tpu_can_be_made_and_what_fails_is_told(tpu: Start, tmp_path: Path):
+    (tmp_path / "logs/attempt-0").mkdir(parents=True)
+    for action in ("stop", "stacks", "logs"):
+        status, output = ended(tpu(action))
+        assert status and output.startswith("launch: error: a host could not be reached: Failed to"), output
+    status, output = ended(tpu("create"))
+    assert status == 0 and "is ACTIVE" in output, output
+
+
 def test_a_preempted_tpu_is_made_anew(tpu: Start, tmp_path: Path):
     assert ended(tpu("create"))[0] == 0
     process = tpu("run", "sh", "-c", f'[ -e "{tmp_path}/second" ] && exit 0; sleep 60')
