@@ -90,16 +90,19 @@ kill) kill -KILL -- "-$(cat "$folder/session")" 2>/dev/null ;;
 esac
 exit 0'
 
+# In a session of its own, as Ctrl-C is this launcher's alone: what has all processes save must come through.
+gcloud_alone() { setsid --wait gcloud "$@"; }
+
 # on_all ACTION ATTEMPT [WORD ...]: each host's output goes to its own file, I.log in $output.
 on_all() {
     output=$scratch/$1
     rm -rf "$output"
     mkdir -p "$output"
-    gcloud compute tpus tpu-vm ssh "$TPU_NAME" "${where[@]}" --worker=all --output-directory="$output" \
+    gcloud_alone compute tpus tpu-vm ssh "$TPU_NAME" "${where[@]}" --worker=all --output-directory="$output" \
         --command="bash -c $(printf '%q ' "$worker" slm-worker "$@")" >"$scratch/gcloud" 2>&1
 }
 
-tpu_state() { gcloud compute tpus tpu-vm describe "$TPU_NAME" "${where[@]}" --format='value(state)' 2>/dev/null; }
+tpu_state() { gcloud_alone compute tpus tpu-vm describe "$TPU_NAME" "${where[@]}" --format='value(state)' 2>/dev/null; }
 resource_state() {
     gcloud compute tpus queued-resources describe "$TPU_NAME" "${where[@]}" --format='value(state.state)' 2>/dev/null
 }
