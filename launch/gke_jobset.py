@@ -43,7 +43,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     add = parser.add_argument
     add("--name", required=True, type=dns_label, help="of the JobSet")
     add("--namespace", default="default")
-    add("--image", required=True, help="container image with slm_jax and the extra tpu")
+    add("--image", required=True, help="container image with slm_jax and its extras tpu and gcs")
     add(
         "--accelerator",
         required=True,

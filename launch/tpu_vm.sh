@@ -144,7 +144,7 @@ setup() {
             fi
         fi
         mkdir -p slm-source && tar -xzf slm-source.tar.gz -C slm-source
-        slm-venv/bin/pip install --quiet --constraint slm-source/requirements.lock "./slm-source[tpu]"'
+        slm-venv/bin/pip install --quiet --constraint slm-source/requirements.lock "./slm-source[tpu,gcs]"'
     if [[ -z ${SETUP:-} ]]; then
         git archive --format=tar.gz --output="$scratch/slm-source.tar.gz" HEAD ||
             refuse "setup installs the commit at hand: go to the checkout, or say in SETUP what installs"

@@ -99,7 +99,7 @@ def test_setup_brings_the_commit_at_hand_to_every_host(tpu: Start, tmp_path: Pat
     for index in range(2):
         assert (host(tmp_path, index) / "slm-source/setup.py").exists()
         asked = (host(tmp_path, index) / "asked").read_text()
-        assert asked == "install --quiet --constraint slm-source/requirements.lock ./slm-source[tpu]\n"
+        assert asked == "install --quiet --constraint slm-source/requirements.lock ./slm-source[tpu,gcs]\n"
 
 
 def test_a_mistake_is_not_tried_again_and_the_others_are_ended(tpu: Start, tmp_path: Path):
