@@ -95,7 +95,9 @@ class ObjectStore:
     def below(self, path: str) -> list[str]:
         """Returns the names of all objects below a folder, relative to it, sorted."""
         own = path.partition("://")[2].strip("/")
-        return sorted(name.strip("/")[len(own) + 1 :] for name in self._files.find(path))
+        found = (name.lstrip("/") for name in self._files.find(path))
+        # Clients cannot remove the `folder/` that a console has made.
+        return sorted(name[len(own) + 1 :] for name in found if not name.endswith("/"))
 
     def parts_to_move(self, path: str) -> list[str]:
         """Returns the names of a complete checkpoint's objects, its sign last; none of half a one."""
@@ -132,23 +134,24 @@ class ObjectStore:
 
         It takes many requests, which would hardly ever succeed in one go: each is tried again by itself.
         """
-        names = retrying(f"list {path}", lambda: self.below(path))
-        # Half removed it must not look complete.
-        signs = [name for name in names if posixpath.basename(name) == COMMIT_FILE]
-        for name in sorted(signs, key=lambda name: name.count("/")):
-            retrying(f"remove {path}/{name}", lambda name=name: self.remove(f"{path}/{name}"))
+
+        def listed() -> list[str]:
+            return retrying(f"list {path}", lambda: self.below(path))
 
         def attempt() -> None:
-            nonlocal names
-            with contextlib.suppress(FileNotFoundError):
-                self._files.rm([f"{path}/{name}" for name in names])
-            # S3's client does not tell of an object that it could not remove.
-            names = retrying(f"list {path}", lambda: self.below(path))
-            if names:
-                raise OSError(f"{path} was removed and is there")
+            # One that failed has removed some of it.
+            if names := listed():
+                with contextlib.suppress(FileNotFoundError):
+                    self._files.rm([f"{path}/{name}" for name in names])
+                # S3's client does not tell of an object that it could not remove.
+                if listed():
+                    raise OSError(f"{path} was removed and is there")
 
-        if names:
-            retrying(f"remove {path}", attempt)
+        # Half removed it must not look complete.
+        signs = [name for name in listed() if posixpath.basename(name) == COMMIT_FILE]
+        for name in sorted(signs, key=lambda name: name.count("/")):
+            retrying(f"remove {path}/{name}", lambda name=name: self.remove(f"{path}/{name}"))
+        retrying(f"remove {path}", attempt)
 
 
 @functools.cache

@@ -113,6 +113,23 @@ def test_a_folder_goes_though_no_attempt_at_all_of_its_requests_would_succeed(
     assert storage.is_empty(bucket) and server.failed["503"] > 1
 
 
+def test_folders_that_a_console_has_made_are_none(bucket: str, server: ObjectServer):
+    server.share = 0.0
+    folder = bucket.removeprefix(f"{server.scheme}://bucket/")
+    connection = server.connect()
+    for name in (f"{folder}/", f"{folder}/inner/"):
+        # Clients strip the last slash.
+        upload = f"/upload/storage/v1/b/bucket/o?uploadType=media&name={name}"
+        words = ("PUT", f"/bucket/{name}") if server.scheme == "s3" else ("POST", upload)
+        connection.request(*words, b"", {"Content-Type": "text/plain"})
+        assert connection.getresponse().read() is not None
+    connection.close()
+    storage.write(f"{bucket}/inner/data", "some")
+    assert storage.list_folder(bucket) == ["inner"] and storage.list_folder(f"{bucket}/inner") == ["data"]
+    storage.remove_folder(bucket)
+    assert not storage.is_file(f"{bucket}/inner/data") and storage.is_empty(bucket, "inner")
+
+
 def test_what_is_half_moved_or_half_removed_is_no_checkpoint(bucket: str, monkeypatch):
     copy, left = object_stores.ObjectStore.copy, 0
 
