@@ -82,18 +82,25 @@ def test_progress_and_places_without_a_limit_end_nothing(monkeypatch):
 
 def test_a_process_that_was_stopped_itself_did_not_hang():
     code = """if True:
-        import time
+        import sys, time
         from slm_jax.multihost.hang import Place, watched
-        with watched(lambda: Place("'x'", time.monotonic() // 1.0), 2.0):
+        with watched(lambda: Place("'x'", 0), 4.0):
+            # The watch looks once, and once more after the stop.
+            time.sleep(1.0)
             print("begun", flush=True)
-            time.sleep(1.5)
+            sys.stdin.readline()
+            time.sleep(0.5)
     """
     process = subprocess.Popen(
-        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", code],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     assert process.stdout is not None and process.stdout.readline() == "begun\n"
     process.send_signal(signal.SIGSTOP)
-    time.sleep(3)
+    time.sleep(5)
     process.send_signal(signal.SIGCONT)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate("\n", timeout=60)
     assert process.returncode == 0 and not err, err

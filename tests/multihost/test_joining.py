@@ -54,7 +54,7 @@ def company(what: str, who: int, rounds: int = 1000, count: int = 3, heartbeat: 
 
 
 def test_all_leave_together():
-    for status, out, err, _ in company("nothing", 0, rounds=10):
+    for status, out, err, _ in company("nothing", 0, rounds=10, heartbeat=20):
         assert status == 0 and "left with 3" in out, err
 
 
