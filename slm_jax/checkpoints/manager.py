@@ -115,6 +115,18 @@ def _claimed(directory: Path) -> str:
     return str(directory)
 
 
+class _CheckpointManager(ocp.CheckpointManager):
+    """Orbax's, which leaves it to the run to ask JAX when to stop.
+
+    JAX takes the step that is asked about for the one that the process has come to. Orbax asks at the end of
+    a save, in its thread: a first process that seemed to be behind by that let the others stop at a step
+    which it had passed itself, and waited for them.
+    """
+
+    def reached_preemption(self, step: int) -> bool:
+        return False
+
+
 class RunCheckpoints:
     """The checkpoints of one run directory.
 
@@ -171,7 +183,7 @@ class RunCheckpoints:
             )
             self._manager = storage.asked(
                 self._directory,
-                lambda: ocp.CheckpointManager(
+                lambda: _CheckpointManager(
                     orbax_path(self._directory), options=options, item_names=("state", "record")
                 ),
             )

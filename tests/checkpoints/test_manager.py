@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
 from slm_jax.checkpoints.manager import RunCheckpoints, claim_run_directory
@@ -245,6 +246,17 @@ def test_a_newer_run_directory_is_refused(tmp_path):
 def test_options_that_do_not_fit_are_refused(tmp_path, options):
     with pytest.raises(UserError):
         RunCheckpoints(tmp_path, **options)
+
+
+def test_a_save_does_not_tell_jax_that_the_run_is_at_an_earlier_step(tmp_path, rng, monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        multihost_utils, "reached_preemption_sync_point", lambda step: bool(asked.append(step))
+    )
+    checkpoints = RunCheckpoints(tmp_path)
+    save_all(checkpoints, make_state(rng), {1: None})
+    checkpoints.close()
+    assert checkpoints.all_steps() == [1] and asked == []
 
 
 def test_a_save_that_fails_because_a_process_is_lost_is_no_mistake_of_the_user(tmp_path, rng, monkeypatch):
