@@ -101,9 +101,14 @@ def main(argv: list[str] | None = None) -> int:
     best, without_progress, attempt = newest_step(args.progress_dir), 0, began
     while True:
         folder = logs / f"attempt-{attempt}"
-        folder.mkdir(parents=True)
-        if attempt == began:
-            write_environment(folder / "environment.json", args.command)
+        try:
+            folder.mkdir(parents=True)
+            if attempt == began:
+                write_environment(folder / "environment.json", args.command)
+        except OSError as error:
+            found = f"cannot write logs to {folder}: {error.strerror}"
+            print(f"local.py: error: {found}; name another folder by --log_dir", file=sys.stderr)
+            return MISTAKE
         ending = run_attempt(args, folder, stop)
         say(f"attempt {attempt}: {told(ending)}; logs in {folder}")
         if (status := last_status(ending)) is not None:

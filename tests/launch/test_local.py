@@ -172,6 +172,10 @@ def test_the_environment_is_written_without_secrets(launch, tmp_path: Path):
             ["--processes", "2", "--progress_dir", "gs://bucket/run/checkpoints", "--", "sh"],
             "'gs://bucket/run/checkpoints' is no local folder",
         ),
+        (
+            ["--processes", "2", "--log_dir", "/dev/null/logs", "--", "sh"],
+            "cannot write logs to /dev/null/logs/attempt-0: Not a directory; name another folder",
+        ),
     ],
 )
 def test_mistakes_are_one_sentence(arguments: list[str], sentence: str):
