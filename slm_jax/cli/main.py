@@ -37,8 +37,6 @@ _COMMANDS = {
 _WITHOUT_GIN = ("demo", "goodput")
 # What meets the other processes in its own way.
 _JOINS_ITSELF = ("doctor",)
-# What ends at a SIGTERM in its own way.
-_STOPS_ITSELF = ("train",)
 # Commands of two words.
 _GROUPS = ("data",)
 
@@ -126,9 +124,6 @@ def _among_processes(args: argparse.Namespace) -> int:
     from slm_jax.multihost.joining import joined
 
     with joined(processes):
-        if args.command not in _STOPS_ITSELF:
-            # JAX keeps it for a training, to which it says when to stop.
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
         return _module(args.command).main(args)
 
 

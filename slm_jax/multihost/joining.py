@@ -38,6 +38,8 @@ _LEAVE_SECONDS = 600
 # How JAX's runtime and its collectives begin to say what went wrong; memory is this process's own.
 _STATUS = re.compile("(?!RESOURCE_EXHAUSTED)[A-Z_]+: ")
 
+# JAX's name for what agrees where to stop.
+_PREEMPTION_SERVICE = "jax_enable_preemption_service"
 # Where JAX's service listens, if not where it is found.
 _BIND_ADDRESS = "JAX_COORDINATOR_BIND_ADDRESS"
 _HOSTS = "slm_jax/hosts"
@@ -230,6 +232,8 @@ def join(processes: Processes, seconds: float = JOIN_SECONDS) -> Company | None:
         _check_port(processes)
     # Who is lost is told here, with its name, and not by an abort.
     jax.config.update("jax_enable_recoverability", True)
+    # It takes SIGTERM for itself, which only ends a process until `agreement` asks for more.
+    jax.config.update(_PREEMPTION_SERVICE, False)
     # JAX aborts a process whose others do not come, so it gets longer than they have.
     alarm = threading.Timer(seconds, _give_up, (processes, seconds))
     alarm.daemon = True
@@ -283,6 +287,27 @@ def _client() -> Any:
     from jax._src import distributed
 
     return distributed.global_state.client
+
+
+def agreement(step: int) -> Callable[[int], bool]:
+    """Has a SIGTERM to one of the processes ask all of them to stop, from here on.
+
+    Args:
+      step: where all of them are.
+
+    Returns:
+      A function that every process calls with the number of every step after `step`, and which is true in all
+      of them at the same one.
+    """
+    from jax._src import distributed
+    from jax.experimental import multihost_utils
+
+    if distributed.global_state.preemption_sync_manager is None:
+        jax.config.update(_PREEMPTION_SERVICE, True)
+        distributed.global_state.initialize_preemption_sync_manager()
+    # JAX forgets a signal that comes before it knows where a process is, as while the first step is compiled.
+    multihost_utils.reached_preemption_sync_point(step)
+    return multihost_utils.reached_preemption_sync_point
 
 
 def _give_up(processes: Processes, seconds: float) -> None:

@@ -263,7 +263,7 @@ def train(
         # anybody know how long.
         with phases.phase("first batch"):
             batches = source.batches(start.cursor.rows_consumed, start.cursor.anchor)
-        with watch(), stop_requests() as stop_after:
+        with watch(), stop_requests(start.step) as stop_after:
             result = run.go(batches, stop_after, start)
     except BaseException:
         # What broke off the run says why; that a save under way fails as well adds nothing.

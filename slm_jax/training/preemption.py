@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 
 import jax
 
+from slm_jax.multihost.joining import agreement
 from slm_jax.multihost.notice import preemption_notices
 
 
@@ -47,18 +48,20 @@ class StopRequests:
 
 
 @contextlib.contextmanager
-def stop_requests() -> Iterator[StopRequests]:
+def stop_requests(step: int) -> Iterator[StopRequests]:
     """Watches for SIGTERM, SIGINT and notices of preemption; gives what says after a step whether to stop.
 
     A second SIGINT is Python's KeyboardInterrupt. Several processes stop after the same step, all of them,
     as JAX's preemption service agrees on it.
+
+    Args:
+      step: steps that are behind the run.
     """
     if jax.process_count() > 1:
-        from jax.experimental import multihost_utils
-
+        reached = agreement(step)
         # JAX knows of the one signal alone.
         with _keyboard(lambda: os.kill(os.getpid(), signal.SIGTERM)), preemption_notices():
-            yield StopRequests(multihost_utils.reached_preemption_sync_point)
+            yield StopRequests(reached)
         return
     if threading.current_thread() is not threading.main_thread():
         # Signals belong to the main thread; elsewhere the owner of the process handles them.

@@ -40,7 +40,7 @@ def metadata(monkeypatch):
     ("name", "value"), [("preempted", "TRUE"), ("maintenance-event", "TERMINATE_ON_HOST_MAINTENANCE")]
 )
 def test_a_notice_stops_the_run_after_its_step(metadata, capfd, name, value):
-    with stop_requests() as stop_after:
+    with stop_requests(0) as stop_after:
         while "asked" not in metadata:
             time.sleep(0.01)
         assert not stop_after(1)

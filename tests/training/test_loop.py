@@ -98,7 +98,7 @@ def test_a_signal_saves_and_exits_0(tmp_path, rng, number):
 
 
 def test_a_second_interrupt_ends_at_once(capfd):
-    with stop_requests() as stop_after:
+    with stop_requests(0) as stop_after:
         assert not stop_after(1)
         signal.raise_signal(signal.SIGINT)
         assert stop_after(1)
@@ -112,7 +112,7 @@ def test_a_second_interrupt_ends_at_once(capfd):
 def test_an_interrupt_that_is_ignored_stays_ignored():
     previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        with stop_requests() as stop_after:
+        with stop_requests(0) as stop_after:
             signal.raise_signal(signal.SIGINT)
             assert not stop_after(1)
         assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
@@ -164,6 +164,21 @@ def test_an_interrupt_of_one_process_has_both_save(tmp_path, rng):
     last = steps_of(tmp_path)[-1]["step"]
     assert f"asked to stop: saved step {last}" in said[0] and "interrupt once more" in said[1]
     assert (tmp_path / "checkpoints" / str(last)).is_dir()
+
+
+def test_a_signal_before_the_first_step_is_done_has_both_save_that_step(tmp_path, rng):
+    running = start_two(str(tmp_path), "100000", str(rng.integers(2**31)), "0.02", "-1")
+    assert running[0].stderr is not None
+    said = []
+    # After it comes the compilation.
+    while not said or not said[-1].startswith("first batch: "):
+        said.append(running[0].stderr.readline())
+        assert said[-1], said
+    running[0].send_signal(signal.SIGTERM)
+    said += [process.communicate(timeout=60)[1] for process in running]
+    assert [process.returncode for process in running] == [0, 0], said
+    last = steps_of(tmp_path)[-1]["step"]
+    assert last < 9 and (tmp_path / "checkpoints" / str(last)).is_dir()
 
 
 def test_a_hang_is_told_by_every_process_and_ends_them(tmp_path):
