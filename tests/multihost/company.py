@@ -1,6 +1,7 @@
 """One of some processes that gather numbers from each other, until one does what it is told; a program."""
 
 import os
+import signal
 import sys
 import time
 
@@ -31,6 +32,14 @@ def main(what: str, who: int, rounds: int) -> None:
                     raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
                 if what == "kill":
                     os.kill(os.getpid(), 9)
+        if what == "stop":
+            reached = joining.agreement(7)
+            multihost_utils.sync_global_devices("all are watched")
+            if processes.index == who:
+                os.kill(os.getpid(), signal.SIGTERM)
+            # JAX looks for the signal every second; no step is done meanwhile.
+            time.sleep(4)
+            print(f"stops after {next(step for step in range(8, 100) if reached(step))}", flush=True)
         if what == "late" and processes.index == who:
             time.sleep(60)
     print(f"left with {jax.process_count()}", flush=True)

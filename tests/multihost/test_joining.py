@@ -152,6 +152,11 @@ def test_a_port_that_is_taken_is_told():
     assert f"on host {HERE}) cannot listen at the port of {address}: Address already in use" in done.stderr
 
 
+def test_a_signal_while_the_first_step_is_on_its_way_stops_all_after_it():
+    for status, out, err, _ in company("stop", 1, rounds=1):
+        assert status == 0 and "stops after 8" in out, err
+
+
 def test_who_does_not_come_to_its_end_is_told_by_its_name():
     for index, (status, _, err, _) in enumerate(company("late", 1, rounds=10)):
         assert status == EXIT_LOST, err

@@ -166,21 +166,6 @@ def test_an_interrupt_of_one_process_has_both_save(tmp_path, rng):
     assert (tmp_path / "checkpoints" / str(last)).is_dir()
 
 
-def test_a_signal_before_the_first_step_is_done_has_both_save_that_step(tmp_path, rng):
-    running = start_two(str(tmp_path), "100000", str(rng.integers(2**31)), "0.02", "-1")
-    assert running[0].stderr is not None
-    said = []
-    # After it comes the compilation.
-    while not said or not said[-1].startswith("first batch: "):
-        said.append(running[0].stderr.readline())
-        assert said[-1], said
-    running[0].send_signal(signal.SIGTERM)
-    said += [process.communicate(timeout=60)[1] for process in running]
-    assert [process.returncode for process in running] == [0, 0], said
-    last = steps_of(tmp_path)[-1]["step"]
-    assert last < 9 and (tmp_path / "checkpoints" / str(last)).is_dir()
-
-
 def test_a_hang_is_told_by_every_process_and_ends_them(tmp_path):
     words = [str(tmp_path), "9", "1", "0.01", "3"]
     running = start_two(*words, "--hangs_in", "1", "--hang_seconds", "10")
