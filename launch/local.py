@@ -11,6 +11,7 @@ Only Python's standard library is needed.
 """
 
 import argparse
+import ctypes
 import datetime
 import json
 import os
@@ -31,6 +32,10 @@ from typing import BinaryIO, NamedTuple
 FINISHED, MISTAKE, ASKED_TO_STOP = 0, 2, 75
 LONGEST_BACKOFF = 60.0
 POLL_SECONDS = 0.1
+
+# Loaded before there are processes: between fork and exec nothing may be.
+PRCTL = ctypes.CDLL(None).prctl if sys.platform == "linux" else None
+PR_SET_PDEATHSIG = 1
 
 # What of the environment may matter to a run, and what of it may be a secret.
 RELEVANT = re.compile(
@@ -122,8 +127,8 @@ def main(argv: list[str] | None = None) -> int:
         without_progress += 1
         wait = backoff(without_progress)
         say(
-            f"restart {without_progress} of {args.max_restarts} without progress, in {wait:.1f} s"
-            + (f"; newest checkpoint is of step {best}" if best >= 0 else "")
+            f"restart {without_progress} of at most {args.max_restarts} without a newer checkpoint, "
+            f"in {wait:.1f} s" + (f"; newest checkpoint is of step {best}" if best >= 0 else "")
         )
         stop.sleep(wait)
         if stop.asked:
@@ -133,7 +138,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter, allow_abbrev=False
+    )
     add = parser.add_argument
     add("--processes", type=whole, required=True, help="how many processes; each stands for a host")
     add("--devices_per_process", type=whole, help="virtual CPU devices of each (JAX_NUM_CPU_DEVICES)")
@@ -196,6 +203,10 @@ def run_attempt(args: argparse.Namespace, folder: Path, stop: StopRequest) -> En
     processes = [start_process(args, folder, index, port) for index in range(args.processes)]
     statuses: list[int | None] = [None] * args.processes
     first, deadline, forwarded = None, None, False
+    # Who looks for what hangs may take the launcher for one of them, as its command line has theirs.
+    signal.signal(
+        signal.SIGUSR1, lambda number, frame: [process.send_signal(number) for process in processes]
+    )
     try:
         with (folder / "host-0.log").open("rb") as shown:
             while None in statuses:
@@ -237,8 +248,13 @@ def start_process(args: argparse.Namespace, folder: Path, index: int, port: int)
         # A session of its own: Ctrl-C reaches the launcher alone, which lets all of them save.
         return subprocess.Popen(
             args.command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
-            start_new_session=True,
+            start_new_session=True, preexec_fn=end_with_the_launcher if PRCTL else None,
         )  # fmt: skip
+
+
+def end_with_the_launcher() -> None:
+    """In a new process: has the kernel ask it to stop when the launcher is gone, whatever took it."""
+    PRCTL(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def free_port() -> int:

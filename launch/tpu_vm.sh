@@ -178,7 +178,7 @@ count_restart() {
     fi
     restarts=$((count + 1))
     printf '%d %d\n' "$best" "$restarts" >"$state"
-    say "restart $restarts of ${MAX_RESTARTS:-5} without progress; newest checkpoint: $best"
+    say "restart $restarts of at most ${MAX_RESTARTS:-5} without a newer checkpoint; newest checkpoint: $best"
 }
 
 pause() {

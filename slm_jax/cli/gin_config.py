@@ -193,6 +193,9 @@ def _sentence(error: Exception, place: str) -> str | None:
             f"gin: the gin files configure no {found.group(1)}; include 'runs/train.gin', or give it as "
             "another --gin_file"
         )
+    if "malformed node or string" in text:
+        # Python's reader of literals tells of its own objects.
+        return f"gin: the value is no literal, expected one such as 3, 'text' (in quotes) or [1, 2]{place}"
     if found := re.search(r"Unable to open file: (.+?)\. Searched", text):
         instead = nearest(found.group(1), packaged_gin_files())
         return f"gin: include {found.group(1)!r} was not found{instead}{place}"

@@ -182,4 +182,5 @@ class _Parser(argparse.ArgumentParser):
         super().__init__(**options, allow_abbrev=False)
 
     def error(self, message: str):
-        raise UserError(f"{self.prog}: {message}")
+        # Who prints it says `slm` before it.
+        raise UserError(f"{self.prog}: {message}".removeprefix("slm: "))

@@ -23,6 +23,8 @@ _WHILE_TRAINING = {
     "data wait": "data wait",
     "checkpoint": "checkpoints",
     "evaluation": "evaluation",
+    "tracing": "compilation",
+    "compiling": "compilation",
     "compile": "compilation",
     "first step": "start",
     "profile": "profile",

@@ -159,6 +159,7 @@ def test_own_files_come_before_packaged_ones(tmp_path, monkeypatch):
         (["runs/train.gin"], ["BATCH_SIZ=3"], "did you mean 'BATCH_SIZE'"),
         (["runs/train.gin"], ["BATCH_SIZE"], "expected --gin.NAME=value"),
         (["runs/train.gin"], ["BATCH_SIZE=[3"], "--gin.BATCH_SIZE=[3"),
+        (["runs/train.gin"], ["BATCH_SIZE=abc"], "the value is no literal, expected one such as 3"),
         (["models/slm_tiny.gin"], ["adapters.AdapterConfig.layer=3"], "did you mean 'layers'"),
         (["models/slm_tiny.gin"], ["adapters.AdapterConfi.layers=3"], "did you mean 'AdapterConfig'"),
         (["models/slm_tiny.gin"], ["conformer.preset.name='tiyn'"], "did you mean 'tiny'"),

@@ -64,7 +64,7 @@ def test_a_crash_is_started_again_at_another_port_until_all_finish(launch, tmp_p
     )
     assert status == 0, output
     assert re.search(r"process \d left with status 76 \(another was lost\) first", output)
-    assert "launch: restart 1 of 5 without progress, in" in output
+    assert "launch: restart 1 of at most 5 without a newer checkpoint, in" in output
     ports = [(tmp_path / f"logs/attempt-{a}/host-0.log").read_text().split()[4] for a in range(2)]
     assert ports[0] != ports[1]
     # Another launch in the same folder overwrites nothing.
@@ -83,9 +83,10 @@ def test_restarts_without_progress_are_limited_and_a_newer_checkpoint_counts_ane
     status, output = ended(launch(script, "--progress_dir", "ck", "--max_restarts", "1"))
     assert status == 128 + signal.SIGKILL
     told = re.findall(
-        r"restart (\d of 1) without progress, in .*; newest checkpoint is of step (\d+)", output
+        r"restart (\d of at most 1) without a newer checkpoint, in .*; newest checkpoint is of step (\d+)",
+        output,
     )
-    assert told == [("1 of 1", "0"), ("1 of 1", "10"), ("1 of 1", "20")]
+    assert told == [("1 of at most 1", "0"), ("1 of at most 1", "10"), ("1 of at most 1", "20")]
     assert output.endswith("launch: gave up: 1 restarts brought no newer checkpoint\n")
     assert len(list((tmp_path / "logs").iterdir())) == 4
 
@@ -114,6 +115,27 @@ def test_a_terminal_that_was_closed_ends_nothing_before_all_have_saved(launch, t
     process.send_signal(signal.SIGHUP)
     assert process.wait(60) == 75
     assert (tmp_path / "saved-0").exists() and (tmp_path / "saved-1").exists()
+
+
+def test_processes_of_a_launcher_that_was_killed_are_asked_to_stop(launch, tmp_path: Path):
+    script = "trap 'touch saved-$JAX_PROCESS_ID; exit 75' TERM; echo began; while :; do sleep 0.05; done"
+    process = launch(script)
+    for index in range(2):
+        wait_for(tmp_path / f"logs/attempt-0/host-{index}.log", "began")
+    process.kill()
+    for index in range(2):
+        wait_for(tmp_path / f"saved-{index}")
+
+
+def test_a_request_for_stacks_is_handed_on(launch, tmp_path: Path):
+    script = "trap 'echo stacks; exit 0' USR1; echo began; while :; do sleep 0.05; done"
+    process = launch(script)
+    for index in range(2):
+        wait_for(tmp_path / f"logs/attempt-0/host-{index}.log", "began")
+    process.send_signal(signal.SIGUSR1)
+    assert ended(process)[0] == 0
+    for index in range(2):
+        assert (tmp_path / f"logs/attempt-0/host-{index}.log").read_text() == "began\nstacks\n"
 
 
 def test_one_that_does_not_save_in_time_is_killed_with_what_it_started(launch, tmp_path: Path):
@@ -167,6 +189,7 @@ def test_the_environment_is_written_without_secrets(launch, tmp_path: Path):
     [
         (["--processes", "2", "--"], "a command is missing after --"),
         (["--processes", "2", "--", "slm-of-nobody"], "the command 'slm-of-nobody' was not found"),
+        (["--process", "2", "--", "sh"], "the following arguments are required: --processes"),
         (["--processes", "none", "--", "sh"], "'none' is no whole number of at least 1"),
         (
             ["--processes", "2", "--progress_dir", "gs://bucket/run/checkpoints", "--", "sh"],

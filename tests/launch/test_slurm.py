@@ -96,7 +96,7 @@ def test_a_crash_is_started_again_in_the_allocation_at_another_port(submit: Subm
     assert status == 0, output
     assert (
         "by process: 0:0 1:137" in output
-        and "restart 1 of 5 without progress; newest checkpoint: -1" in output
+        and "restart 1 of at most 5 without a newer checkpoint; newest checkpoint: -1" in output
     )
     ports = {(tmp_path / f"logs/attempt-{a}/host-0.log").read_text().split()[-1] for a in range(2)}
     assert len(ports) == 2 and requeues(tmp_path) == 0
@@ -108,14 +108,16 @@ def test_restarts_are_counted_over_requeues_and_anew_with_a_newer_checkpoint(sub
     script = "[ -e two ] && exit 9; [ -e one ] && touch two; touch one; mkdir -p checkpoints/3; exit 9"
     status, output = ended(submit("sh", "-c", f"[ $SLURM_PROCID = 1 ] || exit 0; {script}", **variables))
     assert status == 9
-    assert output.count("restart 1 of 1 without progress; newest checkpoint: 3") == 1
+    assert output.count("restart 1 of at most 1 without a newer checkpoint; newest checkpoint: 3") == 1
     assert output.endswith("gave up: 1 restarts brought no newer checkpoint\n")
     # Slurm puts it on other nodes: still no progress.
     status, output = ended(submit("sh", "-c", "exit 0", SLURM_RESTART_COUNT="1", **variables))
     assert status == 1 and "gave up" in output
     (tmp_path / "checkpoints/12").mkdir()
     status, output = ended(submit("sh", "-c", "exit 0", SLURM_RESTART_COUNT="1", **variables))
-    assert status == 0 and "restart 1 of 1 without progress; newest checkpoint: 12" in output
+    assert (
+        status == 0 and "restart 1 of at most 1 without a newer checkpoint; newest checkpoint: 12" in output
+    )
 
 
 def test_near_the_time_limit_all_save_and_the_job_goes_back_into_the_queue(submit: Submit, tmp_path: Path):

@@ -125,7 +125,7 @@ def test_a_crash_is_started_again_and_a_newer_checkpoint_counts_anew(tpu: Start,
     )
     assert status == 1, output
     assert "attempt-0: 0:0 1:137" in output and "attempt-1: 0:0 1:9" in output
-    assert output.count("restart 1 of 1 without progress; newest checkpoint: 20") == 1
+    assert output.count("restart 1 of at most 1 without a newer checkpoint; newest checkpoint: 20") == 1
     assert output.endswith("gave up: 1 restarts brought no newer checkpoint\n")
 
 
