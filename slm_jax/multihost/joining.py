@@ -13,6 +13,7 @@ import socket
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -110,10 +111,11 @@ class Company:
         self._exit(status, sentence, stacks=stacks)
 
     def blame(self, error: BaseException) -> None:
-        """Ends this process, whose error may be another one's end: what was sent to it did not arrive."""
+        """Ends this process with its error, which may be another's: what was sent to it did not arrive."""
         if _STATUS.match(str(error)):
-            # Whichever watch finds the cause ends this process meanwhile.
+            # Whichever watch finds the cause says it, and ends this process meanwhile.
             time.sleep(HEARTBEAT_SECONDS + 2 * _LOOK_SECONDS)
+        traceback.print_exception(error)
         self.fail(1, f"{type(error).__name__}: {error}".split("\n")[0])
 
     def leave(self) -> None:
@@ -349,9 +351,6 @@ def joined(processes: Processes, seconds: float = JOIN_SECONDS) -> Iterator[Comp
         print(f"slm: error: {str(error).splitlines()[0]}", file=sys.stderr, flush=True)
         company.fail(exit_status(error), str(error).splitlines()[0])
     except Exception as error:
-        import traceback
-
-        traceback.print_exc()
         company.blame(error)
     except BaseException as error:
         company.fail(130 if isinstance(error, KeyboardInterrupt) else 1, type(error).__name__)

@@ -95,6 +95,8 @@ def test_a_lost_one_ends_the_others_by_its_name():
         status, _, err, at = found[index]
         assert status == EXIT_LOST, err
         assert f"slm: process 1 of 3 (host {HERE}) is lost: no sign of life for 4 s" in err
+        # Of what was sent to it and did not arrive.
+        assert "Traceback" not in err
         assert at - found[1][3] < 15
 
 
