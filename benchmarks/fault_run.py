@@ -6,9 +6,11 @@ processes are real ones, with their own devices, threads and sockets.
 """
 
 import dataclasses
+import faulthandler
 import json
 import os
 import select
+import signal
 import sys
 import time
 from typing import Any, NoReturn
@@ -196,6 +198,8 @@ def _born(line: dict[str, Any]) -> Start:
     log = os.open(line["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     for number, file in enumerate((nothing, log, log)):
         os.dup2(file, number)
+    # As `slm` does.
+    faulthandler.register(signal.SIGUSR1, 2, all_threads=True)
     return Start(**{**line["start"], "mesh": tuple(line["start"]["mesh"])})
 
 

@@ -338,8 +338,11 @@ class Campaign:
                     children[index].signal(signal.SIGKILL)
             if time.time() > deadline:
                 hangs = [i for i, child in enumerate(children) if child.status is None]
-                for child in children:
-                    child.signal(signal.SIGKILL)
+                for number in (signal.SIGUSR1, signal.SIGKILL):
+                    for child in children:
+                        child.signal(number)
+                    # For the stacks.
+                    time.sleep(1)
                 while any(child.status is None for child in children):
                     time.sleep(0.05)
                 return hangs
@@ -714,14 +717,14 @@ def main(words: list[str] | None = None) -> int:
     records = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
     done = {record["number"] for record in records}
     plans = [planned(args, number) for number in range(args.runs) if number not in done]
+    folder = Path(tempfile.mkdtemp(prefix="faults_", dir=args.folder))
     if plans:
-        folder = Path(tempfile.mkdtemp(prefix="faults_", dir=args.folder))
         with log.open("a") as file:
             carry_out(args, folder, plans, records, file)
-        if not args.keep:
-            shutil.rmtree(folder)
     print(table(records))
     bad = [record for record in records if record["problems"]]
+    if not args.keep and not bad:
+        shutil.rmtree(folder)
     for record in bad:
         print(json.dumps(record), file=sys.stderr)
     return int(bool(bad))
@@ -826,7 +829,9 @@ def parsed(words: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--heartbeat", type=int, default=20, help="seconds after which a process is lost")
     parser.add_argument("--folder", help="where to work; a temporary one by default")
     parser.add_argument("--compiled", help="where compiled programs are kept; in the folder by default")
-    parser.add_argument("--keep", action="store_true", help="leave logs of all processes")
+    parser.add_argument(
+        "--keep", action="store_true", help="leave logs of all processes, as where a run came out wrong"
+    )
     return parser.parse_args(words)
 
 

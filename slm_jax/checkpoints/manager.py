@@ -242,8 +242,11 @@ class RunCheckpoints:
         Raises:
           UserError: it did, in this process.
         """
-        if self._failure is not None:
-            raise self._failed(self._failure) from self._failure
+        # Orbax's own thread may not come to ask: that waits for others first where a small file failed, too.
+        failure = self._failure or self._manager._checkpointer._async_manager._exception  # pyright: ignore[reportAttributeAccessIssue]
+        if failure is not None:
+            self._failure = failure
+            raise self._failed(failure) from failure
 
     def wait(self, seconds: float = float("inf")) -> None:
         """Waits for saves that are under way, or so long.

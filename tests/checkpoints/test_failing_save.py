@@ -39,8 +39,8 @@ def test_one_process_alone_ends_too(tmp_path):
     assert f"UserError: cannot save a checkpoint to {tmp_path / 'run'}: [Errno 28]" in done.stderr
 
 
-@pytest.mark.parametrize("when", ["steps", "wait"])
-def test_it_ends_all_at_once_with_its_sentence(tmp_path, when):
+@pytest.mark.parametrize(("when", "who"), [("steps", 1), ("wait", 1), ("small file too", 0)])
+def test_it_ends_all_at_once_with_its_sentence(tmp_path, when, who):
     with socket.socket() as found:
         found.bind(("localhost", 0))
         port = found.getsockname()[1]
@@ -68,8 +68,9 @@ def test_it_ends_all_at_once_with_its_sentence(tmp_path, when):
             process.kill()
     told = f"cannot save a checkpoint to {tmp_path / 'run'}: "
     host = socket.gethostname()
-    assert f"slm: error: {told}" in ends[1][1], ends[1][1]
-    assert f"slm: error: process 1 of 2 (host {host}) ended: {told}" in ends[0][1], ends[0][1]
+    assert f"slm: error: {told}" in ends[who][1], ends[who][1]
+    heard = ends[1 - who][1]
+    assert f"slm: error: process {who} of 2 (host {host}) ended: {told}" in heard, heard
     for out, err, status, at in ends:
         assert status == EXIT_MISTAKE, err
         # A run that ends by an error waits for saves under way for half a minute.
