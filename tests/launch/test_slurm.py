@@ -36,7 +36,7 @@ def submit(started, tmp_path: Path) -> Submit:
         "SLURM_JOB_NUM_NODES": "2",
         "SLURM_JOB_NODELIST": "node[1-2]",
         "SLURM_NTASKS_PER_NODE": "1",
-        "GRACE": "1",
+        "GRACE": "30",
         "LOG_DIR": "logs",
     }
 
@@ -179,7 +179,9 @@ def test_while_a_node_does_not_answer_nothing_is_started_on_it(submit: Submit, t
 
 def test_a_process_that_hangs_after_the_others_is_ended(submit: Submit, tmp_path: Path):
     began = time.monotonic()
-    status, output = ended(submit("sh", "-c", "[ $SLURM_PROCID = 1 ] && sleep 60; exit 76", MAX_RESTARTS="0"))
+    status, output = ended(
+        submit("sh", "-c", "[ $SLURM_PROCID = 1 ] && sleep 60; exit 76", MAX_RESTARTS="0", GRACE="1")
+    )
     # The stand-in's srun tells the highest status, as srun does: that of the killed one.
     assert status == 137 and time.monotonic() - began < 20
     assert "by process: 0:76 1:killed" in output
