@@ -243,7 +243,7 @@ class RunCheckpoints:
           UserError: it did, in this process.
         """
         # Orbax's own thread may not come to ask: that waits for others first where a small file failed, too.
-        failure = self._failure or self._manager._checkpointer._async_manager._exception  # pyright: ignore[reportAttributeAccessIssue]
+        failure = self._failure or self._saves._exception
         if failure is not None:
             self._failure = failure
             raise self._failed(failure) from failure
@@ -302,8 +302,7 @@ class RunCheckpoints:
 
         Orbax tells once, and its own thread asks first: that then waits for all processes before it tells.
         """
-        saves = self._manager._checkpointer._async_manager  # pyright: ignore[reportAttributeAccessIssue]
-        check_for_errors = saves.check_for_errors
+        check_for_errors = self._saves.check_for_errors
 
         def check() -> None:
             try:
@@ -312,7 +311,12 @@ class RunCheckpoints:
                 self._failure = error
                 raise
 
-        saves.check_for_errors = check
+        self._saves.check_for_errors = check
+
+    @property
+    def _saves(self) -> Any:
+        """What carries out saves in the background."""
+        return self._manager._checkpointer._async_manager  # pyright: ignore[reportAttributeAccessIssue]
 
     def all_steps(self) -> list[int]:
         """Steps that are saved, in order; a half-written one is none of them."""
