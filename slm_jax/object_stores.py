@@ -125,8 +125,6 @@ class ObjectStore:
     def remove(self, path: str) -> None:
         """Removes an object, where it is there: an attempt that seemed to fail may have done it."""
         with contextlib.suppress(FileNotFoundError):
-            if self._files.info(path)["type"] == "directory":
-                raise IsADirectoryError(f"{path} is a folder")
             self._files.rm_file(path)
 
     def remove_below(self, path: str, retrying: Retrying) -> None:
@@ -253,8 +251,11 @@ class _Backend(backend.Backend):
         store(name.partition("://")[0]).remove_below(name, self._retrying)
 
     def remove(self, path: Any) -> None:
-        if self._info(path) is None:
+        info = self._info(path)
+        if info is None:
             raise FileNotFoundError(f"there is no {path}")
+        if info.folder:
+            raise IsADirectoryError(f"{path} is a folder")
         self._do("remove", path, lambda found, name: found.remove(name))
 
     def rename(self, path: Any, dst: Any) -> None:

@@ -107,6 +107,7 @@ def test_a_folder_goes_though_no_attempt_at_all_of_its_requests_would_succeed(
     for name in ("data", "commit_success.txt", "state/data", "state/commit_success.txt"):
         storage.write(f"{bucket}/{name}", name)
     monkeypatch.setattr(storage, "ATTEMPTS", 2)
+    # Each of its requests is one, in order, until the two that are left are removed together.
     server.fail_next = [None, *6 * ["503", None, None, None, None, None]]
     storage.remove_folder(bucket)
     server.fail_next = []

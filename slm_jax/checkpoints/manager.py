@@ -529,9 +529,12 @@ def _release_threads() -> None:
     """Ends threads of a save that failed: they wait for what one of them was to do, and the process waits."""
     from orbax.checkpoint._src.futures import future
 
+    # Not those of a run that is begun afterwards.
+    threads = [thread for thread in threading.enumerate() if isinstance(thread, future._SignalingThread)]
+
     def release() -> None:
         # Some begin to wait later than others.
-        while waiting := [t for t in threading.enumerate() if isinstance(t, future._SignalingThread)]:
+        while waiting := [thread for thread in threads if thread.is_alive()]:
             for thread in waiting:
                 thread.cancel()
                 future.set_signals(thread._receive_signals, operation_id=thread._operation_id)

@@ -8,7 +8,9 @@ import time
 from pathlib import Path
 
 import pytest
+from orbax.checkpoint._src.futures.future import CommitFuture
 
+from slm_jax.checkpoints import manager
 from slm_jax.errors import EXIT_MISTAKE
 
 
@@ -37,6 +39,22 @@ def test_one_process_alone_ends_too(tmp_path):
     )
     assert done.returncode == 1
     assert f"UserError: cannot save a checkpoint to {tmp_path / 'run'}: [Errno 28]" in done.stderr
+
+
+def test_what_begins_after_a_failed_save_is_not_ended_with_it(monkeypatch):
+    monkeypatch.setattr(manager, "_RELEASE_SECONDS", 0.01)
+
+    async def work(seconds: float, done: list[float]) -> None:
+        time.sleep(seconds)
+        done.append(seconds)
+
+    old: list[float] = []
+    new: list[float] = []
+    failed = CommitFuture(work(0.3, old))
+    manager._release_threads()
+    # Such as a run that removes, at its start, what the failed one has left.
+    CommitFuture(work(0.6, new)).result()
+    assert new and failed._t._cancelled and not failed._t.is_alive()
 
 
 @pytest.mark.parametrize(("when", "who"), [("steps", 1), ("wait", 1), ("small file too", 0)])
