@@ -5,7 +5,7 @@
 A state of AdamW (parameters and two moments, float32) goes through steps that rewrite all of it and donate
 the one before; every few steps it is saved as a run saves it. A save's stall is the time until
 `RunCheckpoints.save` returns, from when the devices were done with the step before. Processes share this
-machine.
+machine. It takes the CPU, two devices of it in all, unless `JAX_PLATFORMS` says otherwise.
 """
 
 import argparse
@@ -128,7 +128,7 @@ def main() -> None:
         "JAX_NUM_PROCESSES": str(args.processes),
         "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
         "JAX_NUM_CPU_DEVICES": str(2 // args.processes),
-        "JAX_PLATFORMS": "cpu",
+        "JAX_PLATFORMS": os.environ.get("JAX_PLATFORMS", "cpu"),
     }
     running = [
         subprocess.Popen(
