@@ -200,14 +200,15 @@ def run_attempt(args: argparse.Namespace, folder: Path, stop: StopRequest) -> En
     """Starts all processes and waits for their end, which it brings about where it has to."""
     began = time.monotonic()
     port = free_port()
-    processes = [start_process(args, folder, index, port) for index in range(args.processes)]
+    processes: list[subprocess.Popen] = []
     statuses: list[int | None] = [None] * args.processes
     first, deadline, forwarded = None, None, False
     # Who looks for what hangs may take the launcher for one of them, as its command line has theirs.
-    signal.signal(
-        signal.SIGUSR1, lambda number, frame: [process.send_signal(number) for process in processes]
-    )
+    asked_for_stacks: list[int] = []
+    signal.signal(signal.SIGUSR1, lambda number, frame: asked_for_stacks.append(number))
     try:
+        for index in range(args.processes):
+            processes.append(start_process(args, folder, index, port))
         with (folder / "host-0.log").open("rb") as shown:
             while None in statuses:
                 time.sleep(POLL_SECONDS)
@@ -217,6 +218,10 @@ def run_attempt(args: argparse.Namespace, folder: Path, stop: StopRequest) -> En
                         if status != FINISHED and first is None:
                             first, deadline = index, deadline or time.monotonic() + args.grace
                 show(shown)
+                if asked_for_stacks:
+                    asked_for_stacks.clear()
+                    for process in processes:
+                        process.send_signal(signal.SIGUSR1)
                 if stop.asked and not forwarded:
                     forwarded, deadline = True, time.monotonic() + args.save_limit
                     for process in processes:

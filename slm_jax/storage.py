@@ -456,7 +456,8 @@ def retrying(what: str, operation: Callable[[], T]) -> T:
                 raise lasting from None
             if attempt == ATTEMPTS or time.monotonic() - begun + delay > patience():
                 REMOTE_COUNTS.add("failure")
-                raise RemoteError(f"cannot {what} in {attempt} attempts: {_said(error)}") from None
+                attempts = f"{attempt} attempt{'s' * (attempt > 1)}"
+                raise RemoteError(f"cannot {what} in {attempts}: {_said(error)}") from None
             REMOTE_COUNTS.add("retry")
             logger.warning("cannot %s, attempt %d of %d: %s", what, attempt, ATTEMPTS, _said(error))
         # Readers that failed together do not come back together.

@@ -18,6 +18,10 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 
 import numpy as np
 import pytest
+from object_servers import ObjectServer, without_other_storage
+
+# Of the requests to object storage: enough that every test meets each kind of failure.
+FAILING_SHARE = 0.05
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -66,3 +70,33 @@ def clean_registries() -> Iterator[None]:
     for registry, names in zip(registries, before, strict=True):
         for name in set(registry.names()) - names:
             registry.remove(name)
+
+
+@pytest.fixture(scope="module", params=["s3", "gs"])
+def server(request: pytest.FixtureRequest) -> Iterator[ObjectServer]:
+    """A server of each kind of object storage, for all tests of a module."""
+    from slm_jax import object_stores
+
+    seed = int(os.environ["SLM_TEST_SEED"])
+    with pytest.MonkeyPatch.context() as patch, ObjectServer(request.param, seed) as found:
+        for name in os.environ.keys() - without_other_storage().keys():
+            patch.delenv(name)
+        for name, value in found.environment.items():
+            patch.setenv(name, value)
+        # What tests of another module left.
+        object_stores.store.cache_clear()
+        yield found
+    object_stores.store.cache_clear()
+    for name in ("TENSORSTORE_GCS_HTTP_URL", "GOOGLE_AUTH_TOKEN_FOR_TESTING"):
+        os.environ.pop(name, None)
+
+
+@pytest.fixture
+def bucket(server: ObjectServer, request: pytest.FixtureRequest, monkeypatch) -> Iterator[str]:
+    """A folder of the bucket, of a server that fails now and then."""
+    from slm_jax import storage
+
+    monkeypatch.setattr(storage, "FIRST_DELAY_SECONDS", 0.05)
+    server.share, server.away = FAILING_SHARE, False
+    yield f"{server.scheme}://bucket/{request.node.originalname}"
+    server.share, server.away = 0.0, False

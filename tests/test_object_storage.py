@@ -1,8 +1,6 @@
 """Runs and foundation models in buckets whose servers fail, against the same in local folders."""
 
 import json
-import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
-from object_servers import ObjectServer, without_other_storage
+from object_servers import ObjectServer
 from training.toy import toy_train
 
 from slm_jax import appended, object_stores, storage
@@ -19,35 +17,6 @@ from slm_jax.checkpoints.foundation import load_foundation, read_foundation, sav
 from slm_jax.errors import EXIT_MISTAKE, EXIT_STORAGE, StorageError, UserError, exit_status
 from slm_jax.partitioning.mesh import make_mesh
 from slm_jax.training.rollback import Rollback
-
-# Of the requests: enough that every test meets each kind of failure.
-SHARE = 0.05
-
-
-@pytest.fixture(scope="module", params=["s3", "gs"])
-def server(request: pytest.FixtureRequest) -> Iterator[ObjectServer]:
-    """A server of each kind for all of these tests."""
-    seed = int(os.environ["SLM_TEST_SEED"])
-    with pytest.MonkeyPatch.context() as patch, ObjectServer(request.param, seed) as found:
-        for name in os.environ.keys() - without_other_storage().keys():
-            patch.delenv(name)
-        for name, value in found.environment.items():
-            patch.setenv(name, value)
-        # What tests of another module left.
-        object_stores.store.cache_clear()
-        yield found
-    object_stores.store.cache_clear()
-    for name in ("TENSORSTORE_GCS_HTTP_URL", "GOOGLE_AUTH_TOKEN_FOR_TESTING"):
-        os.environ.pop(name, None)
-
-
-@pytest.fixture
-def bucket(server: ObjectServer, request: pytest.FixtureRequest, monkeypatch) -> Iterator[str]:
-    """A folder of the bucket, of a server that fails now and then."""
-    monkeypatch.setattr(storage, "FIRST_DELAY_SECONDS", 0.05)
-    server.share, server.away = SHARE, False
-    yield f"{server.scheme}://bucket/{request.node.originalname}"
-    server.share, server.away = 0.0, False
 
 
 def steps(run: str | Path) -> list[tuple[int, float]]:

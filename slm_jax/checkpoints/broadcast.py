@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from slm_jax.checkpoints.checksums import DamagedCheckpoint
-from slm_jax.errors import EXIT_STORAGE, StorageError, UserError, exit_status
+from slm_jax.errors import EXIT_STORAGE, RemoteError, StorageError, UserError, exit_status
 
 # About so many bytes of a shard are under way at a time, beside the shard itself; at least one row of it.
 PIECE_BYTES = 64 << 20
@@ -73,6 +73,8 @@ def together(action: Callable[[], Any]) -> Any:
         result = action()
     except UserError as caught:
         error, sentence = caught, f"{_kind_of(caught)}{caught}"
+    except RemoteError as caught:
+        error, sentence = caught, f"2{caught}"
     except Exception as caught:
         # Whatever it is, the others must not wait for this process.
         error, sentence = caught, f"0{type(caught).__name__}: {caught}"

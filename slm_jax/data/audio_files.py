@@ -45,7 +45,6 @@ LAST_PAGE_SECONDS = 20.0
 
 REASONS = (
     "missing_file",
-    "unreachable_file",
     "bad_part",
     "missing_part",
     "truncated_part",
@@ -253,7 +252,7 @@ def _open(path: str, part: Part, seek: bool) -> Iterator[soundfile.SoundFile]:
         try:
             yield file
         finally:
-            containers.raise_broken_off(source)
+            containers.raise_broken_off(path, source)
 
 
 def _sound_file(path: str, source: str | BinaryIO) -> soundfile.SoundFile:
@@ -283,7 +282,7 @@ def _head(path: str, source: str | BinaryIO) -> bytes:
                 return file.read(4096)
         source.seek(0)
         head = source.read(4096)
-    containers.raise_broken_off(source)
+    containers.raise_broken_off(path, source)
     return head
 
 

@@ -22,7 +22,7 @@ from slm_jax import storage
 from slm_jax.data import ranges, tfds_examples
 from slm_jax.data.handles import Handles
 from slm_jax.data.parts import Part, whole_number, whole_numbers
-from slm_jax.errors import BadExample, nearest
+from slm_jax.errors import BadExample, RemoteError, nearest
 from slm_jax.storage import SharedFile, Window
 
 # What stays open.
@@ -59,6 +59,7 @@ def open_part(path: str, part: Part, seek: bool = False) -> str | BinaryIO:
     Raises:
       BadExample: as of `naming_trouble`, or `missing_part`, `truncated_part`, `damaged_container`,
         `bad_part`.
+      RemoteError: storage is away.
     """
     kind = _kind(part)
     with naming_trouble(path):
@@ -74,22 +75,27 @@ def open_part(path: str, part: Part, seek: bool = False) -> str | BinaryIO:
         return io.BytesIO(READERS[kind].read(path, part.values))
 
 
-def raise_broken_off(source: str | BinaryIO) -> None:
-    """Raises BadExample `unreachable_file` where a decoder's reads from `open_part`'s file failed."""
+def raise_broken_off(path: str, source: str | BinaryIO) -> None:
+    """Raises what `naming_trouble` does where a decoder's reads from `open_part`'s file failed."""
     window = getattr(source, "raw", None)
     if isinstance(window, Window) and window.error is not None:
-        raise BadExample("unreachable_file", str(window.error))
+        with naming_trouble(path):
+            raise window.error
 
 
 @contextlib.contextmanager
 def naming_trouble(path: str) -> Iterator[None]:
-    """Turns an OSError into a bad example: `missing_file`, `unreachable_file` or `unreadable_audio`."""
+    """Turns an OSError into a bad example, `missing_file` or `unreadable_audio`.
+
+    Raises:
+      RemoteError: storage is away. That says nothing of the example, which would be missing from then on.
+    """
     try:
         yield
     except FileNotFoundError:
         raise BadExample("missing_file", f"{path} does not exist") from None
-    except storage.RemoteError as error:
-        raise BadExample("unreachable_file", str(error)) from None
+    except RemoteError:
+        raise
     except OSError as error:
         raise BadExample("unreadable_audio", f"{path}: {error.strerror or error}") from None
 
@@ -183,7 +189,7 @@ def _read_row(path: str, values: Mapping[str, str]) -> bytes:
         value = _ROW_GROUPS.get(path, changed, place[0], column)[place[1]].as_py()
     except KeyError:
         raise BadExample("missing_part", f"{path} has no column {column!r} of bytes") from None
-    except (FileNotFoundError, storage.RemoteError):
+    except (FileNotFoundError, RemoteError):
         raise
     except (pa.ArrowException, OSError) as error:
         raise BadExample("damaged_container", f"{path}: {error}") from None

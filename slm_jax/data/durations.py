@@ -22,7 +22,7 @@ import numpy as np
 from slm_jax import storage
 from slm_jax.data.audio_files import count_samples
 from slm_jax.data.cache_folder import default_cache_dir
-from slm_jax.errors import BadExample
+from slm_jax.errors import BadExample, RemoteError
 
 logger = logging.getLogger(__name__)
 
@@ -80,6 +80,8 @@ def _of_chunk(chunk: Sequence[tuple[str, str]], cache: _Cache, pool: ThreadPoolE
 def _stat(path: str) -> storage.FileStat | None:
     try:
         return storage.stat(path)
+    except RemoteError:
+        raise
     except OSError as error:
         logger.info("length of %s cannot be read: %s", path, error)
         return None

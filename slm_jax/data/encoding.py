@@ -34,7 +34,7 @@ from slm_jax.data.iterator import HostBatch, LoadUtterance, PlacedBatch, TrainBa
 from slm_jax.data.placement import place
 from slm_jax.data.plan import Packing, Plan
 from slm_jax.data.references import SAMPLE_RATE, SPEECH, Reference
-from slm_jax.errors import BadExample, UserError
+from slm_jax.errors import BadExample, RemoteError, UserError
 
 # speech int16 [B, K, S], speech_segments int32 [B, K, E, 3] -> frames [B, K, P, D], whole on every device
 Encode = Callable[[jax.Array, jax.Array], jax.Array]
@@ -135,6 +135,8 @@ class _Encoding:
             self._forget()
             self._encode_shards(missing)
             return self._describe(old)
+        except RemoteError:
+            raise
         except OSError as error:
             raise UserError(f"{self._directory} cannot be written: {error.strerror or error}") from None
 
@@ -306,6 +308,8 @@ def _is_encoded(directory: str, name: str) -> bool:
     except FileNotFoundError:
         # Stopped between a shard and its index.
         pass
+    except RemoteError:
+        raise
     except (pa.ArrowException, OSError):
         # Damaged: the shard itself tells.
         pass
@@ -314,6 +318,8 @@ def _is_encoded(directory: str, name: str) -> bool:
     except BadExample as error:
         # A shard of which no utterance could be read has no records, and nothing to lose.
         return error.reason == "out_of_step"
+    except RemoteError:
+        raise
     except OSError:
         return False
 

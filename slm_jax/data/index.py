@@ -32,7 +32,7 @@ from slm_jax.data.duplicate_ids import find_duplicate, hashes_of
 from slm_jax.data.host_tensorflow import Tensor, tf
 from slm_jax.data.index_table import IndexTable, TableWriter, count_markers
 from slm_jax.data.sources.base import CHUNK
-from slm_jax.errors import UserError, nearest
+from slm_jax.errors import RemoteError, UserError, nearest
 
 logger = logging.getLogger(__name__)
 
@@ -170,6 +170,8 @@ def _describe_source(source: Any, split: str) -> Any:
     reader = getattr(source, "_reader", None)
     try:
         files = [(path, *storage.stat(path)) for path in source.list_shards(split)]
+    except RemoteError:
+        raise
     except OSError:
         # Its shards are no files.
         return None
@@ -248,6 +250,8 @@ def _build(task: seqio.Task, split: str, limits: Mapping[str, int], path: Path, 
         leftovers.clear(path.parent)
         with _replacing(path) as folder, TableWriter(folder, task.name, split) as writer:
             _fill(writer, task, split, limits, seed)
+    except RemoteError:
+        raise
     except OSError as error:
         raise UserError(f"index folder {path.parent} cannot be written: {error.strerror or error}") from None
 

@@ -172,6 +172,7 @@ class TrainBatches:
 
         Raises:
           UserError: more than `max_bad_share` of the examples read so far are bad.
+          RemoteError: the storage of an example is away.
         """
         if anchor is not None:
             self.plan.seek(Anchor(*anchor), rows_consumed)

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from slm_jax.errors import UserError, check_whole, nearest
+from slm_jax.errors import RemoteError, StorageError, UserError, check_whole, nearest
 
 logger = logging.getLogger(__name__)
 
@@ -24,8 +24,8 @@ RUNNERS = ("DirectRunner", "FlinkRunner", "SparkRunner", "DataflowRunner", "Port
 _WITHOUT_PRISM = {"allow_unsafe_triggers": True}
 
 
-# How an error of another process begins, and what Beam adds to its end.
-_USER_ERROR = f"{UserError.__module__}.{UserError.__name__}: "
+# How an error of another process begins that is a sentence, and what Beam adds to its end.
+_SENTENCES = {f"{kind.__module__}.{kind.__name__}: ": kind for kind in (UserError, StorageError, RemoteError)}
 _STEP = re.compile(r" \[while running '[^']*'\]$")
 
 
@@ -78,6 +78,7 @@ def run_on_beam(
 
     Raises:
       UserError: as `check_runner`, that of a job, or a job failed.
+      RemoteError: that of a job.
     """
     check_runner(runner, workers, options or {})
     beam, PipelineOptions = _beam()
@@ -102,7 +103,7 @@ def run_on_beam(
                 _ = pipeline | beam.Create(jobs) | beam.Reshuffle() | step
     except Exception as error:
         logger.info("the pipeline failed", exc_info=True)
-        raise UserError(_sentence(error, runner)) from error
+        raise _told(error, runner) from error
 
 
 def _note_errors(job: Any, function: Callable[[Any], object], folder: str) -> None:
@@ -128,18 +129,17 @@ def _notes_folder() -> Iterator[str]:
             raise RuntimeError(path.read_text("utf-8"))
 
 
-def _sentence(error: Exception, runner: str) -> str:
+def _told(error: Exception, runner: str) -> Exception:
     """Returns what a failed pipeline says: what a job found wrong as the job says it."""
-    said = str(error).strip() or type(error).__name__
+    said, kind = str(error).strip() or type(error).__name__, type(error)
     # Of another process there is text alone.
-    is_sentence = isinstance(error, UserError)
     if "Traceback" in said:
         said = said.splitlines()[-1]
-        is_sentence = said.startswith(_USER_ERROR)
-    said = said.removeprefix(_USER_ERROR)
-    if is_sentence:
-        return _STEP.sub("", said)
-    return f"--runner {runner}: the pipeline failed: {said}"
+        start = next((start for start in _SENTENCES if said.startswith(start)), "")
+        said, kind = said.removeprefix(start), _SENTENCES.get(start, RuntimeError)
+    if issubclass(kind, (UserError, RemoteError)):
+        return kind(_STEP.sub("", said))
+    return UserError(f"--runner {runner}: the pipeline failed: {said}")
 
 
 @contextlib.contextmanager

@@ -27,7 +27,7 @@ from slm_jax.data.audio_files import REASONS, load_utterance
 from slm_jax.data.duplicate_ids import find_duplicate, hashes_of
 from slm_jax.data.references import SAMPLE_RATE, Reference, audio_path
 from slm_jax.data.shards import Record, ShardEntry, SplitEntry
-from slm_jax.errors import BadExample, UserError, check_whole, nearest
+from slm_jax.errors import BadExample, RemoteError, UserError, check_whole, nearest
 
 if TYPE_CHECKING:
     from slm_jax.data.sources import Columns, ReferenceSource
@@ -313,6 +313,14 @@ def _record(row: Mapping[str, Any], job: ShardJob) -> Record:
 # ---- the directory
 
 
+def _names(directory: str) -> list[str]:
+    """Names in the directory; a bucket has none before something lies in it."""
+    try:
+        return storage.list_folder(directory)
+    except FileNotFoundError:
+        return []
+
+
 class _Finished(NamedTuple):
     entry: ShardEntry
     rejected: list[dict[str, str]]
@@ -320,7 +328,7 @@ class _Finished(NamedTuple):
 
 def _finished(directory: str, names: Sequence[str]) -> dict[str, _Finished]:
     """Returns those shards that are whole, with their indices."""
-    there = set(storage.list_folder(directory))
+    there = set(_names(directory))
     found: dict[str, _Finished] = {}
     for name in names:
         if f"{name}.parquet" in there:
@@ -332,7 +340,7 @@ def _finished(directory: str, names: Sequence[str]) -> dict[str, _Finished]:
 
 def _described(directory: str) -> dict[str, SplitEntry]:
     """Returns the splits that are complete; raises UserError where the directory holds something else."""
-    there = storage.list_folder(directory)
+    there = _names(directory)
     if shards.SHARDS_FILE in there:
         return shards.read_description(directory)
     strangers = [name for name in there if not _OURS.fullmatch(name)]
@@ -349,7 +357,7 @@ def _check_same(
     """Raises UserError where a shard of the split was made from something else."""
     if split in described:
         _compare(directory, split, described[split].about, made_from)
-    for name in storage.list_folder(directory):
+    for name in _names(directory):
         shard = name.removesuffix(".parquet")
         if shard != name and shard.rpartition("-of-")[0].rpartition("-")[0] == split:
             try:
@@ -436,6 +444,8 @@ def _naming_trouble(directory: str) -> Iterator[None]:
     """Turns an OSError, which is one of this directory, into a UserError that names it."""
     try:
         yield
+    except RemoteError:
+        raise
     except OSError as error:
         raise UserError(f"--to {directory} cannot be written: {error.strerror or error}") from error
 
@@ -485,7 +495,7 @@ def _progress(jobs: Sequence[ShardJob], report: Callable[[str], None]) -> Iterat
     def watch() -> None:
         while not done.wait(_REPORT_SECONDS):
             with contextlib.suppress(OSError):
-                report(f"{len(names.intersection(storage.list_folder(jobs[0].directory)))} of {len(names)}")
+                report(f"{len(names.intersection(_names(jobs[0].directory)))} of {len(names)}")
 
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()

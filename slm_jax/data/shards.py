@@ -36,7 +36,7 @@ import soundfile
 from slm_jax import storage
 from slm_jax.data.handles import Handles
 from slm_jax.data.references import SAMPLE_RATE
-from slm_jax.errors import BadExample, UserError, nearest
+from slm_jax.errors import BadExample, RemoteError, UserError, nearest
 
 SHARDS_FILE = "shards.json"
 FORMAT = "slm_jax speech shards"
@@ -52,6 +52,8 @@ _OWN_COLUMNS = ("@record", "@check", "id", "samples", "audio", "part")
 # Speech is compressed already; a group of one record is read without its neighbours.
 _WRITER_OPTIONS = "group_size:1,uncompressed"
 _READER_OPTIONS = "readahead_buffer_size:0,max_parallelism:0"
+# In errors of ArrayRecord's own client of `gs://`, which tries a request again for a quarter of an hour.
+_REQUEST_FAILED, _REFUSED = "with a last message of", "Permanent error"
 _OPEN_SHARDS = 128
 _OPEN_COPIES = 16
 _BLOCK = 1 << 20
@@ -263,6 +265,8 @@ def read_index(directory: str, name: str) -> ShardIndex:
         content = storage.read(path)
     except FileNotFoundError:
         raise UserError(f"shard {shard} has no index: {path} is missing") from None
+    except RemoteError:
+        raise
     except OSError as error:
         raise UserError(f"index {path} cannot be read: {error}") from None
     try:
@@ -273,6 +277,8 @@ def read_index(directory: str, name: str) -> ShardIndex:
         raise UserError(f"index {path} is damaged: {error}") from None
     try:
         found = storage.stat(shard).size
+    except RemoteError:
+        raise
     except OSError:
         raise UserError(f"shard {shard} is missing, and its index is there") from None
     if found != expected:
@@ -303,6 +309,7 @@ def read_record(path: str, number: int, check: str = "") -> Record:
       BadExample: `out_of_step`, there is no such record, or another one than the index says; or
         `damaged_container`.
       OSError: the file cannot be opened.
+      RemoteError: storage is away.
     """
     try:
         reader = _reader(path)
@@ -311,6 +318,7 @@ def read_record(path: str, number: int, check: str = "") -> Record:
             raise BadExample("out_of_step", f"{path} has {count} records, and its index speaks of {number}")
         (packed,) = reader.read([number])
     except RuntimeError as error:
+        _check_reached(path, str(error))
         raise BadExample("damaged_container", f"{path}, record {number}: {error}") from None
     if check and f"{zlib.crc32(packed):08x}" != check:
         raise BadExample("out_of_step", f"{path}, record {number} is another one than its index says")
@@ -326,6 +334,16 @@ def _reader(path: str) -> Any:
         return _SHARDS.get(path, storage.stat(path))
     at_google = path.startswith("gs://") and not os.environ.get("STORAGE_EMULATOR_HOST")
     return _SHARDS.get(path, None) if at_google else _COPIES.get(path)
+
+
+def _check_reached(path: str, said: str) -> None:
+    """Raises what ArrayRecord's own client of `gs://` has met, where its error says nothing of a record."""
+    if _REQUEST_FAILED not in said:
+        return
+    if not said.startswith(_REFUSED):
+        raise RemoteError(f"cannot read {path}: {said.splitlines()[0]}")
+    if "Not Found" in said:
+        raise FileNotFoundError(f"there is no {path}")
 
 
 def _open_shard(path: str, changed: object) -> Any:
@@ -418,6 +436,8 @@ def read_description(directory: str) -> dict[str, SplitEntry]:
         described = json.loads(storage.read(path))
     except FileNotFoundError:
         raise UserError(_without_description(directory)) from None
+    except RemoteError:
+        raise
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read: {error}") from None
     if not isinstance(described, dict) or described.get("format") != FORMAT:

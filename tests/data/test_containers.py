@@ -18,7 +18,7 @@ from slm_jax.data import containers, parts
 from slm_jax.data.audio_files import count_samples, decode, load_audio, load_utterance
 from slm_jax.data.host_tensorflow import tf
 from slm_jax.data.references import SPEECH, Reference
-from slm_jax.errors import BadExample
+from slm_jax.errors import BadExample, RemoteError
 
 FORMATS = {
     "wav": {}, "flac": {}, "ogg": {}, "mp3": {}, "opus": {"format": "OGG", "subtype": "OPUS"},
@@ -218,7 +218,7 @@ def test_what_is_not_in_a_container_has_a_reason(tmp_path: Path, clips: dict[str
     assert count_samples(whole, half) == count_samples(clips["flac"])
 
 
-def test_a_remote_file_that_stays_away_is_unreachable(clips, monkeypatch: pytest.MonkeyPatch, capfd):
+def test_a_remote_file_that_stays_away_is_no_bad_example(clips, monkeypatch: pytest.MonkeyPatch, capfd):
     folder = "ram://away"
     tf.io.gfile.makedirs(folder)
     data, places = tar_of(clips)
@@ -242,7 +242,8 @@ def test_a_remote_file_that_stays_away_is_unreachable(clips, monkeypatch: pytest
     monkeypatch.setattr(storage.SharedFile, "_read_remote", away)
     monkeypatch.setattr(storage, "_remote_open", gone)
     for call in calls:
-        assert reason_of(call) == "unreachable_file"
+        with pytest.raises(RemoteError, match=r"cannot read ram://away/.* attempts: the network is down"):
+            call()
     assert "Traceback" not in capfd.readouterr().err
 
 

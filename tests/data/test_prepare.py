@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 import pytest
 import soundfile
 
+from slm_jax import object_stores, storage
 from slm_jax.data import prepare as prepare_module
 from slm_jax.data import shards
 from slm_jax.data.audio_files import load_utterance
@@ -27,7 +28,7 @@ from slm_jax.data.index import build_index
 from slm_jax.data.on_beam import run_on_beam
 from slm_jax.data.prepare import ShardJob, prepare
 from slm_jax.data.sources import ManifestSource, ParquetSource, ReferenceSource, ShardSource
-from slm_jax.errors import UserError
+from slm_jax.errors import RemoteError, UserError
 from slm_jax.tasks.asr import register_asr
 
 
@@ -440,6 +441,20 @@ def test_what_a_job_finds_wrong_is_its_own_sentence(workers: int, tmp_path: Path
     jobs = [str(tmp_path / name) for name in "ab"]
     with pytest.raises(UserError, match=r"^the directory of shards .*/[ab] does not exist$"):
         run_on_beam(shards.read_description, jobs, workers=workers)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_job_whose_storage_is_away_is_nobodys_mistake(workers: int, monkeypatch):
+    settings = {"ENDPOINT_URL": "http://127.0.0.1:1", "ACCESS_KEY_ID": "a", "SECRET_ACCESS_KEY": "b"}
+    for name, value in settings.items():
+        monkeypatch.setenv(f"AWS_{name}", value)
+    monkeypatch.setenv(storage.PATIENCE_VARIABLE, "0.1")
+    object_stores.store.cache_clear()
+    try:
+        with pytest.raises(RemoteError, match=r"^cannot read s3://bucket/[ab] in 1 attempt: [^\n\[]*$"):
+            run_on_beam(storage.read, [f"s3://bucket/{name}" for name in "ab"], workers=workers)
+    finally:
+        object_stores.store.cache_clear()
 
 
 def test_a_split_whose_name_is_none_of_files(tmp_path: Path):

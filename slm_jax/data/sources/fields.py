@@ -118,9 +118,7 @@ def samples_in_shard(path: str, part: str, what: str) -> int:
     """
     try:
         return min(count_samples(path, part), np.iinfo(np.int32).max)
-    except BadExample as bad:
-        if bad.reason == "unreachable_file":
-            raise UserError(f"{what} {path} cannot be read: {bad.detail}") from None
+    except BadExample:
         return UNREAD
 
 

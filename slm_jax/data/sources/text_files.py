@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import BinaryIO, NamedTuple, cast
 
 from slm_jax import storage
-from slm_jax.errors import UserError, nearest
+from slm_jax.errors import RemoteError, UserError, nearest
 
 _BLOCK = 4 << 20
 
@@ -30,6 +30,8 @@ def naming_mistakes(path: str, what: str = "manifest") -> Iterator[None]:
         raise UserError(f"{what} {path} does not exist{_nearest_sibling(path)}") from None
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise UserError(f"{what} {path} is not a whole gzip file: {error}") from None
+    except RemoteError:
+        raise
     except OSError as error:
         raise UserError(f"{what} {path} cannot be read: {error.strerror or error}") from None
 
