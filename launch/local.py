@@ -32,6 +32,8 @@ from typing import BinaryIO, NamedTuple
 FINISHED, MISTAKE, ASKED_TO_STOP = 0, 2, 75
 LONGEST_BACKOFF = 60.0
 POLL_SECONDS = 0.1
+# After which a process takes SIGUSR1 for a request; before, it would end by it.
+STARTED_SECONDS = 3.0
 
 # Loaded before there are processes: between fork and exec nothing may be.
 PRCTL = ctypes.CDLL(None).prctl if sys.platform == "linux" else None
@@ -68,17 +70,23 @@ class Ending(NamedTuple):
 
 
 class StopRequest:
-    """Remembers SIGTERM, SIGINT and SIGHUP; a second Ctrl-C means now."""
+    """Remembers SIGTERM, SIGINT and SIGHUP; a second Ctrl-C means now. So it does SIGUSR1, for stacks."""
 
     def __init__(self):
         self.asked = False
         self.now = False
+        self.stacks = False
+        # Who looks for what hangs may take the launcher for one of its processes, whose command line it has.
+        signal.signal(signal.SIGUSR1, self._ask_for_stacks)
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, self._ask)
 
     def _ask(self, number: int, frame: object) -> None:
         self.now = self.now or (self.asked and number == signal.SIGINT)
         self.asked = True
+
+    def _ask_for_stacks(self, number: int, frame: object) -> None:
+        self.stacks = True
 
     def sleep(self, seconds: float) -> None:
         """Sleeps, but not on once it was asked to stop."""
@@ -203,9 +211,6 @@ def run_attempt(args: argparse.Namespace, folder: Path, stop: StopRequest) -> En
     processes: list[subprocess.Popen] = []
     statuses: list[int | None] = [None] * args.processes
     first, deadline, forwarded = None, None, False
-    # Who looks for what hangs may take the launcher for one of them, as its command line has theirs.
-    asked_for_stacks: list[int] = []
-    signal.signal(signal.SIGUSR1, lambda number, frame: asked_for_stacks.append(number))
     try:
         for index in range(args.processes):
             processes.append(start_process(args, folder, index, port))
@@ -218,8 +223,8 @@ def run_attempt(args: argparse.Namespace, folder: Path, stop: StopRequest) -> En
                         if status != FINISHED and first is None:
                             first, deadline = index, deadline or time.monotonic() + args.grace
                 show(shown)
-                if asked_for_stacks:
-                    asked_for_stacks.clear()
+                if stop.stacks and time.monotonic() - began > STARTED_SECONDS:
+                    stop.stacks = False
                     for process in processes:
                         process.send_signal(signal.SIGUSR1)
                 if stop.asked and not forwarded:

@@ -420,6 +420,8 @@ class Window(io.RawIOBase):
     def readinto(self, buffer: Any, /) -> int:
         """As `io.RawIOBase.readinto`."""
         length = min(len(buffer), max(0, self._length - self._position))
+        if self._for_decoder and self.error is not None:
+            return 0
         try:
             found = self._shared.read_at(self._offset + self._position, length)
         except OSError as error:

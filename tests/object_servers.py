@@ -22,7 +22,7 @@ _BODIES = {
     "s3": "<?xml version='1.0'?><Error><Code>{code}</Code><Message>injected</Message></Error>",
     "gs": '{{"error": {{"code": {status}, "message": "injected"}}}}',
 }
-_S3_CODES = {"503": "SlowDown", "500": "InternalError"}
+_S3_CODES = {"503": "SlowDown", "500": "InternalError", "403": "AccessDenied"}
 
 
 class ObjectServer:
@@ -36,6 +36,7 @@ class ObjectServer:
       share: of the requests that fail, from 0 to 1.
       delay: seconds before each answer, at most; half of it on average.
       away: whether no request is answered any more.
+      refuse: part of the names of objects that nobody has rights to; empty for none.
       fail_next: how the next requests fail, in place of what is drawn; None for one that does not.
       requests: how many there were, `failed` how many of them failed by kind.
       environment: variables that lead clients here.
@@ -43,6 +44,7 @@ class ObjectServer:
 
     def __init__(self, scheme: str, seed: int = 0):
         self.scheme, self.share, self.delay, self.away = scheme, 0.0, 0.0, False
+        self.refuse = ""
         self.fail_next: list[str | None] = []
         self.requests, self.failed = 0, Counter[str]()
         self._random, self._lock = random.Random(seed), threading.Lock()
@@ -162,7 +164,9 @@ class _Handler(BaseHTTPRequestHandler):
         kind = storage.fault()
         if kind in ("reset", "away"):
             return self._reset()
-        if kind in ("503", "500"):
+        if kind is None and storage.refuse and storage.refuse in self.path:
+            kind = "403"
+        if kind in ("503", "500", "403"):
             return self._reply(int(kind), [], storage.error_body(kind))
         status, headers, data = self._forward(body)
         if kind == "lost":

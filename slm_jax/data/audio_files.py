@@ -247,9 +247,9 @@ def _open(path: str, part: Part, seek: bool) -> Iterator[soundfile.SoundFile]:
         if not isinstance(source, str):
             stack.enter_context(source)
         file = stack.enter_context(_sound_file(path, source))
-        if not LOWEST_RATE <= file.samplerate <= HIGHEST_RATE:
-            raise BadExample("bad_sample_rate", f"{path} says {file.samplerate} Hz")
         try:
+            if not LOWEST_RATE <= file.samplerate <= HIGHEST_RATE:
+                raise BadExample("bad_sample_rate", f"{path} says {file.samplerate} Hz")
             yield file
         finally:
             containers.raise_broken_off(path, source)

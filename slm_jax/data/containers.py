@@ -22,7 +22,7 @@ from slm_jax import storage
 from slm_jax.data import ranges, tfds_examples
 from slm_jax.data.handles import Handles
 from slm_jax.data.parts import Part, whole_number, whole_numbers
-from slm_jax.errors import BadExample, RemoteError, nearest
+from slm_jax.errors import BadExample, RemoteError, UserError, nearest
 from slm_jax.storage import SharedFile, Window
 
 # What stays open.
@@ -59,7 +59,7 @@ def open_part(path: str, part: Part, seek: bool = False) -> str | BinaryIO:
     Raises:
       BadExample: as of `naming_trouble`, or `missing_part`, `truncated_part`, `damaged_container`,
         `bad_part`.
-      RemoteError: storage is away.
+      RemoteError, UserError: as of `naming_trouble`.
     """
     kind = _kind(part)
     with naming_trouble(path):
@@ -87,8 +87,11 @@ def raise_broken_off(path: str, source: str | BinaryIO) -> None:
 def naming_trouble(path: str) -> Iterator[None]:
     """Turns an OSError into a bad example, `missing_file` or `unreadable_audio`.
 
+    What storage says nothing of an example by, which would be missing from then on, is none.
+
     Raises:
-      RemoteError: storage is away. That says nothing of the example, which would be missing from then on.
+      RemoteError: storage is away.
+      UserError: storage refuses, as without rights.
     """
     try:
         yield
@@ -97,6 +100,8 @@ def naming_trouble(path: str) -> Iterator[None]:
     except RemoteError:
         raise
     except OSError as error:
+        if storage.is_remote(path):
+            raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
         raise BadExample("unreadable_audio", f"{path}: {error.strerror or error}") from None
 
 

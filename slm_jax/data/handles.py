@@ -41,16 +41,23 @@ class Handles(Generic[T]):
         return len(self._slots)
 
     def get(self, *key: Any) -> T:
-        """Returns the thing of a key; raises what opening it raises, and tries that anew the next time."""
+        """Returns the thing of a key; raises what opening it raises, and tries that anew the next time.
+
+        Threads that wait for it while it is opened share what that raises.
+        """
         with self._lock:
             slot = self._slots.setdefault(key, _Slot())
             self._slots.move_to_end(key)
         # Others that want the same thing wait for it; those that want another one do not.
         with slot.lock:
+            if slot.error is not None:
+                # They have waited as long for it, and would wait again, one after the other.
+                raise slot.error
             if slot.handle is None:
                 try:
                     slot.handle = self._open(*key)
-                except BaseException:
+                except BaseException as error:
+                    slot.error = error if isinstance(error, Exception) else None
                     with self._lock:
                         if self._slots.get(key) is slot:
                             del self._slots[key]
@@ -71,4 +78,5 @@ class _Slot(Generic[T]):
     def __init__(self):
         self.lock = threading.Lock()
         self.handle: T | None = None
+        self.error: Exception | None = None
         self.weight: float = 0

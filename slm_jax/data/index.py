@@ -233,12 +233,20 @@ def _describe_function(function: Callable[..., Any]) -> Any:
 def vocabulary_fingerprint(vocabulary: seqio.SentencePieceVocabulary) -> str:
     """Returns the SHA-256 of a sentencepiece model; raises UserError where it cannot be read."""
     path = vocabulary.sentencepiece_model_file
-    try:
-        # Through gfile: published vocabularies lie in buckets.
+
+    def read() -> bytes:
+        # Through gfile, as SeqIO reads it: published vocabularies lie in buckets.
         with tf.io.gfile.GFile(path, "rb") as file:
-            return hashlib.sha256(file.read()).hexdigest()
-    except tf.errors.OpError as error:
-        raise UserError(f"vocabulary {path} cannot be read: {error.message}") from None
+            return file.read()
+
+    try:
+        content = storage.retrying(f"read {path}", read) if storage.is_remote(path) else read()
+    except RemoteError:
+        raise
+    except (OSError, tf.errors.OpError) as error:
+        said = getattr(error, "message", None) or error
+        raise UserError(f"vocabulary {path} cannot be read: {said}") from None
+    return hashlib.sha256(content).hexdigest()
 
 
 # --- building --------------------------------------------------------------------------------------

@@ -455,6 +455,8 @@ def _claimed(directory: str) -> Iterator[None]:
     """Makes a directory, and keeps a second command of this machine out of a local one."""
     try:
         storage.make_folder(directory)
+    except RemoteError:
+        raise
     except OSError as error:
         raise UserError(f"--to {directory} cannot be made: {error.strerror or error}") from None
     if storage.is_remote(directory):

@@ -53,7 +53,7 @@ _OWN_COLUMNS = ("@record", "@check", "id", "samples", "audio", "part")
 _WRITER_OPTIONS = "group_size:1,uncompressed"
 _READER_OPTIONS = "readahead_buffer_size:0,max_parallelism:0"
 # In errors of ArrayRecord's own client of `gs://`, which tries a request again for a quarter of an hour.
-_REQUEST_FAILED, _REFUSED = "with a last message of", "Permanent error"
+_GAVE_UP, _REFUSED = ("Retry policy exhausted", "Retry loop cancelled"), "Permanent error"
 _OPEN_SHARDS = 128
 _OPEN_COPIES = 16
 _BLOCK = 1 << 20
@@ -338,12 +338,11 @@ def _reader(path: str) -> Any:
 
 def _check_reached(path: str, said: str) -> None:
     """Raises what ArrayRecord's own client of `gs://` has met, where its error says nothing of a record."""
-    if _REQUEST_FAILED not in said:
-        return
-    if not said.startswith(_REFUSED):
+    if any(words in said for words in _GAVE_UP):
         raise RemoteError(f"cannot read {path}: {said.splitlines()[0]}")
-    if "Not Found" in said:
-        raise FileNotFoundError(f"there is no {path}")
+    if _REFUSED in said:
+        kind = FileNotFoundError if "Not Found" in said else PermissionError
+        raise kind(said.splitlines()[0])
 
 
 def _open_shard(path: str, changed: object) -> Any:

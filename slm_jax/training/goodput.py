@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from slm_jax import storage
-from slm_jax.errors import UserError
+from slm_jax.errors import RemoteError, UserError
 from slm_jax.training.phases import BETWEEN, Phases
 
 FOLDER = "goodput"
@@ -82,7 +82,7 @@ class GoodputLog:
         """One line about all starts of the run until now, or why it cannot be told: no run ends by that."""
         try:
             return goodput(read_attempts(self._model_dir)).line()
-        except UserError as error:
+        except (UserError, RemoteError) as error:
             return f"goodput is unknown: {error}"
 
 

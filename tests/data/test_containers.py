@@ -233,17 +233,24 @@ def test_a_remote_file_that_stays_away_is_no_bad_example(clips, monkeypatch: pyt
         lambda: count_samples(wav),
     ]
 
+    attempts: list[int] = []
+
     def away(self: storage.SharedFile, *unused: int) -> bytes:
+        attempts.append(1)
         raise tf.errors.UnavailableError(None, None, "the network is down")
 
     def gone(path: str) -> bytes:
+        attempts.append(1)
         raise tf.errors.UnavailableError(None, None, "the network is down")
 
     monkeypatch.setattr(storage.SharedFile, "_read_remote", away)
     monkeypatch.setattr(storage, "_remote_open", gone)
     for call in calls:
+        attempts.clear()
         with pytest.raises(RemoteError, match=r"cannot read ram://away/.* attempts: the network is down"):
             call()
+        # However often a decoder asks.
+        assert len(attempts) == storage.ATTEMPTS
     assert "Traceback" not in capfd.readouterr().err
 
 

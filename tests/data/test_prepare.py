@@ -19,6 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import soundfile
+from object_servers import without_other_storage
 
 from slm_jax import object_stores, storage
 from slm_jax.data import prepare as prepare_module
@@ -446,8 +447,11 @@ def test_what_a_job_finds_wrong_is_its_own_sentence(workers: int, tmp_path: Path
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_job_whose_storage_is_away_is_nobodys_mistake(workers: int, monkeypatch):
     settings = {"ENDPOINT_URL": "http://127.0.0.1:1", "ACCESS_KEY_ID": "a", "SECRET_ACCESS_KEY": "b"}
+    for name in os.environ.keys() - without_other_storage().keys():
+        monkeypatch.delenv(name)
     for name, value in settings.items():
         monkeypatch.setenv(f"AWS_{name}", value)
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
     monkeypatch.setenv(storage.PATIENCE_VARIABLE, "0.1")
     object_stores.store.cache_clear()
     try:

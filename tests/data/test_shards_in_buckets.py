@@ -13,6 +13,7 @@ from object_servers import ObjectServer
 
 from slm_jax import storage
 from slm_jax.cli.main import main
+from slm_jax.data import prepare as prepare_module
 from slm_jax.data import shards
 from slm_jax.data.audio_files import Audio, load_utterance
 from slm_jax.data.batch import BatchShape
@@ -21,7 +22,7 @@ from slm_jax.data.plan import Plan, plan_mixture
 from slm_jax.data.prepare import ShardJob, prepare
 from slm_jax.data.references import Reference
 from slm_jax.data.sources import ManifestSource, ReferenceSource, ShardSource
-from slm_jax.errors import EXIT_STORAGE, RemoteError
+from slm_jax.errors import EXIT_STORAGE, RemoteError, UserError
 from slm_jax.tasks.asr import register_asr
 
 LENGTHS = {"speech": 10_000, "inputs": 40, "targets": 60}
@@ -109,15 +110,27 @@ def test_storage_that_is_away_costs_no_example(
         monkeypatch.delenv(storage.PATIENCE_VARIABLE)
         server.away, server.share = False, share
 
-    def one_then_away(function: Callable[[ShardJob], None], jobs: Sequence[ShardJob]) -> None:
-        function(jobs[0])
-        leave()
-        function(jobs[1])
+    def away_after(count: int) -> Callable[[Reference], Audio]:
+        loaded = itertools.count()
+
+        def load(reference: Reference) -> Audio:
+            if next(loaded) == count:
+                leave()
+            return load_utterance(reference)
+
+        return load
 
     # While it is prepared: the references are at hand, and the audio is not.
-    with pytest.raises(RemoteError):
-        prepare(source, "train", folder, one_then_away, count=3)
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare_module, "load_utterance", away_after(int(rng.integers(1, 24))))
+        with pytest.raises(RemoteError, match=r"cannot read .*\.wav"):
+            prepare(source, "train", folder, in_order, count=3)
     come_back()
+    # Without rights to read, too, no utterance is left out.
+    server.refuse = ".wav"
+    with pytest.raises(UserError, match=r"\.wav cannot be read: "):
+        prepare(source, "train", folder, in_order, count=3)
+    server.refuse = ""
     prepare(source, "train", folder, in_order, count=3)
     found = contents(folder)
     assert {name: found[name] for name in found if name.endswith("array_record")} == {
@@ -137,15 +150,8 @@ def test_storage_that_is_away_costs_no_example(
     remote = plan_of(ShardSource(folder), vocabulary_path, tmp_path / "cache")
 
     # While it is trained on, before its shards were copied.
-    loaded = itertools.count()
-
-    def load(reference: Reference) -> Audio:
-        if next(loaded) == 0:
-            leave()
-        return load_utterance(reference)
-
     with pytest.raises(RemoteError):
-        for _ in itertools.islice(batches_of(remote, load=load), 20):
+        for _ in itertools.islice(batches_of(remote, load=away_after(0)), 20):
             pass
     come_back()
     rows = int(rng.integers(0, 5)) * ROWS
@@ -166,3 +172,24 @@ def test_shards_at_google_are_read_in_place(
     assert server.requests > before
     with pytest.raises(FileNotFoundError):
         shards.read_record(f"{bucket}/none.array_record", 0)
+    server.refuse = "train-00000"
+    with pytest.raises(PermissionError):
+        # A reader that is open already has read all of so small a file.
+        shards._SHARDS._reset()
+        shards.read_record(f"{bucket}/train-00000-of-00001.array_record", 0)
+    server.refuse = ""
+
+
+def test_what_google_s_client_says_when_it_gives_up(monkeypatch):
+    # Word for word, after 17 minutes of status 503.
+    said = (
+        'Retry policy exhausted, with a last message of {"error": {"code": 503, "message": "injected"}}; '
+        "reading gs://bucket/x.array_record; at byte 0; Could not read from the underlying reader; at byte 0"
+    )
+
+    def give_up(path: str) -> None:
+        raise RuntimeError(said)
+
+    monkeypatch.setattr(shards, "_reader", give_up)
+    with pytest.raises(RemoteError, match=r"^cannot read gs://bucket/x\.array_record: Retry policy"):
+        shards.read_record("gs://bucket/x.array_record", 0)

@@ -2,6 +2,7 @@
 
 import logging
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -231,6 +232,29 @@ def test_handles_are_bounded_by_weight_and_forget_failures():
     with pytest.raises(OSError, match="away"):
         once.get()
     assert once.get() == "here"
+
+
+def test_threads_that_wait_for_a_handle_share_its_failure():
+    opened: list[int] = []
+    gate = threading.Barrier(4)
+
+    def open_handle() -> str:
+        opened.append(1)
+        time.sleep(0.3)
+        raise OSError("away")
+
+    handles = Handles(open_handle, 3)
+
+    def get(number: int) -> str:
+        gate.wait()
+        with pytest.raises(OSError, match="away"):
+            handles.get()
+        return "told"
+
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(get, range(4))) == ["told"] * 4
+    # One after the other they would have waited four times as long.
+    assert len(opened) < 4
 
 
 def test_retries_are_said_in_the_log(caplog: pytest.LogCaptureFixture):

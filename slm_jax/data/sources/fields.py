@@ -105,16 +105,15 @@ def header_samples(columns: Columns, root: str) -> np.ndarray:
     return samples
 
 
-def samples_in_shard(path: str, part: str, what: str) -> int:
+def samples_in_shard(path: str, part: str) -> int:
     """Returns the length of audio inside a shard from its header, `UNREAD` where it cannot be read.
 
     Args:
       path: of the shard.
       part: of it.
-      what: the shard is, for errors.
 
     Raises:
-      UserError: the shard cannot be reached.
+      RemoteError, UserError: the shard cannot be reached.
     """
     try:
         return min(count_samples(path, part), np.iinfo(np.int32).max)
@@ -122,20 +121,19 @@ def samples_in_shard(path: str, part: str, what: str) -> int:
         return UNREAD
 
 
-def reread_samples(columns: Columns, path: str, what: str) -> np.ndarray:
+def reread_samples(columns: Columns, path: str) -> np.ndarray:
     """Returns lengths of a kept table, int32 [n], those `UNREAD` asked for once more; 0 where in vain.
 
     Args:
       columns: `samples` and `part` of rows.
       path: of the shard.
-      what: the shard is, for errors.
 
     Raises:
-      UserError: the shard cannot be reached.
+      RemoteError, UserError: the shard cannot be reached.
     """
     samples = columns["samples"].copy()
     for i in np.flatnonzero(samples == UNREAD).tolist():
-        samples[i] = max(0, samples_in_shard(path, columns["part"][i], what))
+        samples[i] = max(0, samples_in_shard(path, columns["part"][i]))
     return samples
 
 

@@ -23,6 +23,9 @@ def naming_mistakes(path: str, what: str = "manifest") -> Iterator[None]:
     Args:
       path: of the file, local or remote.
       what: the file is, such as `manifest`.
+
+    Raises:
+      RemoteError: its storage is away; that goes through as it is.
     """
     try:
         yield

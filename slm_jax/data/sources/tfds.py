@@ -97,7 +97,7 @@ class TfdsSource(ReferenceSource):
             stem = files[shard].rpartition("/")[2]
             if "id" not in chunk or not chunk["id"].any():
                 chunk["id"] = np.array([f"{stem}-{number}" for number in numbers], object)
-            chunk["samples"] = fields.reread_samples(chunk, files[shard], _WHAT)
+            chunk["samples"] = fields.reread_samples(chunk, files[shard])
             chunk["audio"] = np.full(len(numbers), files[shard], object)
             yield fields.completed(chunk, self._language)
 
@@ -175,7 +175,7 @@ class TfdsSource(ReferenceSource):
         part = self._feature.part(place)
         numbers = _numbers(values[self._feature.name])
         if numbers is None:
-            samples = fields.samples_in_shard(path, part, _WHAT)
+            samples = fields.samples_in_shard(path, part)
         else:
             samples = -(-numbers // self._feature.channels * SAMPLE_RATE // self._feature.rate)
         return record | {"part": part, "samples": min(samples, np.iinfo(np.int32).max)}

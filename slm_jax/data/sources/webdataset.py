@@ -93,7 +93,7 @@ class WebDatasetSource(ReferenceSource):
             warn_of_break(path, columns.pop(BROKEN_OFF)[-1])
             name = path.rpartition("/")[2].removesuffix(".tar")
             chunk = columns | {"audio": np.where(columns["part"] == "", "", path).astype(object)}
-            chunk["samples"] = fields.reread_samples(chunk, path, "tar shard")
+            chunk["samples"] = fields.reread_samples(chunk, path)
             chunk["id"] = np.array([f"{name}/{key}" for key in columns["id"]], object)
             yield fields.completed(chunk, self._language)
 
@@ -119,7 +119,7 @@ class WebDatasetSource(ReferenceSource):
         samples = np.zeros(len(records), np.int32) if written is None else written
         for i in np.flatnonzero((samples == 0) & (columns["part"] != "")):
             if not any(records[i].get(name) for name in fields.DURATION_FIELDS):
-                samples[i] = fields.samples_in_shard(path, columns["part"][i], "tar shard")
+                samples[i] = fields.samples_in_shard(path, columns["part"][i])
         broken_off = np.array([""] * (len(records) - 1) + [listed.broken_off], object)
         return columns | {"samples": samples, BROKEN_OFF: broken_off}
 
