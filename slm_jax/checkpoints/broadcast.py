@@ -51,7 +51,7 @@ def read_once(places: Places, read: Callable[[Places], Mapping[str, jax.Array]])
     return {name: _on_all(place, readers[name], found.pop(name, None)) for name, place in places.items()}
 
 
-def _kind_of(error: UserError) -> int:
+def _kind_of(error: UserError | RemoteError) -> int:
     """The number of the most telling kind among `_KINDS`."""
     if isinstance(error, DamagedCheckpoint):
         return 1
@@ -71,10 +71,8 @@ def together(action: Callable[[], Any]) -> Any:
     result, error, sentence = None, None, ""
     try:
         result = action()
-    except UserError as caught:
+    except (UserError, RemoteError) as caught:
         error, sentence = caught, f"{_kind_of(caught)}{caught}"
-    except RemoteError as caught:
-        error, sentence = caught, f"2{caught}"
     except Exception as caught:
         # Whatever it is, the others must not wait for this process.
         error, sentence = caught, f"0{type(caught).__name__}: {caught}"
